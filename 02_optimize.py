@@ -1,0 +1,156 @@
+"""Stage 2: search a prompt with GReaTer -> runs/<run>/{run.json,steps.jsonl,prompts.jsonl,results.jsonl}.
+
+    python 02_optimize.py --task demo
+    python 02_optimize.py --task gsm8k --model meta-llama/Meta-Llama-3-8B-Instruct
+    python 02_optimize.py --task my.jsonl --extractor "So the answer is" --model path/to/model
+
+Prepares the task's data itself where stage 01 has not been run. A killed run goes on with the same command and
+ends with the same result. The prompt is searched on training rows and chosen on dev rows; the test rows are read
+once, at the end, for the initial and the chosen prompt.
+"""
+
+import importlib.metadata
+import json
+import random
+import subprocess
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tasks import (
+    ROOT,
+    ModelFlags,
+    SearchSettings,
+    TaskFlags,
+    UserError,
+    append_jsonl,
+    flag,
+    parse_flags,
+    read_appended,
+    require,
+    run_script,
+    sha256,
+    write_jsonl,
+)
+
+
+@dataclass
+class Flags(SearchSettings, ModelFlags, TaskFlags):
+    initial_prompt: str = flag("", "where the search starts; empty: the task's own")
+    finalists: int = flag(10, "prompts of the run that compete on dev rows")
+    eval_rows: int = flag(0, "dev and test rows to evaluate on; 0: all")
+    run_dir: str = flag("", "where the run is written; empty: runs/<task>-<model>-seed<seed>")
+
+
+def main():
+    flags = parse_flags(Flags, __doc__.splitlines()[0])
+    require(flags.finalists >= 1 and flags.eval_rows >= 0, "--finalists must be at least 1, --eval-rows at least 0")
+    flags.model = flags.model_path()
+    task, splits = flags.resolve()
+    task = replace(task, initial_prompt=flags.initial_prompt.strip() or task.initial_prompt)
+    available = len(splits["train"])
+    require(
+        flags.train_rows <= available, f"--train-rows {flags.train_rows}: {task.name} has {available} training rows"
+    )
+    train = random.Random(f"{flags.seed}/rows").sample(splits["train"], flags.train_rows)
+    run_dir = open_run(flags, task)
+
+    # They import torch, so only after everything that can be wrong without it.
+    from tqdm import tqdm
+
+    import greater_core as core
+    from evaluation import evaluate_once
+
+    model, tokenizer = core.load_model(flags.model, flags.device, flags.dtype)
+    rows = [core.splice(tokenizer, task, row) for row in train]
+    start = core.encode_in_place(tokenizer, task, train[0]["question"], task.initial_prompt)[1]
+    history = read_appended(run_dir / "steps.jsonl")
+    if history:
+        print(f"going on behind step {history[-1]['step']} of {run_dir}")
+
+    with tqdm(total=flags.steps, initial=max(0, len(history) - 1), unit="step", dynamic_ncols=True) as bar:
+        for record in core.optimize(model, tokenizer, rows, start, flags, history):
+            append_jsonl(run_dir / "steps.jsonl", record)
+            history.append(record)
+            bar.write(log_line(record, flags.steps))
+            bar.set_postfix(position=record["position"], now=record["objective"], best=record["best"]["objective"])
+            bar.update(record["step"] > 0)
+
+    def evaluate(prompt, role, split):
+        chosen = splits[split][: flags.eval_rows or None]
+        return evaluate_once(model, tokenizer, task, chosen, prompt, flags, run_dir, role, split)
+
+    scored = core.scores_of(history)
+    initial = next(iter(scored.values()))
+    finalists = core.finalists(tokenizer, scored, flags.finalists)
+    prompts = []
+    for score in tqdm([*finalists, *([] if initial in finalists else [initial])], desc="dev", unit="prompt"):
+        text = core.prompt_text(tokenizer, rows[0], score.prompt_ids).strip()
+        dev = evaluate(text, "candidate", "dev")
+        scores = {"dev_accuracy": dev["accuracy"], "dev_stderr": dev["stderr"], "initial": score is initial}
+        prompts.append({"prompt": text, **core.as_record(score), **scores})
+    prompts.sort(key=lambda p: (-p["dev_accuracy"], p["objective"]))
+    write_jsonl(run_dir / "prompts.jsonl", prompts)
+    starting = next(p for p in prompts if p["initial"])
+    table = [
+        (role, p, [evaluate(p["prompt"], role, split) for split in ("dev", "test")])
+        for role, p in (("initial", starting), ("best", prompts[0]))
+    ]
+    report(table, run_dir)
+
+
+def open_run(flags, task):
+    """The run's folder, with run.json. Errors: UserError if another configuration has been run there."""
+    name = f"{task.name.replace('/', '-')}-{Path(flags.model).name}-seed{flags.seed}"
+    if Path(flags.model) == ROOT / "demo" / "model":
+        name = f"demo-seed{flags.seed}" if task.name == "demo" else name
+    run_dir = Path(flags.run_dir or Path("runs") / name)
+    data = json.loads((Path(flags.data_dir) / task.name / "task.json").read_text(encoding="utf-8"))
+    config = {k: v for k, v in asdict(flags).items() if k not in ("run_dir", "data_dir", "source")}
+    weights = Path(flags.model) / "model.safetensors"
+    record = {
+        "config": config | {"initial_prompt": task.initial_prompt},
+        "task": {k: data[k] for k in ("name", "extractor", "template", "sha256", "grader_version")},
+        "model_sha256": sha256(weights) if weights.is_file() else None,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
+        "commit": git_commit(),
+    }
+    path = run_dir / "run.json"
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        both = [dict(r["config"], task_files=r["task"], model_sha256=r["model_sha256"]) for r in (old, record)]
+        other = sorted(k for k in both[0].keys() | both[1].keys() if both[0].get(k) != both[1].get(k))
+        if other:
+            raise UserError(f"{run_dir} holds a run with other {', '.join(other)}: choose another --run-dir")
+        return run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return run_dir
+
+
+def git_commit():
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return answer.stdout.strip() or None
+
+
+def log_line(record, steps):
+    numbers = "  ".join(f"{k} {record[f]:7.3f}" for k, f in (("objective", "objective"), ("ce", "cross_entropy")))
+    position = "start" if record["position"] is None else f"{record['position']:5d}"
+    return (
+        f"step {record['step']:3d}/{steps}  position {position}  {numbers}  error {record['error']:.2f}  "
+        f"nll {record['nll']:5.2f}  best {record['best']['objective']:7.3f}  "
+        f"{sum(record['seconds'].values()):5.1f} s  {record['prompt']}"
+    )
+
+
+def report(table, run_dir):
+    print(f"\n{'':8s}  {'dev accuracy':>15s}  {'test accuracy':>15s}  prompt")
+    for role, prompt, results in table:
+        cells = [f"{100 * r['accuracy']:6.1f} ± {100 * r['stderr']:4.1f} %" for r in results]
+        print(f"{role:8s}  {cells[0]:>15s}  {cells[1]:>15s}  {prompt['prompt']}")
+    print(f"\n± is one standard error; dev {table[0][2][0]['n']} rows, test {table[0][2][1]['n']} rows")
+    for name in ("prompts.jsonl", "steps.jsonl", "results.jsonl", "predictions.jsonl"):
+        print(f"  {run_dir / name}")
+
+
+if __name__ == "__main__":
+    run_script(main)
