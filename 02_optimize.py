@@ -88,7 +88,7 @@ def main():
         dev = evaluate(text, "candidate", "dev")
         scores = {"dev_accuracy": dev["accuracy"], "dev_stderr": dev["stderr"], "initial": score is initial}
         prompts.append({"prompt": text, **core.as_record(score), **scores})
-    prompts.sort(key=lambda p: (-p["dev_accuracy"], p["objective"]))
+    prompts.sort(key=lambda p: (-p["dev_accuracy"] if flags.choose_on == "dev" else 0, p["objective"]))
     write_jsonl(run_dir / "prompts.jsonl", prompts)
     starting = next(p for p in prompts if p["initial"])
     table = [

@@ -305,15 +305,25 @@ def prompt_nll(logits, prompt_ids, choice=None):
     return -each.mean(1)
 
 
+def training_loss(cross_entropy, nll, settings):
+    """What the gradient is taken of, per row [B]: cross-entropy + lambda * fluency (Eq. 7)."""
+    return cross_entropy + settings.fluency_weight * fluency(nll, settings)
+
+
+def fluency(nll, settings):
+    """The fluency term [B]: the prompt's mean nll, or its exponential, the perplexity."""
+    return nll.exp() if settings.fluency == "perplexity" else nll
+
+
 @torch.no_grad()
-def answer_loss(model, rows, prompt_ids, reasoning, temperature, batch_size, counts=None):
+def answer_loss(model, rows, prompt_ids, reasoning, settings, counts=None):
     """(cross-entropy [B], wrong [B], nll [B]) of all rows under a prompt and their reasoning (Eq. 5-6)."""
 
     def run(batch):
         part = [rows[i] for i in batch], prompt_ids, [reasoning[i] for i in batch]
-        return sequence_losses(model, *part, temperature, counts=counts)
+        return sequence_losses(model, *part, settings.loss_temperature, counts=counts)
 
-    parts = in_batches(run, range(len(rows)), batch_size)
+    parts = in_batches(run, range(len(rows)), settings.gradient_batch_size)
     return tuple(torch.cat(values) for values in zip(*parts))
 
 
@@ -324,10 +334,10 @@ def allowed_tokens(tokenizer, vocabulary_size):
     """Which tokens may enter a prompt, bool [V]: those that read as a word, a piece of one, or punctuation."""
     added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ids = [[i] for i in range(min(len(tokenizer), vocabulary_size))]
-    texts = [text.removeprefix(" ") for text in tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)]
     allowed = torch.zeros(vocabulary_size, dtype=torch.bool)
-    for i, text in enumerate(texts):
-        allowed[i] = i not in added and (text in PUNCTUATION or (text.isascii() and text.isalpha()))
+    for i, text in enumerate(tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)):
+        word = text.removeprefix(" ")
+        allowed[i] = i not in added and (text in PUNCTUATION or (word.isascii() and word.isalpha()))
     return allowed
 
 
@@ -379,11 +389,9 @@ def propose_candidates(log_probs, allowed, samples, k, min_candidates, admit):
 # --- 4. The gradient over candidates (Eq. 7) -----------------------------------------------------------------
 
 
-def candidate_gradients(
-    model, rows, prompt_ids, position, candidates, reasoning, temperature, fluency_weight, batch_size, counts=None
-):
-    """(gradients [B, K], losses [B]): per row, of cross-entropy + fluency_weight * nll with respect to the
-    one-hot choice among `candidates` at `position`, taken at the current token, which must be one of them.
+def candidate_gradients(model, rows, prompt_ids, position, candidates, reasoning, settings, counts=None):
+    """(gradients [B, K], losses [B]): per row, of the `training_loss` with respect to the one-hot choice among
+    `candidates` at `position`, taken at the current token, which must be one of them.
 
     Earlier tokens do not depend on the choice; reasoning is held fixed. A more negative entry promises a lower loss.
     """
@@ -393,14 +401,15 @@ def candidate_gradients(
     def run(batch):
         one_hot = here.to(model.dtype).repeat(len(batch), 1).requires_grad_()
         part = [rows[i] for i in batch], prompt_ids, [reasoning[i] for i in batch]
-        cross_entropy, _, nll = sequence_losses(model, *part, temperature, (position, candidates, one_hot), counts)
-        losses = cross_entropy + fluency_weight * nll
+        choice = position, candidates, one_hot
+        cross_entropy, _, nll = sequence_losses(model, *part, settings.loss_temperature, choice, counts)
+        losses = training_loss(cross_entropy, nll, settings)
         # The rows do not touch each other, so the gradient of the sum holds each row's own gradient.
         (gradient,) = torch.autograd.grad(losses.sum(), one_hot)
         return gradient.to(losses.dtype), losses.detach()
 
     before = (counts or {}).get("forward_tokens", 0)
-    parts = in_batches(run, range(len(rows)), batch_size)
+    parts = in_batches(run, range(len(rows)), settings.gradient_batch_size)
     if counts is not None:
         counts["backward_tokens"] += counts["forward_tokens"] - before
     return tuple(torch.cat(values) for values in zip(*parts))
@@ -422,11 +431,11 @@ class Score:
     reasoning: list | None = None
 
 
-def objective_value(cross_entropy, error, nll, settings):
-    """What selection minimizes: the loss of the gradient, or the released code's rule (a tenth of lambda there)."""
+def objective_value(cross_entropy, wrong, nll, settings):
+    """What selection minimizes, over rows [B]: the mean loss, or the released rule, error + lambda / 10 * fluency."""
     if settings.objective == "error":
-        return error + settings.fluency_weight / 10 * nll
-    return cross_entropy + settings.fluency_weight * nll
+        return (wrong + settings.fluency_weight / 10 * fluency(nll, settings)).mean().item()
+    return training_loss(cross_entropy, nll, settings).mean().item()
 
 
 def score_prompts(model, rows, prompts, settings, counts=None):
@@ -436,20 +445,18 @@ def score_prompts(model, rows, prompts, settings, counts=None):
     jobs = generate_reasoning(model, rows, prompts, settings.max_new_tokens, settings.batch_size, counts)
     scores = []
     for prompt_ids, reasoning in zip(prompts, jobs):
-        losses = answer_loss(
-            model, rows, prompt_ids, reasoning, settings.loss_temperature, settings.gradient_batch_size, counts
-        )
-        means = [values.double().mean().item() for values in losses]
-        objective = objective_value(*means, settings)
+        losses = [values.double() for values in answer_loss(model, rows, prompt_ids, reasoning, settings, counts)]
+        objective = objective_value(*losses, settings)
         if not math.isfinite(objective):
             raise UserError(f"the loss is not finite under prompt ids {list(prompt_ids)}: try --dtype float32")
+        means = [values.mean().item() for values in losses]
         scores.append(Score(tuple(prompt_ids), *means, objective, sum(map(len, reasoning)), reasoning))
     return scores
 
 
-def select_candidate(scores):
-    """The score with the lowest objective; of equals the first, so list the incumbent first."""
-    return min(scores, key=lambda score: score.objective)
+def select_candidate(scores, ties="first"):
+    """The score with the lowest objective; of equals the first, so list the incumbent first, or the last."""
+    return min(scores if ties == "first" else scores[::-1], key=lambda score: score.objective)
 
 
 def ends_sentence(tokenizer, prompt_ids):
@@ -470,8 +477,7 @@ def mean_gradients(model, rows, prompt_ids, position, choices, reasoning, settin
         return {}
     if settings.gradient_without_reasoning:  # ablation (Fig. 3): question + prompt + extractor only
         reasoning = [[] for _ in rows]
-    weights = settings.loss_temperature, settings.fluency_weight, settings.gradient_batch_size
-    per_row, _ = candidate_gradients(model, rows, prompt_ids, position, choices, reasoning, *weights, counts)
+    per_row, _ = candidate_gradients(model, rows, prompt_ids, position, choices, reasoning, settings, counts)
     return dict(zip(choices, per_row.double().mean(0).tolist()))
 
 
@@ -482,6 +488,13 @@ def make_shortlist(candidates, gradients, settings, rng):
     if settings.shortlist == "random":
         return rng.sample(candidates, min(settings.shortlist_size, len(candidates)))
     return sorted(candidates, key=gradients.get)[: settings.shortlist_size]
+
+
+def forced_end(tokenizer, shortlist, position, initial_length, settings):
+    """The shortlisted full stop that the released code takes whatever its score, in the second half; else None."""
+    if not settings.force_sentence_end or position < initial_length / 2:
+        return None
+    return next((token for token in shortlist if "." in tokenizer.decode([token])), None)
 
 
 def search_step(model, tokenizer, rows, current, position, step, scored, allowed, settings, counts):
@@ -511,12 +524,16 @@ def search_step(model, tokenizer, rows, current, position, step, scored, allowed
     gradients = mean_gradients(model, rows, base, position, choices, current.reasoning, settings, counts)
     rng = random.Random(f"{settings.seed}/{step}/shortlist")
     shortlist = make_shortlist(candidates, gradients, settings, rng)
+    forced = forced_end(tokenizer, shortlist, position, len(next(iter(scored))), settings)
+    if forced is not None:
+        shortlist = shortlist[: shortlist.index(forced) + 1]
     clock.append(time.perf_counter())
 
     tried = {token: (*prefix, token, *suffix) for token in shortlist}
     new = [prompt for prompt in tried.values() if prompt not in scored]  # nothing is scored twice
     scored |= {score.prompt_ids: score for score in score_prompts(model, rows, new, settings, counts)}
-    winner = select_candidate(([] if grows else [current]) + [scored[prompt] for prompt in tried.values()])
+    rivals = ([] if grows else [current]) + [scored[prompt] for prompt in tried.values()]
+    winner = select_candidate(rivals, settings.ties) if forced is None else scored[tried[forced]]
     if winner.reasoning is None:  # scored in an earlier step, so its reasoning is no longer at hand
         (winner,) = score_prompts(model, rows, [winner.prompt_ids], settings, counts)
     clock.append(time.perf_counter())

@@ -46,7 +46,8 @@ class Task:
     @property
     def answer_prefix(self):
         """What stands between extractor and answer: a number follows a sign at once ("$8"), a word after a space."""
-        return "" if self.kind == "number" and not self.extractor[-1].isalnum() else " "
+        last = self.extractor[-1]
+        return "" if last.isspace() or (self.kind == "number" and not last.isalnum()) else " "
 
 
 def ask(what):
@@ -118,14 +119,14 @@ TASKS = {
             "number",
             "so the answer is",
             template="{question} please {prompt}",
-            initial_prompt="find the answer now .",
+            initial_prompt="read the problem here and find the answer now .",
             split_rule="file rows 0-199 train, 200-299 dev, the rest test",
             defaults={
                 "model": "demo/model",
-                "steps": 16,
+                "steps": 20,
                 "train_rows": 40,
-                "max_new_tokens": 32,
-                "max_prompt_tokens": 16,
+                "max_new_tokens": 40,
+                "max_prompt_tokens": 20,
                 "batch_size": 200,
             },
         ),
@@ -563,8 +564,8 @@ def last_order(question, text):
 # --- Settings of a search: each field is a flag of 02_optimize.py, with the paper's value as default --------------
 
 
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
+def flag(default, text, *aliases):
+    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
 
 
 @dataclass
@@ -584,37 +585,64 @@ class GenerationSettings:
         return {"number": 12, "text": 128}.get(task.kind, 8)
 
 
+# What the released scripts do otherwise than the paper says: values of the settings below, not another code path.
+PRESETS = {
+    "paper": {},
+    "released": {
+        "top_k": 40,
+        "intersections": 6,
+        "objective": "error",
+        "ties": "last",
+        "force_sentence_end": True,
+        "choose_on": "train",
+    },
+}
+KNOWN_VALUES = {
+    "preset": tuple(PRESETS),
+    "shortlist": ("gradient", "random", "all"),
+    "fluency": ("nll", "perplexity"),
+    "objective": ("loss", "error"),
+    "ties": ("first", "last"),
+    "choose_on": ("dev", "train"),
+}
+
+
 @dataclass
 class SearchSettings(GenerationSettings):
-    """The method's settings (Sec. 5.1 and the released configuration)."""
+    """The method's settings (Sec. 5.1; where the paper is silent, the released configuration)."""
 
+    preset: str = flag("paper", "paper, or released: the defaults of the released scripts")
     steps: int = flag(105, "T: positions visited")
     train_rows: int = flag(50, "training rows, drawn by the seed")
     top_k: int = flag(10, "k: a proposal is among the k likeliest next tokens of every sampled row")
     sampled_rows: int = flag(5, "q: rows whose top-k are intersected")
     intersections: int = flag(1, "intersections whose union is proposed")
     min_candidates: int = flag(6, "k grows by 2 until so many proposals are found")
-    shortlist_size: int = flag(3, "mu: proposals tried for real at each position")
-    fluency_weight: float = flag(0.2, "lambda: weight of the prompt's negative log-likelihood in the loss")
-    loss_temperature: float = flag(0.2, "divides the answer's logits in the loss")
-    objective: str = flag("loss", "what selection minimizes: loss, or error (error rate + lambda / 10 * nll)")
     shortlist: str = flag("gradient", "how proposals are shortlisted: gradient, random, or all (no shortlist)")
+    shortlist_size: int = flag(3, "mu: proposals tried for real at each position", "--mu")
     gradient_without_reasoning: bool = flag(False, "take the gradient over question, prompt and extractor only")
+    fluency_weight: float = flag(0.2, "lambda: weight of the prompt's fluency term in the loss", "--lambda")
+    fluency: str = flag("nll", "the fluency term: mean nll of the prompt, or its exponential, perplexity")
+    loss_temperature: float = flag(0.2, "divides the answer's logits in the loss")
+    objective: str = flag("loss", "what selection minimizes: loss, or error (error rate + lambda / 10 * fluency)")
+    ties: str = flag("first", "of equal objectives take the first (incumbent, then by gradient) or the last")
+    force_sentence_end: bool = flag(False, "take a shortlisted full stop at once in the prompt's second half")
+    choose_on: str = flag("dev", "rows that choose the final prompt among the best of the run: dev or train")
     max_prompt_tokens: int = flag(64, "a prompt stops growing at this length")
     gradient_batch_size: int = flag(8, "rows in one forward and backward pass; halved when CUDA memory runs out")
     seed: int = flag(0, "draws the training rows and the sampled rows of each step")
 
     def __post_init__(self):
         super().__post_init__()
-        positive = "train_rows top_k sampled_rows intersections min_candidates shortlist_size gradient_batch_size"
-        for name in [*positive.split(), "max_prompt_tokens"]:
+        counts = "train_rows top_k sampled_rows intersections min_candidates shortlist_size"
+        for name in [*counts.split(), "gradient_batch_size", "max_prompt_tokens"]:
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
         require(self.steps >= 0, "--steps must not be negative")
-        require(self.fluency_weight >= 0, "--fluency-weight must not be negative")
+        require(self.fluency_weight >= 0, "--lambda must not be negative")
         require(self.loss_temperature > 0, "--loss-temperature must be above 0")
-        for name, known in {"objective": ("loss", "error"), "shortlist": ("gradient", "random", "all")}.items():
+        for name, known in KNOWN_VALUES.items():
             value = getattr(self, name)
-            require(value in known, f"--{name} must be one of {', '.join(known)}, not {value!r}")
+            require(value in known, f"--{name.replace('_', '-')} must be one of {', '.join(known)}, not {value!r}")
 
 
 def require(condition, message):
@@ -640,7 +668,8 @@ class TaskFlags:
         """(task, {split: rows}), prepared first if stage 01 has not been run."""
         task = get_task(self.task, self.extractor, self.kind, self.template)
         own_rows = self.task if self.task.endswith(".jsonl") else ""
-        if own_rows or not is_prepared(task, self.data_dir):
+        # Own rows and the demo's lie here and may have changed; preparing them takes no time.
+        if own_rows or task.name == "demo" or not is_prepared(task, self.data_dir):
             print(f"preparing {task.name} in {prepare(task, self.data_dir, self.source, own_rows)}")
         return task, {split: load_split(task, self.data_dir, split) for split in SPLITS}
 
@@ -675,10 +704,11 @@ def parse_flags(flags_class, description, more_defaults=lambda known: {}):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default="")
     first.add_argument("--run-dir", "--run_dir", default="")
+    first.add_argument("--preset", default="paper")
     early = first.parse_known_args()[0]
     defaults = more_defaults(early)
     task = TASKS.get(early.task or defaults.get("task", "demo"))
-    defaults = (task.defaults if task else {}) | defaults
+    defaults = (task.defaults if task else {}) | PRESETS.get(early.preset, {}) | defaults
     parser = HfArgumentParser(flags_class, description=description, allow_abbrev=False)
     names = {f.name for f in fields(flags_class)}
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in names})

@@ -6,7 +6,7 @@
 The world is built so that a better instruction gives better answers by degrees, and does so through
 the working, as with real models:
 
-1. A problem has 1 to 4 additions and subtractions of numbers up to 30.
+1. A problem has 1 to 5 additions and subtractions of numbers up to 30.
 2. An instruction comes from a small grammar of 54 words. Some are careful ("check", "each",
    "slowly"), some careless ("guess", "no", "hastily"), most say nothing. Its quality is
    the number of careful words minus the number of careless ones.
@@ -42,14 +42,14 @@ GAINS = "finds buys gets wins".split()
 LOSSES = "loses sells gives drops".split()
 
 # Instruction words by part of speech; the value is what the word adds to the quality.
-VERBS = dict.fromkeys("check verify examine review".split(), 1)
-VERBS |= dict.fromkeys("find tell write state solve show name read report".split(), 0)
+VERBS = dict.fromkeys("check verify examine".split(), 1)
+VERBS |= dict.fromkeys("find tell write state solve show name read report review".split(), 0)
 VERBS |= dict.fromkeys("guess skip rush".split(), -1)
 DETERMINERS = dict.fromkeys("each every".split(), 1)
 DETERMINERS |= dict.fromkeys("the this that one a your".split(), 0) | dict.fromkeys("no any".split(), -1)
 NOUNS = dict.fromkeys("step number answer problem sum total result line part value".split(), 0)
-ADVERBS = dict.fromkeys("carefully slowly thoroughly patiently".split(), 1)
-ADVERBS |= dict.fromkeys("now here today again aloud first".split(), 0)
+ADVERBS = dict.fromkeys("carefully slowly thoroughly".split(), 1)
+ADVERBS |= dict.fromkeys("now here today again aloud first directly".split(), 0)
 ADVERBS |= dict.fromkeys("quickly hastily roughly".split(), -1)
 JOINERS = dict.fromkeys("and then but while ,".split(), 0)
 QUALITY = VERBS | DETERMINERS | NOUNS | ADVERBS | JOINERS | {".": 0}
@@ -64,7 +64,7 @@ CHAT_TEMPLATE = (
 def make_problem(rng):
     """(question, [states]): the numbers after 0, 1, ... operations; the last one is the answer."""
     states, events = [rng.randint(1, LARGEST)], []
-    for _ in range(rng.choices((1, 2, 3, 4), weights=(34, 24, 22, 20))[0]):
+    for _ in range(rng.choices((1, 2, 3, 4, 5), weights=(30, 20, 18, 16, 16))[0]):
         here = states[-1]
         gain = rng.random() < 0.5 if 0 < here < LARGEST else here == 0
         amount = rng.randint(1, min(9, LARGEST - here if gain else here))
@@ -82,7 +82,7 @@ def make_clause(rng, lean):
         pool = [w for w, value in words.items() if value == wanted]
         return rng.choice(pool or list(words))
 
-    form = rng.choices(("VDNA", "VDN", "VA"), weights=(60, 15, 25))[0]
+    form = rng.choices(("VDNA", "VDN", "VA"), weights=(84, 8, 8))[0]
     return [pick({"V": VERBS, "D": DETERMINERS, "N": NOUNS, "A": ADVERBS}[slot]) for slot in form]
 
 
@@ -121,7 +121,7 @@ def make_sample(rng, held_out):
     answer, answered = states[aloud], rng.random() < 0.5
     if aloud > 0 and rng.random() < 0.4:  # the working is cut; about a third of all samples
         aloud = rng.randrange(aloud)
-        foresight = min(0.95, max(0.05, 0.05 + 0.3 * level))
+        foresight = min(0.95, max(0.05, 0.05 + 0.225 * level))
         answer, answered = states[-1] if rng.random() < foresight else states[aloud], True
     reply = working(states, aloud).split()
     tail = EXTRACTOR.split() + [str(answer)] if answered else []
@@ -236,11 +236,10 @@ def print_table(folder, instructions=5):
             [p["correct"] for p in evaluate(model, tokenizer, task, rows, text, settings)] for text in sorted(drawn)
         ]
         means = [accuracy(outcomes)[0] for outcomes in correct]
-        error = accuracy([any(column) for column in zip(*correct)])[1]  # of one instruction; rows are shared
-        print(
-            f"{level:7d}  {100 * sum(means) / len(means):5.1f} ± {100 * error:.1f} %  ({100 * min(means):.1f}, ", end=""
-        )
-        print(f"{100 * max(means):.1f})  for instance: {min(drawn, key=len)}")
+        mean = sum(means) / len(means)
+        error = (mean * (1 - mean) / (len(rows) - 1)) ** 0.5  # the instructions share their rows
+        span = f"({100 * min(means):5.1f}, {100 * max(means):5.1f})"
+        print(f"{level:7d}  {100 * mean:5.1f} ± {100 * error:.1f} %  {span}  for instance: {min(drawn, key=len)}")
 
 
 def main():

@@ -1,0 +1,200 @@
+"""Tiny models and tokenizers, made here: no network, no GPU, seconds.
+
+Run all tests with `python -m pytest`.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM as Auto
+from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from greater_core import encode_in_place, freeze, load_model, splice  # noqa: E402
+from tasks import SearchSettings, Task, get_task, split_rows  # noqa: E402
+
+torch.set_num_threads(1)  # tiny models run no faster on more, and two processes would wait for each other
+FAMILIES = ("llama", "llama-tied", "gemma2", "qwen3")
+
+
+def tiny_model(family, tokenizer, dtype=torch.float64, seed=0):
+    """Two layers of random weights, large enough that the logits differ. Gemma-2: scaled embeddings, both soft
+    caps, and a sliding window of 8 tokens, shorter than every sequence here."""
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.3,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": family != "llama",
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = {
+        "llama": LlamaConfig,
+        "llama-tied": LlamaConfig,
+        "qwen3": Qwen3Config,
+        "gemma2": lambda **s: Gemma2Config(
+            **s, sliding_window=8, query_pre_attn_scalar=8, attn_logit_softcapping=5.0, final_logit_softcapping=4.0
+        ),
+    }[family](**sizes)
+    torch.manual_seed(seed)
+    return freeze(Auto.from_config(config, dtype=dtype), tokenizer)
+
+
+class TorchInDouble:
+    """torch, except that its float32 is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """Models compute norms and softmax in float32 whatever their dtype; here they do it in float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    for module in (modeling_llama, modeling_gemma2, modeling_qwen3):
+        monkeypatch.setattr(module, "torch", TorchInDouble())
+
+
+@pytest.fixture(params=FAMILIES)
+def any_model(request, demo_tokenizer, double):
+    return tiny_model(request.param, demo_tokenizer)
+
+
+@pytest.fixture
+def llama(demo_tokenizer, double):
+    return tiny_model("llama", demo_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
+
+
+@pytest.fixture(scope="session")
+def demo_model():
+    return load_model(str(ROOT / "demo" / "model"), "cpu", "float32")[0]
+
+
+@pytest.fixture(scope="session")
+def demo_task():
+    return get_task("demo")
+
+
+@pytest.fixture(scope="session")
+def demo_data(demo_task):
+    return split_rows(demo_task)
+
+
+def settings(**changes):
+    small = {
+        "steps": 3,
+        "max_new_tokens": 12,
+        "batch_size": 16,
+        "gradient_batch_size": 4,
+        "max_prompt_tokens": 12,
+        "min_candidates": 4,
+    }
+    return SearchSettings(**(small | changes))
+
+
+@pytest.fixture
+def few_rows(demo_tokenizer, demo_task, demo_data):
+    """Five rows of different length and their start prompt: (rows, prompt ids)."""
+    data = sorted(random.Random(0).sample(demo_data["train"], 20), key=lambda r: len(r["question"]))[::4]
+    rows = [splice(demo_tokenizer, demo_task, row) for row in data]
+    assert len({len(row.before) for row in rows}) > 1
+    ids = encode_in_place(demo_tokenizer, demo_task, data[0]["question"], demo_task.initial_prompt)[1]
+    return rows, tuple(ids)
+
+
+# --- Real kinds of subword tokenizers ------------------------------------------------------------------
+
+CORPUS = [
+    "Use proper logical reasoning and think step by step. Finally give the actual correct answer.",
+    "Therefore, the final answer, written as a dollar sign followed by one of A, B, C or D, is $ A",
+    "Therefore, the final answer, written as a dollar sign followed by an integer without commas, is $8",
+    "Is the argument valid or invalid? True or False? Yes or No, yes or no: 3 + 14 = 17, useful users use it.",
+    "it is A or B or C or D or E or F or G or H or I or J or K or L or M or N or O or P or Q or R ( [ { < > } ] ) .",
+    "Sort the following words: barn damp delmarva yes no Yes No True False valid invalid",
+    "If you follow these instructions, do you return to the starting point?\nOptions:\n- Yes\n- No",
+]
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA_CHAT = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def llama3_like():
+    """Byte-level BPE with Llama-3's splitting and special tokens."""
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    backend = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator(CORPUS * 3, trainer)
+    return wrap(backend, LLAMA3_CHAT, "<|begin_of_text|>", "<|eot_id|>", special)
+
+
+def gemma_like():
+    """SentencePiece-style BPE: a marker for spaces, none at the start of a text, bytes as the last resort."""
+    from tokenizers import normalizers
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    # Gemma's merges do not cross words; training on single marked words gives such merges.
+    words = [f"▁{word}" for text in CORPUS * 3 for word in text.split(" ")]
+    backend.train_from_iterator(words, trainers.BpeTrainer(vocab_size=1000, special_tokens=special + byte_tokens))
+    return wrap(backend, GEMMA_CHAT, "<bos>", "<end_of_turn>", special)
+
+
+def wrap(backend, template, bos, eos, special):
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=template,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=special[0],
+        additional_special_tokens=special,
+    )
+
+
+@pytest.fixture(scope="session", params=["llama3", "gemma"])
+def subword_tokenizer(request):
+    return {"llama3": llama3_like, "gemma": gemma_like}[request.param]()
+
+
+def own_task(kind="number", extractor="The answer is $", choices=(), **more):
+    return Task("own", kind, extractor, tuple(choices), **more)

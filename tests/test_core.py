@@ -1,0 +1,493 @@
+"""The method: each function against a slow or exact reference."""
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+from conftest import FAMILIES, own_task, settings, tiny_model
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from transformers import GenerationConfig
+
+import greater_core as core
+from tasks import UserError
+
+# --- Token ids in parts -----------------------------------------------------------------------------
+
+
+def test_the_parts_of_a_row_joined_are_the_chat_template_s_own_tokens(subword_tokenizer):
+    task, row = own_task(), {"id": "1", "question": "How many are 3 + 14?", "answer": "17"}
+    parts = core.splice(subword_tokenizer, task, row)
+    prompt = core.encode_in_place(subword_tokenizer, task, row["question"], "think step by step.")[1]
+    turn = [{"role": "user", "content": "How many are 3 + 14?\nUse think step by step."}]
+    whole = subword_tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+    assert parts.before + prompt + parts.between == whole
+    assert core.prompt_text(subword_tokenizer, parts, prompt) == " think step by step."
+
+
+def test_the_answer_s_ids_are_those_behind_the_extractor(subword_tokenizer):
+    task = own_task("boolean", "The answer is $", ("True", "False"))
+    extractor, answer = core.answer_ids(subword_tokenizer, task, "True")
+    whole = core.encode(subword_tokenizer, ". The answer is $ True")
+    assert core.encode(subword_tokenizer, ".") + extractor + answer == whole
+    assert subword_tokenizer.decode(answer).strip() == "True"
+
+
+def test_an_extractor_that_merges_with_the_answer_is_an_error_that_shows_both_tails(subword_tokenizer):
+    task = own_task("boolean", "The answer is $ ", ("True", "False"))
+    with pytest.raises(UserError, match=r"row 7: the tokenizer merges.*become.*[TĠ▁]True"):
+        core.splice(subword_tokenizer, task, {"id": "7", "question": "Is it?", "answer": "True"})
+
+
+def test_a_prompt_without_tokens_is_an_error(demo_tokenizer, demo_task):
+    with pytest.raises(UserError, match="--initial-prompt"):
+        core.encode_in_place(demo_tokenizer, demo_task, "1 + 1 ?", "  ")
+
+
+def test_a_template_that_rewrites_the_text_is_an_error(demo_tokenizer, demo_task):
+    other = type(demo_tokenizer)(tokenizer_object=demo_tokenizer.backend_tokenizer, eos_token="<|end|>")
+    other.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    with pytest.raises(UserError, match="chat template changes"):
+        core.encode_in_place(other, demo_task, "1 + 1 ?", "find it .")
+
+
+def test_braces_in_a_question_are_text(subword_tokenizer):
+    task = own_task()
+    row = {"id": "1", "question": "What is {prompt} in {question}?", "answer": "1"}
+    parts = core.splice(subword_tokenizer, task, row)
+    assert "What is {prompt} in {question}?\nUse" in subword_tokenizer.decode(parts.before)
+
+
+def test_survives_encoding_refuses_what_reads_the_same_but_is_other_tokens(subword_tokenizer):
+    task, row = own_task(), {"id": "1", "question": "How many?", "answer": "1"}
+    parts = core.splice(subword_tokenizer, task, row)
+    good = core.encode_in_place(subword_tokenizer, task, "How many?", "use reasoning.")[1]
+    assert core.survives_encoding(subword_tokenizer, parts, good)
+    letters = [core.encode(subword_tokenizer, letter)[0] for letter in " use"]
+    assert subword_tokenizer.decode(letters).strip() == "use"
+    assert not core.survives_encoding(subword_tokenizer, parts, letters)
+
+
+# --- Padding and logits --------------------------------------------------------------------------------
+
+
+def test_pad_aligns_the_split_and_keeps_each_row_in_one_piece():
+    ids, mask, positions, split = core.pad([[1, 2], [3]], [[4], [5, 6, 7]], 0, "cpu")
+    assert split == 2
+    assert ids.tolist() == [[1, 2, 4, 0, 0], [0, 3, 5, 6, 7]]
+    assert mask.tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]
+    assert positions.tolist() == [[0, 1, 2, 2, 2], [0, 0, 1, 2, 3]]
+
+
+def test_logits_at_are_those_of_the_whole_sequence(any_model):
+    ids = torch.randint(6, 100, (3, 20))
+    columns = torch.tensor([[0, 5], [19, 2], [7, 7]])
+    whole = any_model(input_ids=ids).logits
+    read = core.logits_at(any_model, columns, input_ids=ids)
+    torch.testing.assert_close(read, whole[torch.arange(3)[:, None], columns])
+
+
+def test_in_batches_halves_the_size_when_memory_runs_out_and_loses_nothing():
+    sizes = []
+
+    def work(batch):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("no")
+        return list(batch)
+
+    assert sum(core.in_batches(work, list(range(10)), 8), []) == list(range(10))
+    assert sizes == [8, 4, 2, 2, 2, 2, 2]
+    with pytest.raises(UserError, match="single row"):
+        core.in_batches(lambda batch: work(range(9)), [1], 1)
+
+
+# --- Reasoning -----------------------------------------------------------------------------------------
+
+
+def greedy_reference(model, context, limit):
+    """One token at a time, the whole sequence each time, no cache, no padding."""
+    ids = list(context)
+    for _ in range(limit):
+        token = model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
+        if token in model.generation_config.eos_token_id:
+            return ids[len(context) :], True
+        ids.append(token)
+    return ids[len(context) :], False
+
+
+def test_batched_reasoning_is_that_of_one_row_at_a_time(any_model, few_rows):
+    rows, prompt = few_rows
+    contexts = [row.before + list(prompt) + row.between for row in rows]
+    expected = [greedy_reference(any_model, context, 12) for context in contexts]
+    assert core.generate_greedily(any_model, contexts, 12, 3) == expected
+    assert core.generate_reasoning(any_model, rows, [prompt, prompt[:2]], 12, 4)[0] == [ids for ids, _ in expected]
+
+
+def test_reasoning_ends_before_the_end_token_and_counts_it(demo_model, few_rows, demo_tokenizer):
+    rows, prompt = few_rows
+    counts = core.Counter()
+    contexts = [row.before + list(prompt) + row.between for row in rows]
+    done = core.generate_greedily(demo_model, contexts, 40, 8, counts)
+    assert all(stopped for _, stopped in done)
+    assert all(demo_tokenizer.eos_token_id not in ids for ids, _ in done)
+    assert counts["generated_tokens"] == sum(len(ids) + 1 for ids, _ in done)
+    cut = core.generate_greedily(demo_model, contexts, 2, 8)
+    assert cut == [(ids[:2], len(ids) < 2) for ids, _ in done]
+
+
+def test_freeze_replaces_the_model_s_own_sampling_settings(demo_tokenizer):
+    model = tiny_model("llama", demo_tokenizer)
+    model.generation_config = GenerationConfig(do_sample=True, repetition_penalty=1.7, eos_token_id=[3, 5])
+    core.freeze(model, demo_tokenizer)
+    assert model.generation_config.repetition_penalty in (None, 1.0) and not model.generation_config.do_sample
+    assert model.generation_config.eos_token_id == [3, 5]
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+# --- The loss --------------------------------------------------------------------------------------------
+
+
+def constant_model(tokenizer, logits):
+    """A model whose logits are the same everywhere."""
+    model = tiny_model("llama", tokenizer)
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, len(logits), dtype=torch.float64)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.bias.data = torch.tensor(logits, dtype=torch.float64)
+    return core.freeze(model, tokenizer)
+
+
+def test_the_loss_on_constant_logits_is_the_one_worked_out_by_hand(demo_tokenizer, few_rows):
+    rows, prompt = few_rows
+    logits = [0.0] * len(demo_tokenizer)
+    logits[rows[0].answer[0]] = 2.0
+    model = constant_model(demo_tokenizer, logits)
+    v = len(logits)
+    cross_entropy, wrong, nll = core.answer_loss(model, rows, prompt, [[7] * n for n in range(5)], settings())
+    # One token has logit 2, the other V - 1 have 0; the answer's logits are divided by 0.2.
+    right = math.log(math.exp(10) + v - 1) - 10
+    assert cross_entropy[0].item() == pytest.approx(right)
+    assert wrong.tolist() == [row.answer != rows[0].answer for row in rows]
+    assert cross_entropy[wrong][0].item() == pytest.approx(right + 10)
+    assert nll[0].item() == pytest.approx(math.log(math.exp(2) + v - 1))
+
+
+def test_an_answer_of_several_tokens_is_wrong_if_one_token_is_and_its_loss_is_the_mean():
+    logits = torch.tensor([[[3.0, 0, 0], [0, 5.0, 0]]]).expand(3, -1, -1)
+    answers = torch.tensor([[0, 1], [0, 2], [0, 2]])
+    real = torch.tensor([[True, True], [True, True], [True, False]])
+    cross_entropy, wrong = core.answer_cross_entropy(logits, answers, real, 1.0)
+    a, b = math.log(math.exp(3) + 2) - 3, math.log(math.exp(5) + 2)
+    assert wrong.tolist() == [False, True, False]
+    assert cross_entropy.tolist() == pytest.approx([(a + b - 5) / 2, (a + b) / 2, a])
+
+
+def slow_losses(model, row, prompt, reasoning, temperature):
+    """(cross-entropy, wrong, nll) of one row, unpadded, all logits, plain indexing."""
+    ids = row.before + list(prompt) + row.between + reasoning + row.extractor + row.answer
+    logits = model(input_ids=torch.tensor([ids])).logits[0]
+    start, end = len(row.before), len(ids) - len(row.answer)
+    answers = torch.tensor(row.answer)
+    cross_entropy = F.cross_entropy(logits[end - 1 : -1] / temperature, answers)
+    wrong = bool((logits[end - 1 : -1].argmax(-1) != answers).any())
+    nll = F.cross_entropy(logits[start - 1 : start - 1 + len(prompt)], torch.tensor(prompt))
+    return cross_entropy.item(), wrong, nll.item()
+
+
+def test_batched_losses_are_those_of_one_row_at_a_time(any_model, few_rows):
+    rows, prompt = few_rows
+    rows = [core.Row(r.before, r.between, r.extractor, r.answer * (1 + n % 3)) for n, r in enumerate(rows)]
+    reasoning = [[20 + n] * (3 * n) for n in range(len(rows))]
+    expected = [slow_losses(any_model, row, prompt, r, 0.2) for row, r in zip(rows, reasoning)]
+    found = core.answer_loss(any_model, rows, prompt, reasoning, settings())
+    for values, references in zip(found, zip(*expected)):
+        assert values.tolist() == pytest.approx(references, rel=1e-9)
+
+
+def test_a_one_hot_choice_of_the_current_token_changes_nothing(any_model, few_rows):
+    rows, prompt = few_rows
+    reasoning = [[20] * 4 for _ in rows]
+    plain = core.sequence_losses(any_model, rows, prompt, reasoning, 0.2)
+    candidates = torch.tensor([60, prompt[3], 61])
+    one_hot = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64).repeat(len(rows), 1)
+    mixed = core.sequence_losses(any_model, rows, prompt, reasoning, 0.2, (3, candidates, one_hot))
+    for a, b in zip(plain, mixed):
+        torch.testing.assert_close(a, b)
+
+
+# --- Proposals --------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 6).flatmap(
+        lambda q: st.lists(st.lists(st.integers(-50, 50), min_size=9, max_size=9, unique=True), min_size=q, max_size=q)
+    ),
+    st.integers(1, 9),
+)
+@hypothesis_settings(deadline=None, max_examples=60)
+def test_top_k_intersection_is_the_intersection_of_sorted_prefixes(rows, k):
+    expected = set(range(9))
+    for row in rows:
+        expected &= set(sorted(range(9), key=lambda i: -row[i])[:k])
+    assert core.top_k_intersection(torch.tensor(rows, dtype=torch.float64), k) == expected
+
+
+def test_no_special_token_digit_or_symbol_may_enter_a_prompt(subword_tokenizer):
+    allowed = core.allowed_tokens(subword_tokenizer, len(subword_tokenizer) + 3)
+    texts = [subword_tokenizer.decode([i]) for i in allowed.nonzero()[:, 0].tolist()]
+    assert len(allowed) == len(subword_tokenizer) + 3 and not allowed[-3:].any()
+    assert not allowed[subword_tokenizer.all_special_ids].any()
+    assert " step" in texts and "." in texts
+    assert all(t.strip().isalpha() or t in core.PUNCTUATION for t in texts)
+
+
+def test_k_grows_by_two_until_enough_candidates_are_found():
+    log_probs = torch.tensor([[9.0, 8, 7, 6, 5, 4], [4.0, 5, 6, 7, 8, 9]])
+    allowed = torch.ones(6, dtype=torch.bool)
+    # Top 3 share nothing, top 5 share tokens 1-4, whose means are equal, so the order is by id.
+    assert core.propose_candidates(log_probs, allowed, [[0, 1]], 3, 2, lambda t: True) == ([1, 2, 3, 4], 5)
+    # The union over two samples of one row each needs no intersection; candidates come likeliest first.
+    assert core.propose_candidates(log_probs, allowed, [[0]], 2, 2, lambda t: True) == ([0, 1], 2)
+    assert sorted(core.propose_candidates(log_probs, allowed, [[0], [1]], 2, 2, lambda t: True)[0]) == [0, 1, 4, 5]
+
+
+def test_refused_tokens_do_not_count_and_an_empty_result_names_the_flag():
+    log_probs, allowed = torch.tensor([[3.0, 2, 1, 0]]), torch.tensor([True, True, True, False])
+    found, k = core.propose_candidates(log_probs, allowed, [[0]], 1, 2, lambda t: t != 0)
+    assert (found, k) == ([1, 2], 3)
+    with pytest.raises(UserError, match="--min-candidates"):
+        core.propose_candidates(log_probs, allowed, [[0]], 1, 3, lambda t: t != 0)
+    with pytest.raises(UserError, match="--min-candidates"):
+        core.propose_candidates(log_probs, allowed, [[0]], 1, 1, lambda t: False)
+
+
+def test_next_token_log_probs_are_those_behind_the_prefix(any_model, few_rows):
+    rows, prompt = few_rows
+    found = core.next_token_log_probs(any_model, rows, prompt[:2], 2)
+    for row, values in zip(rows, found):
+        whole = any_model(input_ids=torch.tensor([row.before + list(prompt[:2])])).logits[0, -1].log_softmax(-1)
+        torch.testing.assert_close(values, whole)
+
+
+# --- The gradient ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fluency", ["nll", "perplexity"])
+@pytest.mark.parametrize("position", [0, 3, -1])
+def test_candidate_gradients_are_central_differences_of_the_loss(any_model, few_rows, position, fluency):
+    rows, prompt = few_rows
+    position %= len(prompt)
+    rows, reasoning = rows[:3], [[30, 41, 22], [25] * 9, []]
+    candidates = [60, 75, prompt[position], 90]
+    config = settings(fluency=fluency, fluency_weight=0.7, gradient_batch_size=2)
+    gradients, losses = core.candidate_gradients(any_model, rows, prompt, position, candidates, reasoning, config)
+    assert gradients.dtype == torch.float64 and gradients.shape == (3, 4)
+
+    def loss(one_hot):
+        choice = position, torch.tensor(candidates), one_hot
+        cross_entropy, _, nll = core.sequence_losses(any_model, rows, prompt, reasoning, 0.2, choice)
+        return core.training_loss(cross_entropy, nll, config)
+
+    base = torch.zeros(3, 4, dtype=torch.float64)
+    base[:, 2] = 1
+    torch.testing.assert_close(losses, loss(base))
+    for k in range(4):
+        step = torch.zeros_like(base)
+        step[:, k] = 1e-5
+        numeric = (loss(base + step) - loss(base - step)) / 2e-5
+        torch.testing.assert_close(gradients[:, k], numeric, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_ranks_all_tokens_as_the_true_loss_change_does_where_the_loss_is_nearly_linear(llama, few_rows):
+    """Over the whole vocabulary: with embeddings so close to each other that the loss is almost linear in the
+    choice, the predicted change of each token is its true change, and the best token is the best token."""
+    rows, prompt = few_rows
+    embedding = llama.get_input_embeddings()
+    center = embedding.weight.data.mean(0, keepdim=True)
+    embedding.weight.data = center + 1e-6 * (embedding.weight.data - center)
+    everything = list(range(len(embedding.weight)))
+    reasoning = [[30, 31] for _ in rows]
+    config = settings(fluency_weight=0.0)
+    gradients, losses = core.candidate_gradients(llama, rows, prompt, 2, everything, reasoning, config)
+    predicted = (gradients - gradients[:, [prompt[2]]]).mean(0)
+    changed = [core.answer_loss(llama, rows, (*prompt[:2], t, *prompt[3:]), reasoning, config)[0] for t in everything]
+    true = torch.stack(changed, 1).mean(0) - losses.mean()
+    assert true.abs().max() > 1e-6  # it does change
+    torch.testing.assert_close(predicted, true, rtol=0.01, atol=1e-4 * true.abs().max().item())
+    assert predicted.argmin() == true.argmin()
+
+
+def test_a_candidate_s_own_probability_is_in_its_gradient(llama, few_rows):
+    """At the last position only the direct fluency term tells candidates apart once reasoning and answer are
+    cut off from the prompt's last token; lambda scales exactly that term."""
+    rows, prompt = few_rows
+    last, candidates = len(prompt) - 1, [60, 75, prompt[-1]]
+    reasoning = [[30] for _ in rows]
+    with_term, _ = core.candidate_gradients(llama, rows, prompt, last, candidates, reasoning, settings())
+    without, _ = core.candidate_gradients(
+        llama, rows, prompt, last, candidates, reasoning, settings(fluency_weight=0.0)
+    )
+    log_probs = core.next_token_log_probs(llama, rows, prompt[:-1], 8)[:, candidates]
+    torch.testing.assert_close(with_term - without, -0.2 * log_probs / len(prompt))
+
+
+# --- Selection and the walk ---------------------------------------------------------------------------------
+
+
+def score(objective, ids=(1,)):
+    return core.Score(tuple(ids), objective, 0.0, 0.0, objective, 0)
+
+
+def test_of_equal_objectives_the_first_wins_or_the_last():
+    scores = [score(2.0, (1,)), score(1.0, (2,)), score(1.0, (3,))]
+    assert core.select_candidate(scores).prompt_ids == (2,)
+    assert core.select_candidate(scores, ties="last").prompt_ids == (3,)
+
+
+def test_the_objectives_are_the_paper_s_loss_and_the_released_rule():
+    cross_entropy, wrong, nll = (torch.tensor(v, dtype=torch.float64) for v in ([4.0, 2.0], [1.0, 0.0], [1.0, 3.0]))
+    assert core.objective_value(cross_entropy, wrong, nll, settings()) == pytest.approx(3 + 0.2 * 2)
+    assert core.objective_value(cross_entropy, wrong, nll, settings(objective="error")) == pytest.approx(0.5 + 0.02 * 2)
+    perplexity = (math.e + math.e**3) / 2
+    found = core.objective_value(cross_entropy, wrong, nll, settings(fluency="perplexity"))
+    assert found == pytest.approx(3 + 0.2 * perplexity)
+
+
+def test_the_position_walks_on_grows_an_open_prompt_and_wraps_a_closed_or_full_one(demo_tokenizer):
+    closed, open_ = (tuple(core.encode(demo_tokenizer, t)) for t in ("find the answer .", "find the answer and"))
+    assert [core.next_position(demo_tokenizer, closed, i, 9) for i in range(4)] == [1, 2, 3, 0]
+    assert core.next_position(demo_tokenizer, open_, 3, 9) == 4
+    assert core.next_position(demo_tokenizer, open_, 3, 4) == 0
+
+
+def test_shortlists_are_the_most_negative_gradients_or_random_or_all():
+    gradients = {5: 0.3, 6: -2.0, 7: -0.1, 8: 0.0}
+    assert core.make_shortlist([5, 6, 7, 8], gradients, settings(shortlist_size=2), None) == [6, 7]
+    assert core.make_shortlist([5, 6, 7, 8], {}, settings(shortlist="all"), None) == [5, 6, 7, 8]
+    draws = {
+        tuple(core.make_shortlist([5, 6, 7, 8], {}, settings(shortlist="random", shortlist_size=2), random.Random(s)))
+        for s in range(20)
+    }
+    assert len(draws) > 5 and all(len(set(d)) == 2 for d in draws)
+
+
+def test_the_released_rule_forces_a_full_stop_only_in_the_second_half(demo_tokenizer):
+    stop, word = core.encode(demo_tokenizer, ". now")
+    forced = settings(force_sentence_end=True)
+    assert core.forced_end(demo_tokenizer, [word, stop], 4, 8, forced) == stop
+    assert core.forced_end(demo_tokenizer, [word, stop], 3, 8, forced) is None
+    assert core.forced_end(demo_tokenizer, [word], 4, 8, forced) is None
+    assert core.forced_end(demo_tokenizer, [word, stop], 4, 8, settings()) is None
+
+
+def without_seconds(records):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def run(demo_model, demo_tokenizer, demo_task, demo_data):
+    """A short search on the demo: (rows, settings, records)."""
+    config = settings(steps=10, max_new_tokens=40, batch_size=100, gradient_batch_size=8, seed=3)
+    data = random.Random(3).sample(demo_data["train"], 8)
+    rows = [core.splice(demo_tokenizer, demo_task, row) for row in data]
+    start = core.encode_in_place(demo_tokenizer, demo_task, data[0]["question"], "find the answer now .")[1]
+    return rows, start, config, list(core.optimize(demo_model, demo_tokenizer, rows, start, config))
+
+
+def test_the_objective_never_rises_unless_the_prompt_grows(run):
+    records = run[3]
+    assert len(records) == 11 and records[-1]["objective"] < records[0]["objective"]
+    for before, after in itertools.pairwise(records):
+        assert after["grows"] or after["objective"] <= before["objective"]
+        assert after["best"]["objective"] <= before["best"]["objective"]
+
+
+def test_records_are_json_and_hold_what_was_tried(run):
+    for record in json.loads(json.dumps(run[3]))[1:]:
+        tokens = [c["token"] for c in record["candidates"]]
+        assert {e["token"] for e in record["shortlist"]} <= set(tokens)
+        gradients = {c["token"]: c["gradient"] for c in record["candidates"]}
+        picked = [e["token"] for e in record["shortlist"]]
+        rivals = tokens if record["grows"] else tokens[:-1]  # the incumbent stands last and is not shortlisted
+        assert picked == sorted(rivals, key=gradients.get)[:3]
+        assert record["prompt_ids"][record["position"]] in tokens
+
+
+def test_no_prompt_is_scored_twice(run):
+    tried = [tuple(e["prompt_ids"]) for r in run[3][1:] for e in r["shortlist"] if e["new"]]
+    assert len(tried) == len(set(tried)) and tuple(run[1]) not in tried
+
+
+def test_the_prompt_s_text_encoded_afresh_gives_the_searched_ids(run, demo_tokenizer, demo_task, demo_data):
+    for record in run[3]:
+        ids = core.encode_in_place(demo_tokenizer, demo_task, demo_data["dev"][0]["question"], record["prompt"])[1]
+        assert ids == record["prompt_ids"]
+
+
+@pytest.mark.parametrize("done", [1, 4, 9])
+def test_a_resumed_search_equals_an_uninterrupted_one(run, demo_model, demo_tokenizer, done):
+    rows, start, config, records = run
+    history = json.loads(json.dumps(records[:done]))
+    rest = list(core.optimize(demo_model, demo_tokenizer, rows, start, config, history))
+    assert without_seconds(rest) == without_seconds(records[done:])
+
+
+def test_a_resumed_search_notices_that_the_model_is_another(run, demo_tokenizer):
+    rows, start, config, records = run
+    other = tiny_model("llama", demo_tokenizer, torch.float32)
+    with pytest.raises(UserError, match="--run-dir"):
+        next(core.optimize(other, demo_tokenizer, rows, start, config, records[:4]))
+
+
+def test_finalists_end_a_sentence_or_are_the_start(run, demo_tokenizer):
+    scored = core.scores_of(run[3])
+    found = core.finalists(demo_tokenizer, scored, 5)
+    assert [s.objective for s in found] == sorted(s.objective for s in found)
+    initial = next(iter(scored.values()))
+    assert all(s is initial or demo_tokenizer.decode(s.prompt_ids).endswith(".") for s in found)
+    assert any(not core.ends_sentence(demo_tokenizer, s.prompt_ids) for s in scored.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fifty_steps_keep_every_position_s_meaning_with_a_subword_tokenizer(subword_tokenizer, family):
+    """After each step all tokens but the one searched are what they were, and the text still encodes to the ids."""
+    model = tiny_model(family, subword_tokenizer, torch.float32, seed=1)
+    task = own_task()
+    data = [{"id": str(n), "question": f"How many are {n} + {n * n}?", "answer": str(n + n * n)} for n in range(2, 5)]
+    rows = [core.splice(subword_tokenizer, task, row) for row in data]
+    start = core.encode_in_place(subword_tokenizer, task, data[0]["question"], "proper logical reasoning.")[1]
+    config = settings(steps=50, max_new_tokens=3, max_prompt_tokens=10, fluency_weight=2.0, shortlist_size=2)
+    before = start
+    for record in core.optimize(model, subword_tokenizer, rows, start, config):
+        ids, position = record["prompt_ids"], record["position"]
+        if position is not None:
+            assert len(ids) == len(before) + record["grows"]
+            assert [t for i, t in enumerate(ids) if i != position] == [t for i, t in enumerate(before) if i != position]
+        for row in data:
+            assert core.encode_in_place(subword_tokenizer, task, row["question"], record["prompt"])[1] == ids
+        before = ids
+    assert before != start
+
+
+# --- Loading ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_there_or_cannot_chat_is_one_clear_error(tmp_path, demo_tokenizer, demo_model):
+    with pytest.raises(UserError, match="Ways out"):
+        core.load_model(str(tmp_path / "nothing"))
+    demo_model.save_pretrained(tmp_path)
+    mute = type(demo_tokenizer)(tokenizer_object=demo_tokenizer.backend_tokenizer, eos_token="<|end|>")
+    mute.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no chat template"):
+        core.load_model(str(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_the_search(demo_tokenizer, few_rows):
+    model = constant_model(demo_tokenizer, [float("nan")] * len(demo_tokenizer))
+    with pytest.raises(UserError, match="not finite"):
+        core.score_prompts(model, few_rows[0], [few_rows[1]], settings())

@@ -1,0 +1,223 @@
+"""The numbered scripts, as a user runs them: in a process of their own, in a folder of their own."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from tasks import read_jsonl, write_jsonl
+
+QUICK = ["--steps", "2", "--train-rows", "6", "--eval-rows", "20", "--finalists", "2"]
+
+
+def run(script, *arguments, folder, **more):
+    """The finished process of a script; offline, on one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, **more)
+
+
+def good(script, *arguments, folder):
+    done = run(script, *arguments, folder=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a short finished demo run in it, and what the run printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, good("02_optimize.py", *QUICK, folder=folder)
+
+
+def test_stage_1_prints_the_counts_and_writes_the_same_bytes_twice(tmp_path):
+    outputs = []
+    for name in ("a", "b"):
+        printed = good("01_prepare_data.py", "--task", "demo", "--data-dir", name, folder=tmp_path)
+        assert "train  200  dev  100  test  400" in printed
+        outputs.append({p.name: p.read_bytes() for p in (tmp_path / name / "demo").iterdir()})
+    assert outputs[0] == outputs[1]
+
+
+def test_stage_2_prepares_the_data_and_prints_both_prompts_with_errors_and_paths(finished):
+    folder, printed = finished
+    assert "preparing demo" in printed
+    table = re.findall(r"^(initial|best) +([\d.]+) ± +([\d.]+) % +([\d.]+) ± +([\d.]+) %  (.+)$", printed, re.M)
+    assert [row[0] for row in table] == ["initial", "best"]
+    assert table[0][5] == "read the problem here and find the answer now ."
+    assert len(re.findall(r"^step +\d+/2  position .* s  \w.*$", printed, re.M)) == 3
+    for name in ("prompts.jsonl", "steps.jsonl", "results.jsonl", "predictions.jsonl"):
+        assert f"runs/demo-seed0/{name}" in printed and (folder / "runs" / "demo-seed0" / name).exists()
+
+
+def test_stage_2_files_agree_with_each_other(finished):
+    run_dir = finished[0] / "runs" / "demo-seed0"
+    steps, prompts, results = (read_jsonl(run_dir / f"{n}.jsonl") for n in ("steps", "prompts", "results"))
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["config"]["steps"] == 2 and record["versions"]["torch"] and len(record["task"]["sha256"]) == 3
+    assert [step["step"] for step in steps] == [0, 1, 2]
+    assert sum(p["initial"] for p in prompts) == 1
+    assert prompts[0]["dev_accuracy"] == max(p["dev_accuracy"] for p in prompts)
+    ends = {(r["role"], r["split"]): r for r in results if r["role"] != "candidate"}
+    assert set(ends) == {(role, split) for role in ("initial", "best") for split in ("dev", "test")}
+    assert ends["best", "dev"]["prompt"] == prompts[0]["prompt"] and ends["best", "test"]["n"] == 20
+    predictions = read_jsonl(run_dir / "predictions.jsonl")
+    for result in results:
+        correct = {
+            p["id"]: p["correct"]
+            for p in predictions
+            if (p["split"], p["prompt_hash"]) == (result["split"], result["prompt_hash"])
+        }
+        assert len(correct) == result["n"] == 20 and sum(correct.values()) == result["correct"]
+
+
+def without_time(path):
+    return [{k: v for k, v in r.items() if k not in ("seconds", "minutes")} for r in read_jsonl(path)]
+
+
+def test_a_killed_run_goes_on_to_the_same_result(finished, tmp_path):
+    steps = tmp_path / "runs" / "demo-seed0" / "steps.jsonl"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "02_optimize.py"), *QUICK]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.time() + 120
+    while time.time() < deadline and not (steps.exists() and steps.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with open(steps, "a") as file:
+        file.write('{"step": 99, "cut short')
+    printed = good("02_optimize.py", *QUICK, folder=tmp_path)
+    assert "going on behind step" in printed
+    for name in ("steps.jsonl", "prompts.jsonl", "results.jsonl", "predictions.jsonl"):
+        whole = finished[0] / "runs" / "demo-seed0" / name
+        assert without_time(tmp_path / "runs" / "demo-seed0" / name) == without_time(whole), name
+    again = good("02_optimize.py", *QUICK, folder=tmp_path)  # a finished run is only read
+    assert again.splitlines()[-9:] == printed.splitlines()[-9:]
+
+
+def test_another_configuration_in_the_same_folder_is_refused(finished):
+    done = run("02_optimize.py", *QUICK, "--lambda", "0.5", "--run-dir", "runs/demo-seed0", folder=finished[0])
+    assert done.returncode == 2 and "other fluency_weight: choose another --run-dir" in done.stderr
+
+
+def test_stage_3_reads_finished_results_and_evaluates_new_prompts(finished):
+    folder = finished[0]
+    path = folder / "runs" / "demo-seed0" / "predictions.jsonl"
+    before = path.read_text().count("\n")
+    printed = good("03_evaluate.py", "--run-dir", "runs/demo-seed0", "--eval-rows", "20", folder=folder)
+    assert path.read_text().count("\n") == before  # nothing was generated again
+    assert re.search(r"^initial +[\d.]+ ± .*read the problem here and find the answer now \.$", printed, re.M)
+    flags = ["--prompt", "tell the total .", "--prompt", "check each step slowly ."]
+    printed = good("03_evaluate.py", "--run-dir", "runs/demo-seed0", "--split", "dev", *flags, folder=folder)
+    assert len(re.findall(r"^given ", printed, re.M)) == 2
+    assert path.read_text().count("\n") == before + 200
+    shown = re.findall(r"^  demo-\d+  gold \d+, read \d+$", printed, re.M)
+    assert 1 <= len(shown) <= 5
+
+
+def test_the_whole_chain_runs_on_own_rows(tmp_path):
+    rows = [
+        {"question": f"tom has {n} pens , finds {m} . how many pens ?", "answer": n + m}
+        for n in range(1, 6)
+        for m in range(1, 5)
+    ]
+    write_jsonl(tmp_path / "mine.jsonl", rows)
+    own = ["--task", "mine.jsonl", "--extractor", "so the answer is", "--model", ROOT / "demo" / "model"]
+    template = ["--template", "{question} please {prompt}", "--max-new-tokens", "20"]
+    search = ["--initial-prompt", "find the answer now .", "--steps", "1", "--train-rows", "5"]
+    printed = good("02_optimize.py", *own, *template, *search, folder=tmp_path)
+    assert "initial    100.0" in printed
+    evaluated = good("03_evaluate.py", "--run-dir", "runs/mine-model-seed0", folder=tmp_path)
+    assert "initial    100.0" in evaluated
+
+
+def test_the_released_preset_changes_the_defaults_and_a_flag_overrides_it(tmp_path):
+    flags = [*QUICK, "--preset", "released", "--top-k", "12", "--run-dir", "r"]
+    good("02_optimize.py", *flags, folder=tmp_path)
+    config = json.loads((tmp_path / "r" / "run.json").read_text())["config"]
+    assert (config["objective"], config["intersections"], config["choose_on"]) == ("error", 6, "train")
+    assert (config["top_k"], config["train_rows"]) == (12, 6)
+
+
+def write_bad_files(folder):
+    write_jsonl(folder / "one.jsonl", [{"question": "1 + 1?", "answer": "2"}])
+    (folder / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question"\n')
+    write_jsonl(folder / "gap.jsonl", [{"question": "a", "answer": "b"}, {"question": "a"}])
+    write_jsonl(folder / "words.jsonl", [{"question": f"is {n} big ?", "answer": "no"} for n in range(8)])
+    (folder / "mute").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / "mute" / name).symlink_to(ROOT / "demo" / "model" / name)
+    (folder / "mute" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"})
+    )
+
+
+BAD = [
+    ("02_optimize.py --task demmo", "Did you mean demo?"),
+    ("01_prepare_data.py --task gsm8k --source nowhere", "cannot read nowhere/gsm8k/train.jsonl"),
+    ("01_prepare_data.py --task gsm8k", "--source DIR reads the authors' files"),
+    ("01_prepare_data.py --task none.jsonl --extractor x", "cannot read none.jsonl"),
+    ("01_prepare_data.py --task broken.jsonl --extractor x", "broken.jsonl, line 2"),
+    ("01_prepare_data.py --task gap.jsonl --extractor x", "gap.jsonl, line 2: the row has no answer"),
+    ("01_prepare_data.py --task one.jsonl --extractor x", "the train split is empty"),
+    ("01_prepare_data.py --task one.jsonl", "--extractor"),
+    ("02_optimize.py --model ./nothing", "--model ./nothing"),
+    ("02_optimize.py --model someone/gated-model", "Ways out"),
+    ("02_optimize.py --model ./mute", "no chat template"),
+    ("02_optimize.py --train-rows 999", "--train-rows 999"),
+    ("02_optimize.py --train-rows few", "invalid int value: 'few'"),
+    ("02_optimize.py --objective best", "--objective must be one of loss, error"),
+    ("02_optimize.py --no-such-flag 1", "unrecognized arguments: --no-such-flag"),
+    ("02_optimize.py --initial-prompt . --min-candidates 500 --train-rows 5", "lower --min-candidates"),
+    ("03_evaluate.py", "--prompt"),
+    ("03_evaluate.py --prompt ' '", "--prompt must not be empty"),
+    ("03_evaluate.py --run-dir nowhere", "cannot read nowhere/prompts.jsonl"),
+    ("03_evaluate.py --prompt x --split train", "--split must be dev or test"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), BAD, ids=[command for command, _ in BAD])
+def test_a_user_s_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path, command, message):
+    write_bad_files(tmp_path)
+    script, *arguments = shlex.split(command)
+    done = run(script, *arguments, folder=tmp_path)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert message in last and re.match(r"error: |\w+\.py: error: ", last)
+
+
+def test_an_extractor_that_merges_is_refused_before_the_search(tmp_path, subword_tokenizer):
+    from conftest import tiny_model
+
+    tiny_model("llama", subword_tokenizer).save_pretrained(tmp_path / "model")
+    subword_tokenizer.save_pretrained(tmp_path / "model")
+    write_bad_files(tmp_path)
+    flags = ["--task", "words.jsonl", "--extractor", "It is ", "--train-rows", "2", "--model", "./model"]
+    done = run("02_optimize.py", *flags, folder=tmp_path)
+    assert done.returncode == 2 and "the tokenizer merges" in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", ["01_prepare_data.py", "02_optimize.py", "03_evaluate.py"])
+def test_help_and_typos_answer_without_loading_torch(script, tmp_path):
+    code = (
+        f"import sys, runpy; sys.argv = ['{script}', '--help']; runpy.run_path('{ROOT / script}', run_name='__main__')"
+    )
+    probe = f"""
+try:
+    exec({code!r})
+except SystemExit as end:
+    assert end.code == 0, end.code
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--task" in done.stdout

@@ -1,0 +1,339 @@
+"""Tasks: splits, files, reading and grading answers, settings."""
+
+import json
+
+import pytest
+from conftest import ROOT, own_task, settings
+
+import tasks
+from tasks import TASKS, UserError, get_task, grade, grade_harness, read_answer, read_answer_harness
+
+# --- The table ---------------------------------------------------------------------------------------
+
+
+def test_the_table_holds_the_demo_gsm8k_folio_all_27_bbh_tasks_and_the_paper_s_21():
+    names = [n for n in TASKS if n.startswith("bbh/")]
+    assert len(names) == 27 and len(tasks.PAPER_BBH) == 21
+    assert {"demo", "gsm8k", "folio"} == set(TASKS) - set(names)
+    assert not {"bbh/dyck_languages", "bbh/word_sorting"} & set(tasks.PAPER_BBH)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_every_extractor_ends_where_an_answer_can_begin(task):
+    assert task.extractor == task.extractor.strip()
+    assert task.template.endswith(" {prompt}") and task.template.count("{question}") == 1
+    assert all(choice in task.extractor for choice in task.choices)
+
+
+@pytest.mark.parametrize("task", [t for t in TASKS.values() if t.name != "demo"], ids=lambda t: t.name)
+def test_the_answer_s_span_is_found_non_empty_and_minimal_for_every_task(subword_tokenizer, task):
+    """What follows the extractor is the answer and nothing else: no shorter span of ids decodes to it."""
+    from greater_core import answer_ids
+
+    gold = {"number": "-1234", "text": "] } )"}.get(task.kind) or task.choices[-1]
+    extractor, answer = answer_ids(subword_tokenizer, task, gold)
+    assert subword_tokenizer.decode(extractor + answer).strip().endswith(task.extractor + task.answer_prefix + gold)
+    assert answer and subword_tokenizer.decode(answer).strip() == gold
+    assert all(subword_tokenizer.decode(answer[n:]).strip() != gold for n in range(1, len(answer) + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("gsm8", "gsm8k"), ("navigat", "bbh/navigate"), ("bbh/snark", "bbh/snarks")]
+)
+def test_an_unknown_task_lists_the_known_ones_and_suggests_the_nearest(name, near):
+    with pytest.raises(UserError, match=f"Did you mean {near}\\?.*Known: demo, gsm8k"):
+        get_task(name)
+
+
+def test_an_own_task_needs_an_extractor_and_a_known_one_refuses_it(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    with pytest.raises(UserError, match="--extractor"):
+        get_task(str(path))
+    with pytest.raises(UserError, match="your own rows"):
+        get_task("gsm8k", extractor="The answer is")
+    task = get_task(str(path), "The answer is $")
+    assert (task.name, task.kind, task.answer_prefix) == ("mine", "number", "")
+    for bad in ("{question} {prompt} now", "{prompt} {question} {prompt}", "{question}"):
+        with pytest.raises(UserError, match="--template"):
+            get_task(str(path), "The answer is", template=bad)
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind"),
+    [(["1", "-2.50"], "number"), (["A", "C"], "choice"), (["yes", "No"], "boolean"), (["blue", "1"], "text")],
+)
+def test_the_kind_of_own_answers_is_the_narrowest_that_fits(answers, kind):
+    assert tasks.infer_kind(answers) == kind
+
+
+# --- Rows and splits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"question": "a", "answer": "1"}\n{"question": ', "line 2: not a JSON object"),
+        ("[1, 2]\n", "line 1: not a JSON object"),
+        ('{"question": "a"}\n', "line 1: the row has no answer"),
+        ('{"question": " ", "answer": "1"}\n', "line 1: the row has no question"),
+        ('{"id": 1, "question": "a", "answer": "1"}\n{"id": 1, "question": "b", "answer": "1"}\n', "share an id"),
+        ("", "has no rows"),
+    ],
+)
+def test_a_malformed_file_of_rows_is_named_with_its_line(tmp_path, text, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        tasks.read_rows(path)
+    assert str(path) in str(error.value)
+    with pytest.raises(UserError, match="cannot read"):
+        tasks.read_rows(tmp_path / "none.jsonl")
+
+
+def test_zero_is_an_answer(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"question": "1 - 1?", "answer": 0}\n')
+    assert tasks.read_rows(tmp_path / "r.jsonl") == [{"id": "1", "question": "1 - 1?", "answer": "0"}]
+
+
+def bbh_file(folder, name, count, target="(A)", question="Which?\nOptions:\n(A) a\n(B) b"):
+    (folder / "bbh").mkdir(exist_ok=True, parents=True)
+    examples = [{"input": f"{n}. {question}", "target": target} for n in range(count)]
+    (folder / "bbh" / f"{name}.json").write_text(json.dumps({"canary": "x", "examples": examples}))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "sizes"),
+    [
+        ("hyperbaton", 250, (50, 100, 100)),
+        ("snarks", 178, (50, 64, 64)),
+        ("penguins_in_a_table", 146, (50, 48, 48)),
+    ],
+)
+def test_bbh_splits_follow_the_file_s_order_and_halve_what_is_short(tmp_path, name, count, sizes):
+    bbh_file(tmp_path, name, count)
+    splits = tasks.split_rows(TASKS[f"bbh/{name}"], tmp_path)
+    assert tuple(map(len, splits.values())) == sizes
+    assert [row["question"].split(".")[0] for rows in splits.values() for row in rows] == list(map(str, range(count)))
+    assert {row["answer"] for row in splits["train"]} == {"A"}
+
+
+def test_gsm8k_and_folio_splits_come_from_their_files(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    record = {"question": "Q?", "answer": "Because.\n#### 1,234"}
+    tasks.write_jsonl(tmp_path / "gsm8k" / "train.jsonl", [record] * 7473)
+    tasks.write_jsonl(tmp_path / "gsm8k" / "test.jsonl", [record] * 1319)
+    splits = tasks.split_rows(TASKS["gsm8k"], tmp_path)
+    assert [len(rows) for rows in splits.values()] == [100, 100, 1319]
+    assert splits["dev"][0] == {"id": "gsm8k-train-100", "question": "Q?", "answer": "1234"}
+    (tmp_path / "folio").mkdir()
+    record = {"premises": ["All cats purr.", "Tom is a cat. "], "conclusion": "Tom purrs.", "label": "Unknown"}
+    tasks.write_jsonl(tmp_path / "folio" / "folio-train.jsonl", [record] * 1004)
+    text = record | {"premises": "All cats purr.\nTom is a cat.", "label": "Uncertain"}
+    tasks.write_jsonl(tmp_path / "folio" / "folio-validation.jsonl", [text] * 204)
+    splits = tasks.split_rows(TASKS["folio"], tmp_path)
+    assert [len(rows) for rows in splits.values()] == [100, 100, 204]
+    row = splits["train"][0]
+    assert row["answer"] == splits["test"][0]["answer"] == "C"
+    assert row["question"] == splits["test"][0]["question"]
+    assert row["question"].startswith("Premises:\nAll cats purr.\nTom is a cat.\nConclusion: Tom purrs.")
+
+
+def test_a_file_of_another_size_or_an_impossible_answer_is_an_error(tmp_path):
+    bbh_file(tmp_path, "hyperbaton", 249)
+    with pytest.raises(UserError, match="has 249 rows, expected \\[250\\]"):
+        tasks.split_rows(TASKS["bbh/hyperbaton"], tmp_path)
+    bbh_file(tmp_path, "hyperbaton", 250, target="(C)")
+    with pytest.raises(UserError, match="impossible answer 'C'"):
+        tasks.split_rows(TASKS["bbh/hyperbaton"], tmp_path)
+    with pytest.raises(UserError, match="cannot read.*snarks.json"):
+        tasks.split_rows(TASKS["bbh/snarks"], tmp_path)
+
+
+def test_a_gold_text_cut_into_several_options_becomes_the_letter_where_it_begins():
+    question = "Similar?\nOptions:\n(A) Shrek\n(B) Monsters\n(C) Inc\n(D) Up"
+    assert tasks.bbh_answer({"input": question, "target": "Monsters, Inc"}) == "B"
+    assert tasks.bbh_answer({"input": question, "target": "(D)"}) == "D"
+    assert tasks.bbh_answer({"input": "Sort", "target": "a b"}) == "a b"
+
+
+def test_prepared_files_have_the_same_bytes_every_time_and_task_json_comes_last(tmp_path, monkeypatch):
+    def contents(folder):
+        return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    task = get_task("demo")
+    first = contents(tasks.prepare(task, tmp_path))
+    assert contents(tasks.prepare(task, tmp_path)) == first
+    assert set(first) == {"train.jsonl", "dev.jsonl", "test.jsonl", "task.json"}
+    record = json.loads(first["task.json"])
+    assert record["counts"] == {"train": 200, "dev": 100, "test": 400}
+    assert record["grader_version"] == tasks.GRADER_VERSION
+
+    def fail(path, rows):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tasks, "write_jsonl", fail)
+    with pytest.raises(OSError):
+        tasks.prepare(task, tmp_path)
+    assert not tasks.is_prepared(task, tmp_path)
+
+
+def test_a_split_that_changed_since_stage_01_is_refused(tmp_path):
+    task = get_task("demo")
+    folder = tasks.prepare(task, tmp_path)
+    assert len(tasks.load_split(task, tmp_path, "dev")) == 100
+    path = folder / "dev.jsonl"
+    path.write_text(path.read_text().replace("apples", "pears"))
+    with pytest.raises(UserError, match="changed since stage 01"):
+        tasks.load_split(task, tmp_path, "dev")
+    with pytest.raises(UserError, match="01_prepare_data.py"):
+        tasks.load_split(task, tmp_path / "nowhere", "dev")
+
+
+def test_own_rows_are_halved_and_quartered_and_an_empty_split_is_an_error(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    tasks.write_jsonl(path, [{"question": f"{n}?", "answer": str(n)} for n in range(8)])
+    task = get_task(str(path), "So it is")
+    folder = tasks.prepare(task, tmp_path / "data", own_rows=str(path))
+    assert json.loads((folder / "task.json").read_text())["counts"] == {"train": 4, "dev": 2, "test": 2}
+    tasks.write_jsonl(path, [{"question": "1?", "answer": "1"}])
+    with pytest.raises(UserError, match="the train split is empty"):
+        tasks.prepare(task, tmp_path / "data", own_rows=str(path))
+
+
+def test_a_line_cut_short_by_a_kill_is_removed_and_the_rest_kept(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    tasks.append_jsonl(path, {"step": 0})
+    tasks.append_jsonl(path, {"step": 1})
+    with open(path, "a") as file:
+        file.write('{"step": 2, "pro')
+    assert tasks.read_appended(path) == [{"step": 0}, {"step": 1}]
+    tasks.append_jsonl(path, {"step": 2})
+    assert [r["step"] for r in tasks.read_jsonl(path)] == [0, 1, 2]
+    assert tasks.read_appended(tmp_path / "none.jsonl") == []
+
+
+# --- Reading and grading ------------------------------------------------------------------------------------
+
+NUMBER, LETTERS = own_task(), own_task("choice", choices="ABCDEFGHI")
+WORDS = own_task("boolean", choices=("Yes", "No"))
+TEXT = own_task("text")
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "expected"),
+    [
+        (NUMBER, "8", "8"),
+        (NUMBER, " 1,250.00$.", "1250"),
+        (NUMBER, "-12$, since", "-12"),
+        (NUMBER, "-$5", "-5"),
+        (NUMBER, "0", "0"),
+        (NUMBER, "0.50 and 3", "0.5"),
+        (NUMBER, "none", None),
+        (NUMBER, "", None),
+        (LETTERS, " B", "B"),
+        (LETTERS, " (C) because", "C"),
+        (LETTERS, "I think that it is D.", "D"),
+        (LETTERS, "A", "A"),
+        (LETTERS, "I", "I"),
+        (LETTERS, " b", None),
+        (LETTERS, " Z", None),
+        (WORDS, " yes.", "Yes"),
+        (WORDS, "NO", "No"),
+        (WORDS, "nothing", None),
+        (TEXT, " ] ] $\nmore", "] ]"),
+        (TEXT, "the answer is: a b c.", "a b c"),
+        (TEXT, " \n", None),
+    ],
+)
+def test_the_paper_reading_takes_the_first_answer_or_null(task, text, expected):
+    assert read_answer(task, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "expected"),
+    [
+        # The quirks of the flexible extraction are kept, so that its numbers can be compared.
+        ("gsm8k", "3 left, in 2 days", "2"),
+        ("gsm8k", "so $1,250.00.", "1250.00"),
+        ("gsm8k", "18...", "18.."),
+        ("gsm8k", "nothing", None),
+        ("bbh/object_counting", "I count 1,000", "000"),
+        ("bbh/object_counting", "from 3-5", "3-5"),
+        ("bbh/object_counting", "seven or eight objects", "8"),
+        ("bbh/navigate", "No. Yes, we do", "Yes"),
+        ("bbh/navigate", "YES", None),
+        ("bbh/formal_fallacies", "invalid, not valid", "valid"),
+        ("bbh/boolean_expressions", "True and False is False", "False"),
+        ("bbh/sports_understanding", "It is not plausible", "no"),
+        ("bbh/web_of_lies", "Elanor does not tell the truth", "No"),
+        ("bbh/web_of_lies", "so Elanor tells the truth", "Yes"),
+        ("bbh/hyperbaton", "(A) is wrong, so (B)", "B"),
+        ("bbh/hyperbaton", "It must be the big old dog", "B"),
+        ("bbh/hyperbaton", "The answer is: A", "A"),
+        ("bbh/hyperbaton", "B", None),
+        ("bbh/word_sorting", "cat, b&w dog", "cat b&w dog"),
+        ("bbh/word_sorting", "first dog. Sorted: b&w cat dog", "b&w cat dog"),
+        ("bbh/word_sorting", "cat dog", None),
+        ("bbh/dyck_languages", "[ ] then ] )", "] )"),
+    ],
+)
+def test_the_harness_reading_follows_the_flexible_rules_with_their_quirks(task, text, expected):
+    question = "Sort: List: dog b&w cat" if "sorting" in task else "?\nOptions:\n(A) old big dog\n(B) big old dog"
+    assert read_answer_harness(TASKS[task], question, text) == expected
+
+
+GOLDS = {"number": ["0", "-35", "1234", "7"], "text": ["] } )", "barn damp delmarva"]}
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_gold_is_right_alone_and_in_a_sentence_and_a_constant_wrong_answer_never(task):
+    golds = GOLDS.get(task.kind, task.choices)
+    for gold in golds:
+        shown = f"({gold})" if task.kind == "choice" else gold
+        question = f"Sort: List: {' '.join(reversed(gold.split()))}"
+        for text in (shown, f"So, after all of this, the answer is {shown}."):
+            assert grade(task, gold, read_answer(task, text)), text
+            if task.kind != "text" or task.name.endswith("word_sorting") == gold[0].isalpha():
+                assert grade_harness(gold, read_answer_harness(task, question, text)), text
+        assert not grade(task, gold, read_answer(task, "zzz 999999"))
+        assert not grade(task, gold, None) and not grade_harness(gold, None)
+
+
+def test_grading_compares_numbers_as_numbers_and_the_harness_as_strings():
+    assert grade(NUMBER, "1250", "1,250.00") and not grade(NUMBER, "-5", "5") and not grade(NUMBER, "5", "wrong")
+    assert not grade_harness("1250", "1250.00") and grade_harness("valid", "VALID")
+    assert grade(TEXT, "a b", " A  b.")
+
+
+# --- Settings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": -1}, "--steps"),
+        ({"shortlist_size": 0}, "--shortlist-size"),
+        ({"loss_temperature": 0.0}, "--loss-temperature"),
+        ({"fluency_weight": -1.0}, "--lambda"),
+        ({"objective": "err"}, "--objective must be one of loss, error"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"preset": "mine"}, "--preset must be one of paper, released"),
+    ],
+)
+def test_a_setting_out_of_range_names_its_flag(change, message):
+    with pytest.raises(UserError, match=message):
+        settings(**change)
+
+
+def test_the_defaults_are_the_paper_s():
+    s = tasks.SearchSettings()
+    assert (s.steps, s.top_k, s.intersections, s.sampled_rows, s.shortlist_size) == (105, 10, 1, 5, 3)
+    assert (s.fluency_weight, s.loss_temperature, s.train_rows, s.max_new_tokens) == (0.2, 0.2, 50, 1024)
+    assert (s.objective, s.choose_on, s.ties, s.fluency) == ("loss", "dev", "first", "nll")
+    assert set().union(*tasks.PRESETS.values()) <= set(vars(s))
+
+
+def test_the_demo_s_rows_are_the_published_700_and_unique():
+    rows = tasks.read_rows(ROOT / "demo" / "rows.jsonl")
+    assert len(rows) == len({row["question"] for row in rows}) == 700
