@@ -1,0 +1,134 @@
+"""The method's claims, checked on the demo: each ablation against the full method at equal numbers of generated tokens.
+
+    python benchmarks/claims.py                     # the table in the README
+    python benchmarks/claims.py --seeds 3 --budgets 1000
+
+An arm searches until its next step would take it over the budget of generated tokens; its current prompt is then
+scored on all held-out test rows. A seed draws the training rows and every random choice. The table gives the mean
+accuracy over the seeds with its standard error, and the paired difference to the full method with its own.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import greater_core as core
+from evaluation import accuracy, evaluate
+from tasks import SearchSettings, get_task, split_rows
+
+ARMS = {
+    "full method": {},
+    "random shortlist": {"shortlist": "random"},
+    "gradient without reasoning": {"gradient_without_reasoning": True},
+    "selection by error": {"objective": "error"},
+    "lambda 0": {"fluency_weight": 0.0},
+}
+STARTS = {
+    "neutral": "read the problem here and find the answer now .",
+    "careless": "read the problem here and guess any answer quickly .",
+}
+
+
+def search(model, tokenizer, task, data, start, settings, budgets):
+    """{budget: prompt}: the current prompt when the next step would exceed each budget of generated tokens."""
+    train = random.Random(f"{settings.seed}/rows").sample(data["train"], settings.train_rows)
+    rows = [core.splice(tokenizer, task, row) for row in train]
+    prompt_ids = core.encode_in_place(tokenizer, task, train[0]["question"], start)[1]
+    found, prompt = {}, start
+    for record in core.optimize(model, tokenizer, rows, prompt_ids, settings):
+        tokens = record["totals"]["generated_tokens"]
+        found |= {budget: prompt for budget in budgets if budget < tokens and budget not in found}
+        if len(found) == len(budgets):
+            break
+        prompt = record["prompt"]
+    return {budget: found.get(budget, prompt) for budget in budgets}
+
+
+def mean_and_error(values):
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def draw(results, budgets, path):
+    """Accuracy over the budget, a panel per start, a line per arm with its standard error."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(STARTS), figsize=(11, 4.2), sharey=True, layout="constrained")
+    for panel, start in zip(panels, STARTS):
+        for n, arm in enumerate(ARMS):
+            points = [mean_and_error(results[start][arm][budget]) for budget in budgets]
+            means, errors = ([100 * value for value in column] for column in zip(*points))
+            xs = [budget * (1 + 0.03 * (n - 2)) for budget in budgets]  # side by side, so that no bar hides another
+            panel.errorbar(xs, means, errors, marker="osD^v"[n], markersize=5, capsize=3, label=arm)
+        panel.set(title=f"{start} start: “{STARTS[start]}”", xlabel="generated tokens", xscale="log")
+        panel.set_xticks(budgets, [str(b) for b in budgets], minor=False)
+        panel.minorticks_off()
+        panel.title.set_fontsize(9)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy on test rows, %")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--train-rows", type=int, default=10)
+    parser.add_argument("--mu", type=int, default=1, help="shortlist size of every arm")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[250, 500, 1000, 2000])
+    parser.add_argument("--out", type=Path, default=Path("runs/claims"))
+    flags = parser.parse_args()
+    started, task = time.time(), get_task("demo")
+    model, tokenizer = core.load_model(str(ROOT / "demo" / "model"), "cpu", "float32")
+    data, known = split_rows(task), {}
+
+    def test_accuracy(prompt, settings):
+        if prompt not in known:
+            outcomes = evaluate(model, tokenizer, task, data["test"], prompt, settings)
+            known[prompt] = accuracy([p["correct"] for p in outcomes])[0]
+        return known[prompt]
+
+    results = {start: {arm: {budget: [] for budget in flags.budgets} for arm in ARMS} for start in STARTS}
+    jobs = [(start, arm, seed) for start in STARTS for arm in ARMS for seed in range(flags.seeds)]
+    for start, arm, seed in tqdm(jobs, unit="search"):
+        common = {"max_new_tokens": 40, "batch_size": 200, "gradient_batch_size": 40, "max_prompt_tokens": 20}
+        sizes = {"steps": 100, "train_rows": flags.train_rows, "shortlist_size": flags.mu}
+        settings = SearchSettings(**common, **sizes, seed=seed, **ARMS[arm])
+        prompts = search(model, tokenizer, task, data, STARTS[start], settings, flags.budgets)
+        for budget, prompt in prompts.items():
+            results[start][arm][budget].append(test_accuracy(prompt, settings))
+
+    for start in STARTS:
+        print(f"\n{start} start: {STARTS[start]}  ({100 * test_accuracy(STARTS[start], settings):.1f} % on test)")
+        print(f"{'arm':28s}" + "".join(f"{f'{budget} tokens':>28s}" for budget in flags.budgets))
+        for arm in ARMS:
+            cells = []
+            for budget in flags.budgets:
+                mean, error = mean_and_error(results[start][arm][budget])
+                pairs = zip(results[start][arm][budget], results[start]["full method"][budget])
+                gap, gap_error = mean_and_error([a - b for a, b in pairs])
+                versus = "" if arm == "full method" else f" ({100 * gap:+5.1f} ± {100 * gap_error:3.1f})"
+                cells.append(f"{100 * mean:5.1f} ± {100 * error:3.1f}{versus:>16s}")
+            print(f"{arm:28s}" + "".join(f"{cell:>28s}" for cell in cells))
+    flags.out.mkdir(parents=True, exist_ok=True)
+    (flags.out / "claims.json").write_text(
+        json.dumps({"flags": vars(flags) | {"out": str(flags.out)}, "results": results})
+    )
+    draw(results, flags.budgets, flags.out / "claims.png")
+    print(f"\naccuracy in %, {len(data['test'])} test rows, mean ± standard error over {flags.seeds} seeds", end="; ")
+    print(f"in brackets: paired difference to the full method; {(time.time() - started) / 60:.1f} minutes")
+    print(f"  {flags.out / 'claims.json'}\n  {flags.out / 'claims.png'}")
+
+
+if __name__ == "__main__":
+    main()
