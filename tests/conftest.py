@@ -3,6 +3,7 @@
 Run all tests with `python -m pytest`.
 """
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -191,9 +192,14 @@ def wrap(backend, template, bos, eos, special):
     )
 
 
-@pytest.fixture(scope="session", params=["llama3", "gemma"])
+# Folders of real tokenizers, separated by ":", to run the same tests on: GREATER_TOKENIZERS=a/smollm2:b/qwen3 pytest
+REAL_TOKENIZERS = [folder for folder in os.environ.get("GREATER_TOKENIZERS", "").split(os.pathsep) if folder]
+
+
+@pytest.fixture(scope="session", params=["llama3", "gemma", *REAL_TOKENIZERS])
 def subword_tokenizer(request):
-    return {"llama3": llama3_like, "gemma": gemma_like}[request.param]()
+    own = {"llama3": llama3_like, "gemma": gemma_like}
+    return own[request.param]() if request.param in own else AutoTokenizer.from_pretrained(request.param)
 
 
 def own_task(kind="number", extractor="The answer is $", choices=(), **more):
