@@ -31,15 +31,17 @@ Deviations from the paper (P) and from the released code (R), each on purpose:
 - P, R: the final prompt is chosen on dev rows among prompts that end a sentence. R prints its ten best on train.
 """
 
+import logging
 import math
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from tasks import UserError
 
@@ -169,17 +171,42 @@ def survives_encoding(tokenizer, row, prompt_ids):
     return encode(tokenizer, before + text + after) == row.before + list(prompt_ids) + row.between
 
 
-# --- Padding, and logits only where they are read -----------------------------------------------------
+# --- Reading: keys and values once, logits only where they are needed ------------------------------------
 
 
-def pad(lefts, rights, fill, device):
-    """(input_ids [B, T], attention_mask [B, T], position_ids [B, T], split): `lefts` end and `rights` start
-    at column `split` in every row; padding is outside, so a row's tokens stay in one piece."""
-    split, tail = max(map(len, lefts)), max(map(len, rights))
-    ids = [[fill] * (split - len(a)) + a + b + [fill] * (tail - len(b)) for a, b in zip(lefts, rights)]
-    keep = [[0] * (split - len(a)) + [1] * (len(a) + len(b)) + [0] * (tail - len(b)) for a, b in zip(lefts, rights)]
-    mask = torch.tensor(keep, device=device)
-    return torch.tensor(ids, device=device), mask, (mask.cumsum(1) - 1).clamp(min=0), split
+@dataclass
+class Work:
+    """What a run has done, and the batch sizes that fit: {stage: size}, lowered when CUDA memory runs out."""
+
+    counts: Counter = field(default_factory=Counter)
+    sizes: dict = field(default_factory=dict)
+
+
+def in_batches(function, items, stage, size, work):
+    """[function(items[a:b]), ...] over batches; on CUDA out-of-memory the stage's size halves and the work goes on."""
+    results, start = [], 0
+    while start < len(items):
+        size = work.sizes.get(stage, size)
+        try:
+            results.append(function(items[start : start + size]))
+            start += size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise UserError("out of memory with a single row: use a smaller model or fewer tokens") from None
+            torch.cuda.empty_cache()
+            work.sizes[stage] = (min(size, len(items)) + 1) // 2
+            logging.getLogger(__name__).warning("out of memory: %s in batches of %d", stage, work.sizes[stage])
+    return results
+
+
+def pad(sequences, device, left=False):
+    """(ids [B, T], mask [B, T]) of lists of ids, padded on one side. Padding is id 0, masked everywhere."""
+    longest = max(map(len, sequences))
+    gaps = [[0] * (longest - len(s)) for s in sequences]
+    ids = [g + s if left else s + g for s, g in zip(sequences, gaps)]
+    ones = [[1] * len(s) for s in sequences]
+    mask = [g + o if left else o + g for o, g in zip(ones, gaps)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def logits_at(model, columns, **inputs):
@@ -192,117 +219,229 @@ def logits_at(model, columns, **inputs):
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][rows, columns],))
     try:
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**inputs).logits
     finally:
         hook.remove()
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def in_batches(function, items, size):
-    """[function(items[a:b]), ...] over batches of `size`; the size halves when CUDA memory runs out."""
-    results, start = [], 0
-    while start < len(items):
-        try:
-            results.append(function(items[start : start + size]))
-            start += size
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise UserError("out of memory with a single row: use a smaller model or fewer tokens") from None
-            torch.cuda.empty_cache()
-            size = (size + 1) // 2
-    return results
+def read(model, past, mask, tokens, columns):
+    """Read new tokens behind `past`: (logits [B, L, V] at `columns` of the new tokens, grown past).
+
+    past: per layer (keys, values), each [B, heads, C, head size]; [] for nothing. tokens: ids [B, S] or embeddings
+    [B, S, H]. mask [B, C + S]: padding only before the first and behind the last token of a row. `past` is not
+    changed, so many continuations can share it.
+    """
+    cache = DynamicCache()
+    for keys, values in past:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    name = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
+    inputs = {name: tokens, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+    logits = logits_at(model, columns, **inputs, use_cache=True)
+    return logits, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+@dataclass
+class Prefix:
+    """Question and prompt[:i] of every row, read once; proposals, gradient and selection at position i start here.
+
+    past: keys and values, padding on the left; mask [B, C]; starts: columns of padding of each row;
+    log_probs [B, V]: of the token at position i; nll [B, i]: of the prompt's tokens before it.
+    """
+
+    tokens: tuple[int, ...]
+    past: list
+    mask: torch.Tensor
+    starts: list[int]
+    log_probs: torch.Tensor
+    nll: torch.Tensor
+
+    def take(self, indices):
+        """The same for some rows, without columns that are padding in all of them."""
+        first = min(self.starts[i] for i in indices)
+        index = torch.tensor(indices, device=self.mask.device)
+        past = [(keys[index, :, first:], values[index, :, first:]) for keys, values in self.past]
+        starts = [self.starts[i] - first for i in indices]
+        return Prefix(self.tokens, past, self.mask[index, first:], starts, self.log_probs[index], self.nll[index])
+
+
+@torch.no_grad()
+def read_questions(model, rows, batch_size, work):
+    """The `Prefix` of position 0."""
+    ids, mask = pad([row.before for row in rows], model.device, left=True)
+    last = torch.tensor([[ids.shape[1] - 1]], device=model.device)
+
+    def run(batch):
+        part = slice(batch[0], batch[-1] + 1)
+        logits, past = read(model, [], mask[part], ids[part], last.expand(len(batch), 1))
+        return logits[:, 0].log_softmax(-1), past
+
+    parts = in_batches(run, range(len(rows)), "reading questions", batch_size, work)
+    past = [tuple(map(torch.cat, zip(*layers))) for layers in zip(*(past for _, past in parts))]
+    log_probs = torch.cat([part for part, _ in parts])
+    work.counts["forward_tokens"] += sum(len(row.before) for row in rows)
+    starts = [ids.shape[1] - len(row.before) for row in rows]
+    return Prefix((), past, mask, starts, log_probs, log_probs.new_zeros(len(rows), 0))
+
+
+@torch.no_grad()
+def extend(model, prefix, token, work):
+    """The `Prefix` one position further, with `token` chosen."""
+    count = len(prefix.starts)
+    mask = torch.cat([prefix.mask, prefix.mask.new_ones(count, 1)], 1)
+    ids = mask.new_full((count, 1), token)
+    logits, past = read(model, prefix.past, mask, ids, torch.zeros_like(ids))
+    work.counts["forward_tokens"] += count
+    nll = torch.cat([prefix.nll, -prefix.log_probs[:, token, None]], 1)
+    return Prefix((*prefix.tokens, token), past, mask, prefix.starts, logits[:, 0].log_softmax(-1), nll)
+
+
+def prefix_at(model, questions, tokens, work, known=None):
+    """The `Prefix` behind `tokens`, one position at a time from `questions`, or from `known` if it leads there."""
+    prefix = known if known is not None and known.tokens == tokens[: len(known.tokens)] else questions
+    for token in tokens[len(prefix.tokens) :]:
+        prefix = extend(model, prefix, token, work)
+    return prefix
 
 
 # --- 2. Reasoning (Sec. 3.2) -----------------------------------------------------------------------------
 
+CHECK_EVERY = {
+    "cpu": 1,
+    "cuda": 8,
+}  # decoding steps between looks at which rows have ended: a look waits for the device
+
 
 @torch.no_grad()
-def generate_greedily(model, contexts, max_new_tokens, batch_size, counts=None):
+def decode(model, past, mask, token, max_new_tokens, finish):
+    """Greedy decoding of a batch whose first new token [B] is known. Rows leave the batch soon after they end.
+
+    finish(places, reasoning, unread, past, mask) is called with the rows that ended: their places in the batch, the new
+    ids of each without the end token, whether they were cut at max_new_tokens (`unread` then holds the last id,
+    which no keys and values exist for), and what was read of them, aligned to the right.
+    """
+    ends = torch.tensor(model.generation_config.eos_token_id, device=model.device)
+    places, new = torch.arange(len(token), device=model.device), token[:, None]
+    column, check_every = torch.zeros_like(new), CHECK_EVERY.get(model.device.type, 8)
+    while True:
+        length = new.shape[1]
+        if length % check_every == 0 or length == max_new_tokens:
+            ended = torch.isin(new, ends)
+            over = ended.any(1) if length < max_new_tokens else torch.ones_like(places, dtype=torch.bool)
+            if over.float().mean() >= 0.25:  # fewer are not worth the copying
+                counts = torch.where(ended.any(1), ended.int().argmax(1), length)[over]
+                valid = counts.clamp(max=length - 1)  # the last token has not been read
+                aligned = align_right([(k[over], v[over]) for k, v in past], mask[over], length - 1 - valid)
+                texts = [ids[:n] for ids, n in zip(new[over].tolist(), counts.tolist())]
+                unread = [ids[n:] for ids, n in zip(texts, valid.tolist())]
+                finish(places[over].tolist(), texts, unread, *aligned)
+                if over.all():
+                    return
+                past = [(k[~over], v[~over]) for k, v in past]
+                places, new, mask, column = places[~over], new[~over], mask[~over], column[~over]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits, past = read(model, past, mask, new[:, -1:], column)
+        new = torch.cat([new, logits[:, 0].argmax(-1, keepdim=True)], 1)
+
+
+def align_right(past, mask, shift):
+    """(past, mask) with each row moved `shift` [B] columns to the right, so that what it drops is its last columns."""
+    source = torch.arange(mask.shape[1], device=mask.device) - shift[:, None]
+    inside, source = source >= 0, source.clamp(min=0)
+
+    def move(states):
+        return states.gather(2, source[:, None, :, None].expand(states.shape))
+
+    return [(move(keys), move(values)) for keys, values in past], mask.gather(1, source) * inside
+
+
+def generate_greedily(model, contexts, max_new_tokens, batch_size, work=None):
     """For each context (a list of ids): (new ids without the end token, whether it stopped by itself).
 
-    Greedy. Longest contexts first, so that rows of one batch need little padding and memory runs out early.
+    Longest contexts first, so that rows of one batch need little padding and memory runs out early.
     """
+    work = work or Work()
     order = sorted(range(len(contexts)), key=lambda i: (-len(contexts[i]), i))
-    ends = set(model.generation_config.eos_token_id)
+    done = {}
 
+    @torch.no_grad()
     def run(batch):
-        ids, mask, _, split = pad([contexts[i] for i in batch], [[] for _ in batch], min(ends), model.device)
-        new = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens)[:, split:].tolist()
-        stops = [next((n for n, token in enumerate(row) if token in ends), None) for row in new]
-        return [(i, row[:stop], stop is not None) for i, row, stop in zip(batch, new, stops)]
+        ids, mask = pad([contexts[i] for i in batch], model.device, left=True)
+        last = mask.new_full((len(batch), 1), ids.shape[1] - 1)
+        logits, past = read(model, [], mask, ids, last)
 
-    done = {i: (ids, stopped) for batch in in_batches(run, order, batch_size) for i, ids, stopped in batch}
-    if counts is not None:
-        counts["generated_tokens"] += sum(len(ids) + stopped for ids, stopped in done.values())
-        counts["forward_tokens"] += sum(map(len, contexts))
+        def finish(places, texts, unread, past, mask):
+            done.update({batch[n]: (ids, not rest) for n, ids, rest in zip(places, texts, unread)})
+
+        decode(model, past, mask, logits[:, 0].argmax(-1), max_new_tokens, finish)
+
+    in_batches(run, order, "generation", batch_size, work)
+    work.counts["generated_tokens"] += sum(len(ids) + stopped for ids, stopped in done.values())
+    work.counts["forward_tokens"] += sum(map(len, contexts))
     return [done[i] for i in range(len(contexts))]
-
-
-def generate_reasoning(model, rows, prompts, max_new_tokens, batch_size, counts=None):
-    """[[reasoning ids of each row] of each prompt]; all prompts times rows are generated as one job."""
-    contexts = [row.before + list(prompt) + row.between for prompt in prompts for row in rows]
-    new = [ids for ids, _ in generate_greedily(model, contexts, max_new_tokens, batch_size, counts)]
-    return [new[n * len(rows) : (n + 1) * len(rows)] for n in range(len(prompts))]
 
 
 # --- The loss (Eq. 5-6), once for gradient and selection --------------------------------------------------
 
 
-def sequence_losses(model, rows, prompt_ids, reasoning, temperature, choice=None, counts=None):
-    """(cross-entropy [B], wrong [B], nll [B]) of one batch; differentiable in `choice`.
+def sequence_losses(model, rows, prefix, prompt_ids, reasoning, temperature, choice=None):
+    """(cross-entropy [B], wrong [B], nll [B]) of one batch behind its `Prefix`; differentiable in `choice`.
 
     cross-entropy: of the gold answer's tokens from logits / temperature, mean over the tokens.
     wrong: whether some answer token is not the argmax (bool). nll: of the prompt's tokens, mean, natural logarithm.
-    choice: (position, candidates [K], one_hot [B, K]) puts the mixture one_hot @ embedding[candidates] at a position.
+    choice: (candidates [K], one_hot [B, K]) puts the mixture one_hot @ embedding[candidates] at the prefix's position.
     """
-    device, fill = model.device, min(model.generation_config.eos_token_id)
-    prompt_ids = list(prompt_ids)
-    tails = [row.between + list(r) + row.extractor + row.answer for row, r in zip(rows, reasoning)]
-    ids, mask, positions, split = pad([r.before for r in rows], [prompt_ids + t for t in tails], fill, device)
-
-    size = max(len(row.answer) for row in rows)  # A; shorter answers repeat their last column, masked below
-    first = [split + len(prompt_ids) + len(t) - len(row.answer) for t, row in zip(tails, rows)]
-    # Column c predicts token c + 1, so prompt token j, in column split + j, is read at split + j - 1.
-    columns = [
-        [split + j - 1 for j in range(len(prompt_ids))] + [a - 1 + min(n, len(row.answer) - 1) for n in range(size)]
-        for a, row in zip(first, rows)
-    ]
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    rest = list(prompt_ids[len(prefix.tokens) :])
+    tails = [rest + row.between + list(r) + row.extractor + row.answer for row, r in zip(rows, reasoning)]
+    tokens, mask = pad(tails, model.device)
     if choice is not None:
-        position, candidates, one_hot = choice
+        candidates, one_hot = choice
         embed = model.get_input_embeddings()
-        embeddings = embed(inputs.pop("input_ids"))  # [B, T, H]
         mixture = one_hot @ embed(candidates)  # [B, K] @ [K, H]
-        column = split + position
-        inputs["inputs_embeds"] = torch.cat([embeddings[:, :column], mixture[:, None], embeddings[:, column + 1 :]], 1)
-    logits = logits_at(model, torch.tensor(columns, device=device), **inputs)  # [B, P + A, V]
-    if counts is not None:
-        counts["forward_tokens"] += int(sum(len(row.before) + len(prompt_ids) + len(t) for row, t in zip(rows, tails)))
+        tokens = torch.cat([mixture[:, None], embed(tokens[:, 1:])], 1)
+    size = max(len(row.answer) for row in rows)  # A
+    # Column c predicts token c + 1: the prompt's tokens but the first, which the prefix predicts, then the answer.
+    columns = [[*range(len(rest) - 1), *answer_columns(t, len(row.answer), size)] for t, row in zip(tails, rows)]
+    mask = torch.cat([prefix.mask, mask], 1)
+    logits, _ = read(model, prefix.past, mask, tokens, torch.tensor(columns, device=model.device))
+    rests = torch.tensor([rest], device=model.device).expand(len(rows), -1)
+    nll = prompt_nll(prefix, rests, logits[:, : len(rest) - 1], choice)
+    return *answer_cross_entropy(logits[:, len(rest) - 1 :], rows, temperature), nll
 
-    answers = torch.tensor([row.answer + row.answer[-1:] * (size - len(row.answer)) for row in rows], device=device)
-    real = torch.tensor([[n < len(row.answer) for n in range(size)] for row in rows], device=device)
-    cross_entropy, wrong = answer_cross_entropy(logits[:, len(prompt_ids) :], answers, real, temperature)
-    return cross_entropy, wrong, prompt_nll(logits[:, : len(prompt_ids)], prompt_ids, choice)
+
+def answer_columns(tail, answer_length, size):
+    """The columns of `tail`, which ends in the answer, that predict its tokens; shorter answers repeat the last."""
+    first = len(tail) - answer_length
+    return [first - 1 + min(n, answer_length - 1) for n in range(size)]
 
 
-def answer_cross_entropy(logits, answers, real, temperature):
-    """(mean cross-entropy [B], wrong [B]) of answer ids [B, A] from logits [B, A, V]; `real` [B, A] masks padding."""
+def answer_cross_entropy(logits, rows, temperature):
+    """(mean cross-entropy [B], wrong [B]) of the rows' answers from logits [B, A, V]; shorter answers are masked."""
+    size = logits.shape[1]
+    answers = [row.answer + row.answer[-1:] * (size - len(row.answer)) for row in rows]
+    answers = torch.tensor(answers, device=logits.device)  # [B, A]
+    lengths = torch.tensor([len(row.answer) for row in rows], device=logits.device)
+    real = torch.arange(size, device=logits.device) < lengths[:, None]
     each = F.cross_entropy(logits.transpose(1, 2) / temperature, answers, reduction="none")  # [B, A]
     wrong = ((logits.argmax(-1) != answers) & real).any(1)
-    return (each * real).sum(1) / real.sum(1), wrong
+    return (each * real).sum(1) / lengths, wrong
 
 
-def prompt_nll(logits, prompt_ids, choice=None):
-    """Mean negative log-likelihood [B] of the prompt's ids from logits [B, P, V]. At the position of `choice` the
-    target is the one-hot mixture, so that a candidate's own probability counts."""
-    log_probs = logits.log_softmax(-1)
-    targets = torch.tensor(prompt_ids, device=logits.device).expand(len(logits), -1)
-    each = log_probs.gather(2, targets[..., None])[..., 0]  # [B, P]
-    if choice is not None:
-        position, candidates, one_hot = choice
-        mixed = (one_hot * log_probs[:, position, candidates]).sum(1)
-        each = torch.cat([each[:, :position], mixed[:, None], each[:, position + 1 :]], 1)
-    return -each.mean(1)
+def prompt_nll(prefix, rests, logits, choice=None):
+    """Mean negative log-likelihood [B] of prompts: what the prefix has, its position's token, and the others from
+    logits [B, P - i - 1, V]. rests [B, P - i]: the prompts' ids from the prefix's position i on. The token
+    of `choice` is the one-hot mixture, so that a candidate's own probability counts."""
+    if choice is None:
+        first = prefix.log_probs.gather(1, rests[:, :1])[:, 0]
+    else:
+        candidates, one_hot = choice
+        first = (one_hot * prefix.log_probs[:, candidates]).sum(1)
+    others = logits.log_softmax(-1).gather(2, rests[:, 1:, None])[..., 0]
+    return (prefix.nll.sum(1) - first - others.sum(1)) / (len(prefix.tokens) + rests.shape[1])
 
 
 def training_loss(cross_entropy, nll, settings):
@@ -316,14 +455,16 @@ def fluency(nll, settings):
 
 
 @torch.no_grad()
-def answer_loss(model, rows, prompt_ids, reasoning, settings, counts=None):
-    """(cross-entropy [B], wrong [B], nll [B]) of all rows under a prompt and their reasoning (Eq. 5-6)."""
+def answer_loss(model, rows, prompt_ids, reasoning, settings):
+    """(cross-entropy [B], wrong [B], nll [B]) of rows under a prompt and given reasoning (Eq. 5-6)."""
+    work = Work()
+    questions = read_questions(model, rows, settings.batch_size, work)
 
     def run(batch):
-        part = [rows[i] for i in batch], prompt_ids, [reasoning[i] for i in batch]
-        return sequence_losses(model, *part, settings.loss_temperature, counts=counts)
+        part = [rows[i] for i in batch], questions.take(batch), prompt_ids, [reasoning[i] for i in batch]
+        return sequence_losses(model, *part, settings.loss_temperature)
 
-    parts = in_batches(run, range(len(rows)), settings.gradient_batch_size)
+    parts = in_batches(run, range(len(rows)), "loss", settings.gradient_batch_size, work)
     return tuple(torch.cat(values) for values in zip(*parts))
 
 
@@ -339,22 +480,6 @@ def allowed_tokens(tokenizer, vocabulary_size):
         word = text.removeprefix(" ")
         allowed[i] = i not in added and (text in PUNCTUATION or (word.isascii() and word.isalpha()))
     return allowed
-
-
-@torch.no_grad()
-def next_token_log_probs(model, rows, prompt_ids, batch_size, counts=None):
-    """Log-probabilities [B, V] of the token behind `question + prompt_ids`."""
-
-    def run(batch):
-        contexts = [row.before + list(prompt_ids) for row in batch]
-        fill = min(model.generation_config.eos_token_id)
-        ids, mask, positions, split = pad(contexts, [[] for _ in batch], fill, model.device)
-        if counts is not None:
-            counts["forward_tokens"] += sum(map(len, contexts))
-        last = torch.full((len(batch), 1), split - 1, device=model.device)
-        return logits_at(model, last, input_ids=ids, attention_mask=mask, position_ids=positions)[:, 0].log_softmax(-1)
-
-    return torch.cat(in_batches(run, rows, batch_size))
 
 
 def top_k_intersection(log_probs, k):
@@ -389,30 +514,33 @@ def propose_candidates(log_probs, allowed, samples, k, min_candidates, admit):
 # --- 4. The gradient over candidates (Eq. 7) -----------------------------------------------------------------
 
 
-def candidate_gradients(model, rows, prompt_ids, position, candidates, reasoning, settings, counts=None):
+def candidate_gradients(model, rows, prefix, prompt_ids, candidates, reasoning, settings, work):
     """(gradients [B, K], losses [B]): per row, of the `training_loss` with respect to the one-hot choice among
-    `candidates` at `position`, taken at the current token, which must be one of them.
+    `candidates` at the prefix's position, taken at the current token, which must be one of them.
 
-    Earlier tokens do not depend on the choice; reasoning is held fixed. A more negative entry promises a lower loss.
+    Earlier tokens do not depend on the choice, so the pass begins at that position; reasoning is held fixed. A more
+    negative entry promises a lower loss.
     """
     candidates = torch.tensor(candidates, device=model.device)
-    here = F.one_hot((candidates == prompt_ids[position]).nonzero()[0, 0], len(candidates))
+    here = F.one_hot((candidates == prompt_ids[len(prefix.tokens)]).nonzero()[0, 0], len(candidates))
 
     def run(batch):
         one_hot = here.to(model.dtype).repeat(len(batch), 1).requires_grad_()
-        part = [rows[i] for i in batch], prompt_ids, [reasoning[i] for i in batch]
-        choice = position, candidates, one_hot
-        cross_entropy, _, nll = sequence_losses(model, *part, settings.loss_temperature, choice, counts)
+        part = [rows[i] for i in batch], prefix.take(batch), prompt_ids, [reasoning[i] for i in batch]
+        cross_entropy, _, nll = sequence_losses(model, *part, settings.loss_temperature, (candidates, one_hot))
         losses = training_loss(cross_entropy, nll, settings)
         # The rows do not touch each other, so the gradient of the sum holds each row's own gradient.
         (gradient,) = torch.autograd.grad(losses.sum(), one_hot)
-        return gradient.to(losses.dtype), losses.detach()
+        return batch, gradient.to(losses.dtype), losses.detach()
 
-    before = (counts or {}).get("forward_tokens", 0)
-    parts = in_batches(run, range(len(rows)), settings.gradient_batch_size)
-    if counts is not None:
-        counts["backward_tokens"] += counts["forward_tokens"] - before
-    return tuple(torch.cat(values) for values in zip(*parts))
+    # Rows of like length share a batch, so that little of it is padding.
+    order = sorted(range(len(rows)), key=lambda i: (-len(reasoning[i]), i))
+    parts = in_batches(run, order, "gradient", settings.gradient_batch_size, work)
+    tokens = sum(len(prompt_ids) - len(prefix.tokens) + len(r.between) + len(r.extractor + r.answer) for r in rows)
+    tokens += sum(map(len, reasoning))
+    work.counts.update(forward_tokens=tokens, backward_tokens=tokens)
+    back = torch.tensor(order, device=model.device).argsort()
+    return tuple(torch.cat(values)[back] for values in list(zip(*parts))[1:])
 
 
 # --- 5. Selection and the walk (Alg. 1) --------------------------------------------------------------------
@@ -438,19 +566,62 @@ def objective_value(cross_entropy, wrong, nll, settings):
     return training_loss(cross_entropy, nll, settings).mean().item()
 
 
-def score_prompts(model, rows, prompts, settings, counts=None):
-    """A `Score` for each prompt (a tuple of ids), with regenerated reasoning."""
-    if not prompts:
-        return []
-    jobs = generate_reasoning(model, rows, prompts, settings.max_new_tokens, settings.batch_size, counts)
+def reason_and_score(model, rows, prefix, prompts, settings, work):
+    """{(n, i): (reasoning ids, cross-entropy, wrong, nll)} for prompt n and row i: all prompts times rows as one job.
+
+    The prompts share the prefix's tokens and their length. The answer is scored on the keys and values
+    that generation left behind, so the reasoning is not read a second time.
+    """
+    rests = [list(prompt[len(prefix.tokens) :]) for prompt in prompts]
+    sizes = [len(row.before) for row in rows]
+    jobs = sorted(((n, i) for n in range(len(prompts)) for i in range(len(rows))), key=lambda job: -sizes[job[1]])
+    done = {}
+
+    @torch.no_grad()
+    def run(batch):
+        part = prefix.take([i for _, i in batch])
+        tails = [rests[n] + rows[i].between for n, i in batch]
+        tokens = torch.tensor(tails, device=model.device)
+        mask = torch.cat([part.mask, torch.ones_like(tokens)], 1)
+        # Columns that predict the prompt's tokens, and the last one, which predicts the first token of the reasoning.
+        read_at = [*range(len(rests[0]) - 1), len(tails[0]) - 1]
+        columns = torch.tensor(read_at, device=model.device).expand(len(batch), -1)
+        logits, past = read(model, part.past, mask, tokens, columns)
+        nll = prompt_nll(part, tokens[:, : len(rests[0])], logits[:, :-1])
+
+        def finish(places, texts, unread, past, mask):
+            ended = [rows[batch[place][1]] for place in places]
+            tails = [rest + row.extractor + row.answer for row, rest in zip(ended, unread)]
+            tokens, more = pad(tails, model.device)
+            size = max(len(row.answer) for row in ended)
+            columns = [answer_columns(tail, len(row.answer), size) for tail, row in zip(tails, ended)]
+            columns = torch.tensor(columns, device=model.device)
+            logits, _ = read(model, past, torch.cat([mask, more], 1), tokens, columns)
+            losses = answer_cross_entropy(logits, ended, settings.loss_temperature)
+            work.counts["forward_tokens"] += sum(map(len, tails))
+            work.counts["generated_tokens"] += sum(len(text) + (not rest) for text, rest in zip(texts, unread))
+            values = zip(places, texts, *(v.tolist() for v in losses), nll[places].tolist())
+            done.update({batch[place]: rest for place, *rest in values})
+
+        work.counts["forward_tokens"] += tokens.numel()
+        decode(model, past, mask, logits[:, -1].argmax(-1), settings.max_new_tokens, finish)
+
+    in_batches(run, jobs, "generation", settings.batch_size, work)
+    return done
+
+
+def score_prompts(model, rows, prefix, prompts, settings, work):
+    """A `Score` for each prompt (a tuple of ids that begins with the prefix's), with reasoning made anew."""
+    done = reason_and_score(model, rows, prefix, prompts, settings, work) if prompts else {}
     scores = []
-    for prompt_ids, reasoning in zip(prompts, jobs):
-        losses = [values.double() for values in answer_loss(model, rows, prompt_ids, reasoning, settings, counts)]
+    for n, prompt_ids in enumerate(prompts):
+        reasoning, *losses = zip(*(done[n, i] for i in range(len(rows))))
+        losses = [torch.tensor(values, dtype=torch.float64) for values in losses]
         objective = objective_value(*losses, settings)
         if not math.isfinite(objective):
             raise UserError(f"the loss is not finite under prompt ids {list(prompt_ids)}: try --dtype float32")
         means = [values.mean().item() for values in losses]
-        scores.append(Score(tuple(prompt_ids), *means, objective, sum(map(len, reasoning)), reasoning))
+        scores.append(Score(tuple(prompt_ids), *means, objective, sum(map(len, reasoning)), list(reasoning)))
     return scores
 
 
@@ -471,13 +642,13 @@ def next_position(tokenizer, prompt_ids, position, max_prompt_tokens):
     return 0 if ends_sentence(tokenizer, prompt_ids) or len(prompt_ids) >= max_prompt_tokens else len(prompt_ids)
 
 
-def mean_gradients(model, rows, prompt_ids, position, choices, reasoning, settings, counts=None):
+def mean_gradients(model, rows, prefix, prompt_ids, choices, reasoning, settings, work):
     """{token: mean gradient over the rows}; empty where the shortlist does not need one."""
     if settings.shortlist != "gradient":
         return {}
     if settings.gradient_without_reasoning:  # ablation (Fig. 3): question + prompt + extractor only
         reasoning = [[] for _ in rows]
-    per_row, _ = candidate_gradients(model, rows, prompt_ids, position, choices, reasoning, settings, counts)
+    per_row, _ = candidate_gradients(model, rows, prefix, prompt_ids, choices, reasoning, settings, work)
     return dict(zip(choices, per_row.double().mean(0).tolist()))
 
 
@@ -497,9 +668,10 @@ def forced_end(tokenizer, shortlist, position, initial_length, settings):
     return next((token for token in shortlist if "." in tokenizer.decode([token])), None)
 
 
-def search_step(model, tokenizer, rows, current, position, step, scored, allowed, settings, counts):
+def search_step(model, tokenizer, rows, prefix, current, step, scored, allowed, settings, work):
     """Stages 1-4 at one position: (the winning Score, what was found on the way). Adds new scores to `scored`."""
-    prefix, suffix = current.prompt_ids[:position], current.prompt_ids[position + 1 :]
+    position = len(prefix.tokens)
+    before, suffix = prefix.tokens, current.prompt_ids[position + 1 :]
     grows = position == len(current.prompt_ids)
     incumbent = None if grows else current.prompt_ids[position]
     clock = [time.perf_counter()]
@@ -508,20 +680,18 @@ def search_step(model, tokenizer, rows, current, position, step, scored, allowed
     rng = random.Random(f"{settings.seed}/{step}/proposal")
     sizes = range(len(rows)), min(settings.sampled_rows, len(rows))
     samples = [rng.sample(*sizes) for _ in range(settings.intersections)]
-    drawn = sorted(set(sum(samples, [])))
-    log_probs = next_token_log_probs(model, [rows[i] for i in drawn], prefix, settings.batch_size, counts)
-    places = [[drawn.index(i) for i in sample] for sample in samples]
 
     def admit(token):
-        return token != incumbent and survives_encoding(tokenizer, rows[0], (*prefix, token, *suffix))
+        return token != incumbent and survives_encoding(tokenizer, rows[0], (*before, token, *suffix))
 
-    candidates, k = propose_candidates(log_probs, allowed, places, settings.top_k, settings.min_candidates, admit)
+    numbers = settings.top_k, settings.min_candidates
+    candidates, k = propose_candidates(prefix.log_probs, allowed, samples, *numbers, admit)
     clock.append(time.perf_counter())
 
     # A growing prompt has no token here yet: the gradient is taken at the likeliest proposal.
-    base = (*prefix, candidates[0] if grows else incumbent, *suffix)
+    base = (*before, candidates[0] if grows else incumbent, *suffix)
     choices = candidates if grows else [*candidates, incumbent]
-    gradients = mean_gradients(model, rows, base, position, choices, current.reasoning, settings, counts)
+    gradients = mean_gradients(model, rows, prefix, base, choices, current.reasoning, settings, work)
     rng = random.Random(f"{settings.seed}/{step}/shortlist")
     shortlist = make_shortlist(candidates, gradients, settings, rng)
     forced = forced_end(tokenizer, shortlist, position, len(next(iter(scored))), settings)
@@ -529,13 +699,13 @@ def search_step(model, tokenizer, rows, current, position, step, scored, allowed
         shortlist = shortlist[: shortlist.index(forced) + 1]
     clock.append(time.perf_counter())
 
-    tried = {token: (*prefix, token, *suffix) for token in shortlist}
+    tried = {token: (*before, token, *suffix) for token in shortlist}
     new = [prompt for prompt in tried.values() if prompt not in scored]  # nothing is scored twice
-    scored |= {score.prompt_ids: score for score in score_prompts(model, rows, new, settings, counts)}
+    scored |= {score.prompt_ids: score for score in score_prompts(model, rows, prefix, new, settings, work)}
     rivals = ([] if grows else [current]) + [scored[prompt] for prompt in tried.values()]
     winner = select_candidate(rivals, settings.ties) if forced is None else scored[tried[forced]]
     if winner.reasoning is None:  # scored in an earlier step, so its reasoning is no longer at hand
-        (winner,) = score_prompts(model, rows, [winner.prompt_ids], settings, counts)
+        (winner,) = score_prompts(model, rows, prefix, [winner.prompt_ids], settings, work)
     clock.append(time.perf_counter())
 
     text = tokenizer.decode
@@ -558,25 +728,27 @@ def optimize(model, tokenizer, rows, prompt_ids, settings, history=()):
     rows: list of `Row`. prompt_ids: the initial prompt. settings: `tasks.SearchSettings`. history: the records of
     an interrupted run, in order; the search goes on behind them to the same result.
     """
-    allowed = allowed_tokens(tokenizer, model.get_input_embeddings().num_embeddings)
+    allowed = allowed_tokens(tokenizer, model.get_input_embeddings().num_embeddings).to(model.device)
+    work, started = Work(Counter(history[-1]["totals"] if history else {})), time.perf_counter()
+    questions = read_questions(model, rows, settings.batch_size, work if not history else Work())
     if history:
-        counts = Counter(history[-1]["totals"])
-        scored = scores_of(history)
-        current = restore_current(model, rows, settings, history)
+        scored, current = scores_of(history), restore_current(model, rows, questions, settings, history)
         position = position_after(tokenizer, history[-1], settings)
+        # The prefix that the interrupted run had; what it had counted is in the totals.
+        prefix = prefix_at(model, questions, current.prompt_ids[: max(0, position - 1)], Work())
     else:
-        counts, started = Counter(), time.perf_counter()
-        (current,) = score_prompts(model, rows, [tuple(prompt_ids)], settings, counts)
-        scored, position = {current.prompt_ids: current}, 0
+        (current,) = score_prompts(model, rows, questions, [tuple(prompt_ids)], settings, work)
+        scored, position, prefix = {current.prompt_ids: current}, 0, questions
         found = {"seconds": {"select": time.perf_counter() - started}}
-        yield make_record(tokenizer, rows[0], 0, None, current, scored, counts) | found
+        yield make_record(tokenizer, rows[0], 0, None, current, scored, work.counts) | found
 
     for step in range(max(1, len(history)), settings.steps + 1):
-        winner, found = search_step(model, tokenizer, rows, current, position, step, scored, allowed, settings, counts)
+        prefix = prefix_at(model, questions, current.prompt_ids[:position], work, known=prefix)
+        winner, found = search_step(model, tokenizer, rows, prefix, current, step, scored, allowed, settings, work)
         for score in scored.values():  # only the current prompt's reasoning is needed again
             score.reasoning = score.reasoning if score is winner else None
         scored[winner.prompt_ids] = current = winner
-        record = make_record(tokenizer, rows[0], step, position, current, scored, counts) | found
+        record = make_record(tokenizer, rows[0], step, position, current, scored, work.counts) | found
         yield record
         position = position_after(tokenizer, record, settings)
 
@@ -621,7 +793,7 @@ def scores_of(history):
     return scores
 
 
-def restore_current(model, rows, settings, history):
+def restore_current(model, rows, questions, settings, history):
     """The current Score with its reasoning, generated once more in the very job that first gave it.
 
     The same batches give the same bits on the same machine, so a resumed run does not drift.
@@ -630,7 +802,8 @@ def restore_current(model, rows, settings, history):
     last = history[-1]["prompt_ids"]
     won = max(n for n, record in enumerate(history) if n == 0 or history[n - 1]["prompt_ids"] != record["prompt_ids"])
     job = [tuple(e["prompt_ids"]) for e in history[won].get("shortlist", ()) if e["new"]]
-    scores = score_prompts(model, rows, job if tuple(last) in job else [tuple(last)], settings)
+    prefix = prefix_at(model, questions, tuple(last[: history[won]["position"] or 0]), Work())
+    scores = score_prompts(model, rows, prefix, job if tuple(last) in job else [tuple(last)], settings, Work())
     current = next(score for score in scores if score.prompt_ids == tuple(last))
     if abs(current.objective - history[-1]["objective"]) > 1e-3 * max(1.0, abs(current.objective)):
         raise UserError(

@@ -53,6 +53,7 @@ def compare_step(report, model, tokenizer, golden, step):
         loss_temperature=settings["answer_loss_temperature"],
         fluency_weight=settings["gradient_nll_weight"],
         fluency="nll",
+        batch_size=8,
         gradient_batch_size=4,
     )
     position, prompt = step["position"], step["prompt_ids"]
@@ -63,7 +64,9 @@ def compare_step(report, model, tokenizer, golden, step):
 
     # Proposals
     proposal = step["proposal"]
-    log_probs = core.next_token_log_probs(model, rows, prompt[:position], batch_size=4)
+    work = core.Work()
+    prefix = core.prefix_at(model, core.read_questions(model, rows, 4, work), tuple(prompt[:position]), work)
+    log_probs = prefix.log_probs
     allowed = torch.ones(log_probs.shape[1], dtype=torch.bool)
     allowed[golden["banned_token_ids"]] = False
     allowed[prompt[position - 1]] = False  # the previous token; at position 0 the last one, by Python's indexing
@@ -87,7 +90,7 @@ def compare_step(report, model, tokenizer, golden, step):
     report.close(f"{name}: mean nll of the prompt", nll, [r["prompt_nll_mean"] for r in theirs])
 
     # Gradient and shortlist
-    ours, losses = core.candidate_gradients(model, rows, prompt, position, candidates, reasoning, config)
+    ours, losses = core.candidate_gradients(model, rows, prefix, prompt, candidates, reasoning, config, work)
     report.close(f"{name}: loss", losses, [r["loss"] for r in theirs])
     own = -config.fluency_weight * log_probs[:, candidates] / len(prompt)
     released = torch.tensor([r["one_hot_gradient"] for r in theirs])

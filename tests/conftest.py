@@ -40,7 +40,7 @@ def tiny_model(family, tokenizer, dtype=torch.float64, seed=0):
         "head_dim": 8,
         "initializer_range": 0.3,
         "max_position_embeddings": 512,
-        "tie_word_embeddings": family != "llama",
+        "tie_word_embeddings": family in ("llama-tied", "qwen3"),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

@@ -76,12 +76,55 @@ def test_survives_encoding_refuses_what_reads_the_same_but_is_other_tokens(subwo
 # --- Padding and logits --------------------------------------------------------------------------------
 
 
-def test_pad_aligns_the_split_and_keeps_each_row_in_one_piece():
-    ids, mask, positions, split = core.pad([[1, 2], [3]], [[4], [5, 6, 7]], 0, "cpu")
-    assert split == 2
-    assert ids.tolist() == [[1, 2, 4, 0, 0], [0, 3, 5, 6, 7]]
-    assert mask.tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]
-    assert positions.tolist() == [[0, 1, 2, 2, 2], [0, 0, 1, 2, 3]]
+def test_padding_stands_on_one_side_and_is_masked():
+    ids, mask = core.pad([[1, 2], [3], []], "cpu")
+    assert (ids.tolist(), mask.tolist()) == ([[1, 2], [3, 0], [0, 0]], [[1, 1], [1, 0], [0, 0]])
+    ids, mask = core.pad([[1, 2], [3]], "cpu", left=True)
+    assert (ids.tolist(), mask.tolist()) == ([[1, 2], [0, 3]], [[1, 1], [0, 1]])
+
+
+def test_reading_in_pieces_is_reading_in_one_and_leaves_the_pieces_as_they_were(any_model):
+    ids = torch.randint(6, 100, (2, 30))
+    ones, last = torch.ones(2, 30, dtype=torch.long), torch.tensor([[4, 9], [9, 0]])
+    whole = any_model(input_ids=ids).logits
+    _, past = core.read(any_model, [], ones[:, :20], ids[:, :20], last)
+    for _ in range(2):  # the second time from the same past
+        logits, grown = core.read(any_model, past, ones, ids[:, 20:], last)
+        torch.testing.assert_close(logits, whole[torch.arange(2)[:, None], 20 + last])
+        assert past[0][0].shape[2] == 20 and grown[0][0].shape[2] == 30
+
+
+def test_align_right_moves_each_row_and_masks_what_comes_in():
+    states = torch.arange(8.0).reshape(2, 1, 4, 1)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    ((keys, values),), moved = core.align_right([(states, -states)], mask, torch.tensor([1, 2]))
+    assert moved.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
+    assert keys[0, 0, 2:, 0].tolist() == [1, 2] and values[1, 0, 2:, 0].tolist() == [-4, -5]
+
+
+def test_a_prefix_read_token_by_token_is_that_of_the_whole_sequence(any_model, few_rows):
+    rows, prompt = few_rows
+    prefix = prefix_of(any_model, rows, prompt[:3])
+    part = prefix.take([4, 0])
+    assert part.mask.shape[1] == max(len(rows[i].before) for i in (4, 0)) + 3
+    for n, i in enumerate([4, 0]):
+        ids = torch.tensor([rows[i].before + list(prompt[:3])])
+        expected = any_model(input_ids=ids).logits[0].log_softmax(-1)
+        torch.testing.assert_close(part.log_probs[n], expected[-1])
+        torch.testing.assert_close(part.nll[n], -expected[-4:-1].gather(1, ids[0, -3:, None])[:, 0])
+
+
+def test_a_known_prefix_is_used_only_if_it_leads_to_the_tokens(llama, few_rows):
+    rows, prompt = few_rows
+    work = core.Work()
+    questions = core.read_questions(llama, rows, 3, work)
+    known = core.prefix_at(llama, questions, prompt[:2], work)
+    before = work.counts["forward_tokens"]
+    for tokens in (prompt[:3], (), (prompt[0], 60)):
+        found = core.prefix_at(llama, questions, tokens, work, known)
+        fresh = core.prefix_at(llama, questions, tokens, core.Work())
+        assert found.tokens == tokens and torch.equal(found.log_probs, fresh.log_probs)
+    assert work.counts["forward_tokens"] - before == (1 + 0 + 2) * len(rows)
 
 
 def test_logits_at_are_those_of_the_whole_sequence(any_model):
@@ -92,8 +135,12 @@ def test_logits_at_are_those_of_the_whole_sequence(any_model):
     torch.testing.assert_close(read, whole[torch.arange(3)[:, None], columns])
 
 
-def test_in_batches_halves_the_size_when_memory_runs_out_and_loses_nothing():
-    sizes = []
+def prefix_of(model, rows, tokens):
+    return core.prefix_at(model, core.read_questions(model, rows, 2, core.Work()), tuple(tokens), core.Work())
+
+
+def test_in_batches_halves_the_size_when_memory_runs_out_keeps_it_and_loses_nothing():
+    sizes, state = [], core.Work()
 
     def work(batch):
         sizes.append(len(batch))
@@ -101,10 +148,12 @@ def test_in_batches_halves_the_size_when_memory_runs_out_and_loses_nothing():
             raise torch.OutOfMemoryError("no")
         return list(batch)
 
-    assert sum(core.in_batches(work, list(range(10)), 8), []) == list(range(10))
+    assert sum(core.in_batches(work, list(range(10)), "a", 8, state), []) == list(range(10))
     assert sizes == [8, 4, 2, 2, 2, 2, 2]
+    core.in_batches(work, [1, 2, 3], "a", 8, state)
+    assert sizes[7:] == [2, 1]
     with pytest.raises(UserError, match="single row"):
-        core.in_batches(lambda batch: work(range(9)), [1], 1)
+        core.in_batches(lambda batch: work(range(9)), [1], "b", 1, core.Work())
 
 
 # --- Reasoning -----------------------------------------------------------------------------------------
@@ -126,17 +175,62 @@ def test_batched_reasoning_is_that_of_one_row_at_a_time(any_model, few_rows):
     contexts = [row.before + list(prompt) + row.between for row in rows]
     expected = [greedy_reference(any_model, context, 12) for context in contexts]
     assert core.generate_greedily(any_model, contexts, 12, 3) == expected
-    assert core.generate_reasoning(any_model, rows, [prompt, prompt[:2]], 12, 4)[0] == [ids for ids, _ in expected]
+
+
+def test_greedy_decoding_is_that_of_transformers(any_model, few_rows):
+    rows, prompt = few_rows
+    for row in rows[:2]:
+        ids = torch.tensor([row.before + list(prompt) + row.between])
+        theirs = any_model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=15)
+        theirs = theirs[0, ids.shape[1] :].tolist()
+        ours, stopped = core.generate_greedily(any_model, ids.tolist(), 15, 1)[0]
+        assert ours == (theirs[:-1] if stopped else theirs)
+
+
+@pytest.mark.parametrize("position", [0, 4])
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_reasoning_and_score_from_shared_keys_and_values_are_those_of_whole_sequences(
+    any_model, few_rows, position, batch_size, monkeypatch
+):
+    """Rows of very different length, some of which end early: the ids, losses and likelihoods of the plain path."""
+    rows, prompt = few_rows
+    rows = [
+        core.Row(r.before * (1 + 2 * (n % 2)), r.between, r.extractor, r.answer * (1 + n % 3))
+        for n, r in enumerate(rows)
+    ]
+    prompts = [(*prompt[:position], token, *prompt[position + 1 :]) for token in (60, 75, 90)]
+    config = settings(max_new_tokens=30, batch_size=batch_size)
+    plain = {
+        n: [greedy_reference(any_model, r.before + list(p) + r.between, 30) for r in rows]
+        for n, p in enumerate(prompts)
+    }
+    # A token that ends the reasonings at many different places, so that rows leave the batch at different times.
+    texts = [ids for done in plain.values() for ids, _ in done]
+    ends = max(set(sum(texts, [])), key=lambda token: len({ids.index(token) for ids in texts if token in ids}))
+    any_model.generation_config.eos_token_id = [ends]
+    work = core.Work()
+    prefix = core.prefix_at(any_model, core.read_questions(any_model, rows, 2, work), prompt[:position], work)
+    done = core.reason_and_score(any_model, rows, prefix, prompts, config, work)
+    lengths = set()
+    for n, candidate in enumerate(prompts):
+        for i, row in enumerate(rows):
+            reasoning, cross_entropy, wrong, nll = done[n, i]
+            expected, _ = greedy_reference(any_model, row.before + list(candidate) + row.between, 30)
+            assert reasoning == expected
+            found = cross_entropy, wrong, nll
+            assert found == pytest.approx(slow_losses(any_model, row, candidate, expected, 0.2), rel=1e-9)
+            lengths.add(len(expected))
+    assert len(lengths) > 2 and len(done) == 15
 
 
 def test_reasoning_ends_before_the_end_token_and_counts_it(demo_model, few_rows, demo_tokenizer):
     rows, prompt = few_rows
-    counts = core.Counter()
+    work = core.Work()
     contexts = [row.before + list(prompt) + row.between for row in rows]
-    done = core.generate_greedily(demo_model, contexts, 40, 8, counts)
+    done = core.generate_greedily(demo_model, contexts, 40, 8, work)
     assert all(stopped for _, stopped in done)
     assert all(demo_tokenizer.eos_token_id not in ids for ids, _ in done)
-    assert counts["generated_tokens"] == sum(len(ids) + 1 for ids, _ in done)
+    assert work.counts["generated_tokens"] == sum(len(ids) + 1 for ids, _ in done)
     cut = core.generate_greedily(demo_model, contexts, 2, 8)
     assert cut == [(ids[:2], len(ids) < 2) for ids, _ in done]
 
@@ -179,9 +273,8 @@ def test_the_loss_on_constant_logits_is_the_one_worked_out_by_hand(demo_tokenize
 
 def test_an_answer_of_several_tokens_is_wrong_if_one_token_is_and_its_loss_is_the_mean():
     logits = torch.tensor([[[3.0, 0, 0], [0, 5.0, 0]]]).expand(3, -1, -1)
-    answers = torch.tensor([[0, 1], [0, 2], [0, 2]])
-    real = torch.tensor([[True, True], [True, True], [True, False]])
-    cross_entropy, wrong = core.answer_cross_entropy(logits, answers, real, 1.0)
+    rows = [core.Row([], [], [], answer) for answer in ([0, 1], [0, 2], [0])]
+    cross_entropy, wrong = core.answer_cross_entropy(logits, rows, 1.0)
     a, b = math.log(math.exp(3) + 2) - 3, math.log(math.exp(5) + 2)
     assert wrong.tolist() == [False, True, False]
     assert cross_entropy.tolist() == pytest.approx([(a + b - 5) / 2, (a + b) / 2, a])
@@ -211,13 +304,14 @@ def test_batched_losses_are_those_of_one_row_at_a_time(any_model, few_rows):
 
 def test_a_one_hot_choice_of_the_current_token_changes_nothing(any_model, few_rows):
     rows, prompt = few_rows
-    reasoning = [[20] * 4 for _ in rows]
-    plain = core.sequence_losses(any_model, rows, prompt, reasoning, 0.2)
+    reasoning, prefix = [[20] * 4 for _ in rows], prefix_of(any_model, rows, prompt[:3])
+    plain = core.sequence_losses(any_model, rows, prefix, prompt, reasoning, 0.2)
     candidates = torch.tensor([60, prompt[3], 61])
     one_hot = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64).repeat(len(rows), 1)
-    mixed = core.sequence_losses(any_model, rows, prompt, reasoning, 0.2, (3, candidates, one_hot))
-    for a, b in zip(plain, mixed):
+    mixed = core.sequence_losses(any_model, rows, prefix, prompt, reasoning, 0.2, (candidates, one_hot))
+    for a, b, c in zip(plain, mixed, core.answer_loss(any_model, rows, prompt, reasoning, settings())):
         torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, c)
 
 
 # --- Proposals --------------------------------------------------------------------------------------------
@@ -266,15 +360,22 @@ def test_refused_tokens_do_not_count_and_an_empty_result_names_the_flag():
         core.propose_candidates(log_probs, allowed, [[0]], 1, 1, lambda t: False)
 
 
-def test_next_token_log_probs_are_those_behind_the_prefix(any_model, few_rows):
-    rows, prompt = few_rows
-    found = core.next_token_log_probs(any_model, rows, prompt[:2], 2)
-    for row, values in zip(rows, found):
-        whole = any_model(input_ids=torch.tensor([row.before + list(prompt[:2])])).logits[0, -1].log_softmax(-1)
-        torch.testing.assert_close(values, whole)
-
-
 # --- The gradient ---------------------------------------------------------------------------------------------
+
+
+def whole_losses(model, row, reasoning, prompt, position, candidates, one_hot, embedding):
+    """(cross-entropy / 0.2, nll) of one row, the whole sequence at once, with an embedding put at the position."""
+    ids = torch.tensor([row.before + list(prompt) + row.between + reasoning + row.extractor + row.answer])
+    start, embeddings = len(row.before), model.get_input_embeddings()(ids)
+    at = start + position
+    embeddings = torch.cat([embeddings[:, :at], embedding[None, None], embeddings[:, at + 1 :]], 1)
+    logits = model(inputs_embeds=embeddings).logits[0]
+    answers = len(row.answer)
+    cross_entropy = F.cross_entropy(logits[-1 - answers : -1] / 0.2, torch.tensor(row.answer))
+    log_probs = logits[start - 1 : start - 1 + len(prompt)].log_softmax(-1)
+    each = [log_probs[j, t] for j, t in enumerate(prompt)]
+    each[position] = one_hot @ log_probs[position, candidates]
+    return cross_entropy, -torch.stack(each).mean()
 
 
 @pytest.mark.parametrize("fluency", ["nll", "perplexity"])
@@ -285,12 +386,19 @@ def test_candidate_gradients_are_central_differences_of_the_loss(any_model, few_
     rows, reasoning = rows[:3], [[30, 41, 22], [25] * 9, []]
     candidates = [60, 75, prompt[position], 90]
     config = settings(fluency=fluency, fluency_weight=0.7, gradient_batch_size=2)
-    gradients, losses = core.candidate_gradients(any_model, rows, prompt, position, candidates, reasoning, config)
+    prefix = prefix_of(any_model, rows, prompt[:position])
+    found = core.candidate_gradients(any_model, rows, prefix, prompt, candidates, reasoning, config, core.Work())
+    gradients, losses = found
     assert gradients.dtype == torch.float64 and gradients.shape == (3, 4)
 
     def loss(one_hot):
-        choice = position, torch.tensor(candidates), one_hot
-        cross_entropy, _, nll = core.sequence_losses(any_model, rows, prompt, reasoning, 0.2, choice)
+        """By the plain path: whole sequences, all of them read for every loss."""
+        mixture = one_hot @ any_model.get_input_embeddings()(torch.tensor(candidates))
+        parts = [
+            whole_losses(any_model, *row, prompt, position, candidates, *m)
+            for *row, m in zip(rows, reasoning, zip(one_hot, mixture))
+        ]
+        cross_entropy, nll = map(torch.stack, zip(*parts))
         return core.training_loss(cross_entropy, nll, config)
 
     base = torch.zeros(3, 4, dtype=torch.float64)
@@ -313,7 +421,9 @@ def test_the_gradient_ranks_all_tokens_as_the_true_loss_change_does_where_the_lo
     everything = list(range(len(embedding.weight)))
     reasoning = [[30, 31] for _ in rows]
     config = settings(fluency_weight=0.0)
-    gradients, losses = core.candidate_gradients(llama, rows, prompt, 2, everything, reasoning, config)
+    prefix = prefix_of(llama, rows, prompt[:2])
+    found = core.candidate_gradients(llama, rows, prefix, prompt, everything, reasoning, config, core.Work())
+    gradients, losses = found
     predicted = (gradients - gradients[:, [prompt[2]]]).mean(0)
     changed = [core.answer_loss(llama, rows, (*prompt[:2], t, *prompt[3:]), reasoning, config)[0] for t in everything]
     true = torch.stack(changed, 1).mean(0) - losses.mean()
@@ -326,14 +436,15 @@ def test_a_candidate_s_own_probability_is_in_its_gradient(llama, few_rows):
     """At the last position only the direct fluency term tells candidates apart once reasoning and answer are
     cut off from the prompt's last token; lambda scales exactly that term."""
     rows, prompt = few_rows
-    last, candidates = len(prompt) - 1, [60, 75, prompt[-1]]
+    candidates = [60, 75, prompt[-1]]
     reasoning = [[30] for _ in rows]
-    with_term, _ = core.candidate_gradients(llama, rows, prompt, last, candidates, reasoning, settings())
-    without, _ = core.candidate_gradients(
-        llama, rows, prompt, last, candidates, reasoning, settings(fluency_weight=0.0)
-    )
-    log_probs = core.next_token_log_probs(llama, rows, prompt[:-1], 8)[:, candidates]
-    torch.testing.assert_close(with_term - without, -0.2 * log_probs / len(prompt))
+    prefix = prefix_of(llama, rows, prompt[:-1])
+
+    def gradients(config):
+        return core.candidate_gradients(llama, rows, prefix, prompt, candidates, reasoning, config, core.Work())[0]
+
+    own_term = gradients(settings()) - gradients(settings(fluency_weight=0.0))
+    torch.testing.assert_close(own_term, -0.2 * prefix.log_probs[:, candidates] / len(prompt))
 
 
 # --- Selection and the walk ---------------------------------------------------------------------------------
@@ -489,5 +600,6 @@ def test_a_model_that_is_not_there_or_cannot_chat_is_one_clear_error(tmp_path, d
 
 def test_a_loss_that_is_not_finite_stops_the_search(demo_tokenizer, few_rows):
     model = constant_model(demo_tokenizer, [float("nan")] * len(demo_tokenizer))
+    questions = core.read_questions(model, few_rows[0], 5, core.Work())
     with pytest.raises(UserError, match="not finite"):
-        core.score_prompts(model, few_rows[0], [few_rows[1]], settings())
+        core.score_prompts(model, few_rows[0], questions, [few_rows[1]], settings(), core.Work())

@@ -25,13 +25,15 @@ def quantities(model, tokenizer):
     rows = [core.splice(tokenizer, task, row) for row in data]
     prompt = core.encode_in_place(tokenizer, task, data[0]["question"], task.initial_prompt)[1]
     config = settings(steps=2, max_new_tokens=40)
-    (reasoning,) = core.generate_reasoning(model, rows, [prompt], 40, 6)
+    reasoning = [ids for ids, _ in core.generate_greedily(model, [r.before + prompt + r.between for r in rows], 40, 6)]
+    work = core.Work()
+    prefix = core.prefix_at(model, core.read_questions(model, rows, 6, work), tuple(prompt[:1]), work)
     cross_entropy, wrong, nll = core.answer_loss(model, rows, prompt, reasoning, config)
-    log_probs = core.next_token_log_probs(model, rows, prompt[:1], 6)
+    log_probs = prefix.log_probs
     allowed = core.allowed_tokens(tokenizer, log_probs.shape[1])
     candidates, k = core.propose_candidates(log_probs, allowed, [[0, 2, 4]], 8, 6, lambda t: t != prompt[1])
     candidates = [*candidates, prompt[1]]
-    gradients, losses = core.candidate_gradients(model, rows, prompt, 1, candidates, reasoning, config)
+    gradients, losses = core.candidate_gradients(model, rows, prefix, prompt, candidates, reasoning, config, work)
     steps = list(core.optimize(model, tokenizer, rows, prompt, config))
     return {
         "rows": [vars(row) for row in rows],
