@@ -11,7 +11,8 @@ The same input gives the same bytes on every run. The counts are checked and pri
 import json
 from dataclasses import dataclass
 
-from tasks import PAPER_BBH, SPLITS, TaskFlags, get_task, parse_flags, prepare, run_script
+from settings import TaskFlags, parse_flags, run_script
+from tasks import PAPER_BBH, SPLITS, get_task, prepare
 
 
 @dataclass

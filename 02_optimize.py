@@ -5,8 +5,8 @@
     python 02_optimize.py --task my.jsonl --extractor "So the answer is" --model path/to/model
 
 Prepares the task's data itself where stage 01 has not been run. A killed run goes on with the same command and
-ends with the same result. The prompt is searched on training rows and chosen on dev rows; the test rows are read
-once, at the end, for the initial and the chosen prompt.
+ends with the same result; a run with other settings needs another --run-dir. The prompt is searched on training
+rows and chosen on dev rows; the test rows are read once, at the end, for the initial and the chosen prompt.
 """
 
 import importlib.metadata
@@ -16,21 +16,8 @@ import subprocess
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tasks import (
-    ROOT,
-    ModelFlags,
-    SearchSettings,
-    TaskFlags,
-    UserError,
-    append_jsonl,
-    flag,
-    parse_flags,
-    read_appended,
-    require,
-    run_script,
-    sha256,
-    write_jsonl,
-)
+from settings import ModelFlags, SearchSettings, TaskFlags, flag, parse_flags, run_script
+from tasks import ROOT, UserError, append_jsonl, read_appended, require, weights_hash, write_json, write_jsonl
 
 
 @dataclass
@@ -75,9 +62,11 @@ def main():
             bar.set_postfix(position=record["position"], now=record["objective"], best=record["best"]["objective"])
             bar.update(record["step"] > 0)
 
+    model_hash = weights_hash(flags.model)
+
     def evaluate(prompt, role, split):
         chosen = splits[split][: flags.eval_rows or None]
-        return evaluate_once(model, tokenizer, task, chosen, prompt, flags, run_dir, role, split)
+        return evaluate_once(model, tokenizer, task, chosen, prompt, flags, run_dir, role, split, model_hash)
 
     scored = core.scores_of(history)
     initial = next(iter(scored.values()))
@@ -105,26 +94,32 @@ def open_run(flags, task):
         name = f"demo-seed{flags.seed}" if task.name == "demo" else name
     run_dir = Path(flags.run_dir or Path("runs") / name)
     data = json.loads((Path(flags.data_dir) / task.name / "task.json").read_text(encoding="utf-8"))
-    config = {k: v for k, v in asdict(flags).items() if k not in ("run_dir", "data_dir", "source")}
-    weights = Path(flags.model) / "model.safetensors"
     record = {
-        "config": config | {"initial_prompt": task.initial_prompt},
-        "task": {k: data[k] for k in ("name", "extractor", "template", "sha256", "grader_version")},
-        "model_sha256": sha256(weights) if weights.is_file() else None,
+        "config": asdict(flags) | {"initial_prompt": task.initial_prompt},
+        "task": {key: data[key] for key in ("name", "extractor", "template", "sha256", "grader_version")},
+        "model_hash": weights_hash(flags.model),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
         "commit": git_commit(),
     }
     path = run_dir / "run.json"
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        both = [dict(r["config"], task_files=r["task"], model_sha256=r["model_sha256"]) for r in (old, record)]
-        other = sorted(k for k in both[0].keys() | both[1].keys() if both[0].get(k) != both[1].get(k))
-        if other:
-            raise UserError(f"{run_dir} holds a run with other {', '.join(other)}: choose another --run-dir")
+        other = differences(path, record)
+        require(not other, f"{run_dir} holds a run with other {', '.join(other)}: choose another --run-dir")
         return run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, record)
     return run_dir
+
+
+def differences(path, record):
+    """Names of what differs between a recorded run and this one; where files lie does not count."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        both = [dict(r["config"], task=r["task"], model=r["model_hash"]) for r in (old, record)]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the record of a run: choose another --run-dir") from None
+    names = both[0].keys() | both[1].keys()
+    return sorted(n for n in names - {"run_dir", "data_dir", "source"} if both[0].get(n) != both[1].get(n))
 
 
 def git_commit():

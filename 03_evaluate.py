@@ -5,26 +5,16 @@
     python 03_evaluate.py --run-dir runs/demo-seed0 --prompt "tell the total ."
 
 Two readings of one generation: `paper` (the answer behind the extractor) and `harness` (lm-evaluation-harness's
-flexible extraction from the reasoning itself). A prompt that was evaluated on the same rows is not run again.
+flexible extraction from the reasoning itself). What was evaluated with the same
+model, rows, extractor and settings is not run again.
 """
 
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from tasks import (
-    GenerationSettings,
-    ModelFlags,
-    TaskFlags,
-    UserError,
-    flag,
-    parse_flags,
-    read_appended,
-    read_jsonl,
-    require,
-    run_script,
-    text_hash,
-)
+from settings import GenerationSettings, ModelFlags, TaskFlags, flag, parse_flags, run_script
+from tasks import UserError, read_appended, read_jsonl, require, weights_hash
 
 
 @dataclass
@@ -57,8 +47,9 @@ def main():
     from greater_core import load_model
 
     model, tokenizer = load_model(flags.model, flags.device, flags.dtype)
+    model_hash = weights_hash(flags.model)
     results = [
-        evaluate_once(model, tokenizer, task, rows, prompt, flags, run_dir, role, flags.split)
+        evaluate_once(model, tokenizer, task, rows, prompt, flags, run_dir, role, flags.split, model_hash)
         for role, prompt in tqdm(prompts, desc=flags.split, unit="prompt")
     ]
     report(results, rows, run_dir, flags)
@@ -71,7 +62,7 @@ def run_defaults(early):
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))["config"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not the record of a run") from None
     require(early.task in ("", config["task"]), f"--task {early.task}: {early.run_dir} is a run of {config['task']}")
     names = {f.name for f in fields(GenerationSettings) + fields(ModelFlags) + fields(TaskFlags)}
@@ -107,12 +98,9 @@ def report(results, rows, run_dir, flags):
 
 def show_mistakes(result, rows, run_dir, flags):
     questions = {row["id"]: row["question"] for row in rows}
-    wrong = {
-        p["id"]: p
-        for p in read_appended(run_dir / "predictions.jsonl")
-        if p["split"] == flags.split and p["prompt_hash"] == text_hash(result["prompt"]) and not p["correct"]
-    }
-    shown = [p for p in wrong.values() if p["id"] in questions][: flags.mistakes]
+    same = {key: result[key] for key in ("split", "prompt_hash", "evaluation")}.items()
+    shown = [p for p in read_appended(run_dir / "predictions.jsonl") if same <= p.items() and not p["correct"]]
+    shown = shown[: flags.mistakes]
     if shown:
         print(f"\n{len(shown)} of {len(rows) - result['correct']} mistakes of the last prompt:")
     for p in shown:

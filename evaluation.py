@@ -5,6 +5,7 @@ answer, and that is graded. `harness` reading: lm-evaluation-harness's flexible 
 itself, so that numbers can be compared with published ones. They are two columns, never mixed.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tasks import (
     read_answer_harness,
     read_appended,
     text_hash,
+    write_jsonl,
 )
 
 
@@ -41,7 +43,6 @@ def evaluate(model, tokenizer, task, rows, prompt, settings):
         predictions.append(
             {
                 "id": row["id"],
-                "prompt_hash": text_hash(prompt),
                 "text": text,
                 "reply": reply,
                 "answer": answer,
@@ -56,25 +57,35 @@ def evaluate(model, tokenizer, task, rows, prompt, settings):
     return predictions
 
 
-def evaluate_once(model, tokenizer, task, rows, prompt, settings, run_dir, role, split):
+def evaluation_key(task, rows, settings, model_hash, dtype):
+    """Hash of all that an evaluation's numbers depend on besides the prompt and the machine."""
+    parts = [task.kind, task.choices, task.extractor, task.template, rows, settings.max_new_tokens]
+    return text_hash(json.dumps([*parts, model_hash, str(dtype), GRADER_VERSION]))
+
+
+def evaluate_once(model, tokenizer, task, rows, prompt, settings, run_dir, role, split, model_hash):
     """The results record of a prompt on a split; taken from run_dir/results.jsonl if it is there, else evaluated
     and appended there, with its predictions in predictions.jsonl."""
-    path, wanted = Path(run_dir) / "results.jsonl", (split, text_hash(prompt), len(rows), settings.max_new_tokens)
-    keys = "split", "prompt_hash", "n", "max_new_tokens"
-    known = [r for r in read_appended(path) if tuple(r.get(key) for key in keys) == wanted]
+    results, predictions = (Path(run_dir) / f"{name}.jsonl" for name in ("results", "predictions"))
+    same = {
+        "split": split,
+        "prompt_hash": text_hash(prompt),
+        "evaluation": evaluation_key(task, rows, settings, model_hash, model.dtype),
+    }
+    known = [record for record in read_appended(results) if same.items() <= record.items()]
     for record in known:
         if record["role"] == role:
             return record
     if known:
         record = known[0] | {"role": role}
     else:
+        others = [p for p in read_appended(predictions) if not same.items() <= p.items()]  # none of a killed try
         started = time.perf_counter()
-        predictions = evaluate(model, tokenizer, task, rows, prompt, settings)
-        for prediction in predictions:
-            append_jsonl(Path(run_dir) / "predictions.jsonl", {"split": split, **prediction})
-        record = {"role": role, "split": split, "prompt": prompt, "prompt_hash": text_hash(prompt)}
-        record |= summarize(predictions, settings.max_new_tokens, time.perf_counter() - started)
-    append_jsonl(path, record)
+        new = evaluate(model, tokenizer, task, rows, prompt, settings)
+        write_jsonl(predictions, [*others, *(same | prediction for prediction in new)])
+        record = {"role": role, **same, "prompt": prompt}
+        record |= summarize(new, settings.max_new_tokens, time.perf_counter() - started)
+    append_jsonl(results, record)
     return record
 
 

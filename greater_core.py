@@ -3,9 +3,10 @@
 Das et al., ICLR 2025 (arXiv 2412.09722). The prompt follows the question; its tokens are searched one position
 at a time. At position i, with N training rows:
 
-1. Propose (Eq. 3-4): the top-k next tokens after `question + prompt[:i]`, intersected over sampled rows.
-2. Reason (Sec. 3.2): the model's greedy reasoning for every row under the current prompt; behind it an extractor
-   ("Therefore, the final answer ... is $"), behind that the logits of the gold answer (Eq. 5-6).
+1. Propose (Eq. 3-4): the top-k allowed next tokens after `question + prompt[:i]`, intersected over sampled rows.
+2. Reason (Sec. 3.2): the model's greedy reasoning for every row under the current prompt, kept from the selection that
+   chose this prompt; behind it an extractor ("Therefore, the final answer ... is $"), behind that the logits of
+   the gold answer (Eq. 5-6).
 3. Gradient (Eq. 7): of the answer loss plus lambda times the prompt's negative log-likelihood, with respect to
    the one-hot choice of token i. The mu proposals with the most negative gradient are the shortlist.
 4. Select (Alg. 1): for each of them and the incumbent, reason anew and compute the loss for real; the lowest wins.
@@ -13,22 +14,25 @@ at a time. At position i, with N training rows:
 Then i moves on. Behind the last position the prompt grows by a token, until a sentence end closes it and
 the walk starts again at its first token. At the end the best prompts of the run compete on dev rows.
 
+The weights are frozen. What many continuations share is read once: the questions once per run, each prompt token
+once per walk. The answer is scored on the keys and values that generation leaves behind.
+
 Shape letters, everywhere: B rows, T tokens of a padded sequence, P prompt tokens, A answer tokens, V vocabulary,
 K candidates, Q sampled rows, L positions whose logits are read.
 
 Everything is done on token ids. A prompt is never decoded and encoded again inside the loop, so a position keeps
 its meaning; a candidate is admitted only if the prompt's text, encoded afresh in its place, gives the same ids.
 
-Deviations from the paper (P) and from the released code (R), each on purpose:
+Deliberate deviations (the README has them as a table, `--preset released` undoes what is a setting):
 
-- R: the incumbent token competes in every selection, so the training objective never rises, except when the
-  prompt must grow. R accepts whatever wins among the new tokens.
-- R: selection minimizes the loss the gradient is taken of (P). R's rule is `objective="error"`.
-- R: every term of the fluency loss counts the candidate itself. R leaves the candidate's own probability out.
-- R: a sentence end is one candidate among others, never forced.
-- P, R: k grows by 2 until `min_candidates` are left. R does so, P does not say what happens when few are.
-- P, R: candidates read as words or sentence punctuation. R has nearly the same rule; special tokens slip through it.
-- P, R: the final prompt is chosen on dev rows among prompts that end a sentence. R prints its ten best on train.
+- The incumbent token competes in every selection, so the training objective never rises, except when the prompt must
+  grow. In the released code it competes only if it is shortlisted.
+- Selection minimizes the loss the gradient is taken of, as in the paper. Released: error rate + 0.02 nll.
+- Every term of the fluency loss counts the candidate itself. Released: its own probability is left out.
+- A sentence end is one candidate among others. Released: in the prompt's second half it is taken at once.
+- k grows by 2 until `min_candidates` are left, as released; the paper does not say what happens when few are.
+- Candidates read as words or sentence punctuation. Released: nearly so; added special tokens slip through.
+- The final prompt is chosen on dev rows among prompts that end a sentence. Released: the ten best on training rows.
 """
 
 import logging
@@ -59,6 +63,10 @@ def load_model(name, device="auto", dtype="auto"):
     and float32 on the CPU. Errors: UserError when the model is not there, gated, or has no chat template.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
     dtype = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}.get(dtype) or getattr(torch, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -89,7 +97,7 @@ def freeze(model, tokenizer):
     return model
 
 
-# --- 1. A row's token ids, in parts (Eq. 1-2) --------------------------------------------------------
+# --- A row's token ids, in parts (Eq. 1-2) ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,8 @@ def encode_in_place(tokenizer, task, question, prompt):
         raise UserError(f"the chat template changes the user's text, so the prompt has no place in it: {chat!r}")
     start = end - len(prompt) - 1  # the space before the prompt belongs to it: " proper" is one token
     ids = continuation(tokenizer, chat[:start], chat[start:end])
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        raise UserError(f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
     return encode(tokenizer, chat[:start]), ids, continuation(tokenizer, chat[:end], chat[end:])
 
 
@@ -142,7 +152,12 @@ def answer_ids(tokenizer, task, answer):
     """(extractor ids, answer ids), each as it is behind the text before it."""
     # Reasoning ends in some token that we do not know yet; the full stop stands for it.
     extractor = continuation(tokenizer, ".", " " + task.extractor)
-    return extractor, continuation(tokenizer, ". " + task.extractor, task.answer_prefix + answer)
+    ids = continuation(tokenizer, ". " + task.extractor, task.answer_prefix + answer)
+    if not ids:
+        raise UserError(
+            f"the answer {answer!r} adds no token behind the extractor {task.extractor!r}: end it otherwise"
+        )
+    return extractor, ids
 
 
 def splice(tokenizer, task, row):
@@ -176,7 +191,8 @@ def survives_encoding(tokenizer, row, prompt_ids):
 
 @dataclass
 class Work:
-    """What a run has done, and the batch sizes that fit: {stage: size}, lowered when CUDA memory runs out."""
+    """What a run has done, in tokens read forward, backward and generated, and the batch sizes that fit:
+    {stage: size}, lowered when CUDA memory runs out."""
 
     counts: Counter = field(default_factory=Counter)
     sizes: dict = field(default_factory=dict)
@@ -308,7 +324,7 @@ def prefix_at(model, questions, tokens, work, known=None):
     return prefix
 
 
-# --- 2. Reasoning (Sec. 3.2) -----------------------------------------------------------------------------
+# --- Reasoning (Sec. 3.2) -------------------------------------------------------------------------------
 
 CHECK_EVERY = {
     "cpu": 1,
@@ -468,7 +484,7 @@ def answer_loss(model, rows, prompt_ids, reasoning, settings):
     return tuple(torch.cat(values) for values in zip(*parts))
 
 
-# --- 3. Proposals (Eq. 3-4) -------------------------------------------------------------------------------
+# --- Proposals (Eq. 3-4) ---------------------------------------------------------------------------------
 
 
 def allowed_tokens(tokenizer, vocabulary_size):
@@ -511,7 +527,7 @@ def propose_candidates(log_probs, allowed, samples, k, min_candidates, admit):
         k += 2
 
 
-# --- 4. The gradient over candidates (Eq. 7) -----------------------------------------------------------------
+# --- The gradient over candidates (Eq. 7) -------------------------------------------------------------------
 
 
 def candidate_gradients(model, rows, prefix, prompt_ids, candidates, reasoning, settings, work):
@@ -543,7 +559,7 @@ def candidate_gradients(model, rows, prefix, prompt_ids, candidates, reasoning, 
     return tuple(torch.cat(values)[back] for values in list(zip(*parts))[1:])
 
 
-# --- 5. Selection and the walk (Alg. 1) --------------------------------------------------------------------
+# --- Selection and the walk (Alg. 1) ----------------------------------------------------------------------
 
 
 @dataclass
@@ -669,7 +685,7 @@ def forced_end(tokenizer, shortlist, position, initial_length, settings):
 
 
 def search_step(model, tokenizer, rows, prefix, current, step, scored, allowed, settings, work):
-    """Stages 1-4 at one position: (the winning Score, what was found on the way). Adds new scores to `scored`."""
+    """Steps 1-4 of the method at one position: (the winning Score, what was found). Adds to `scored`."""
     position = len(prefix.tokens)
     before, suffix = prefix.tokens, current.prompt_ids[position + 1 :]
     grows = position == len(current.prompt_ids)
@@ -708,13 +724,12 @@ def search_step(model, tokenizer, rows, prefix, current, step, scored, allowed, 
         (winner,) = score_prompts(model, rows, prefix, [winner.prompt_ids], settings, work)
     clock.append(time.perf_counter())
 
-    text = tokenizer.decode
     found = {
         "k": k,
         "grows": grows,
-        "candidates": [{"token": t, "text": text([t]), "gradient": gradients.get(t)} for t in choices],
+        "candidates": [{"token": t, "text": tokenizer.decode([t]), "gradient": gradients.get(t)} for t in choices],
         "shortlist": [
-            {"token": t, "text": text([t]), "new": prompt in new, **as_record(scored[prompt])}
+            {"token": t, "text": tokenizer.decode([t]), "new": prompt in new, **as_record(scored[prompt])}
             for t, prompt in tried.items()
         ],
         "seconds": dict(zip(("propose", "gradient", "select"), (b - a for a, b in zip(clock, clock[1:])))),
@@ -725,7 +740,7 @@ def search_step(model, tokenizer, rows, prefix, current, step, scored, allowed, 
 def optimize(model, tokenizer, rows, prompt_ids, settings, history=()):
     """Search a prompt (Alg. 1): yields one record (a dict, JSON-ready) per position visited; record 0 is the start.
 
-    rows: list of `Row`. prompt_ids: the initial prompt. settings: `tasks.SearchSettings`. history: the records of
+    rows: list of `Row`. prompt_ids: the initial prompt. settings: `settings.SearchSettings`. history: the records of
     an interrupted run, in order; the search goes on behind them to the same result.
     """
     allowed = allowed_tokens(tokenizer, model.get_input_embeddings().num_embeddings).to(model.device)
@@ -800,6 +815,7 @@ def restore_current(model, rows, questions, settings, history):
     Errors: UserError if the recorded objective does not come back.
     """
     last = history[-1]["prompt_ids"]
+    # The record in which the current prompt became current: there it was generated, with the rest of the shortlist.
     won = max(n for n, record in enumerate(history) if n == 0 or history[n - 1]["prompt_ids"] != record["prompt_ids"])
     job = [tuple(e["prompt_ids"]) for e in history[won].get("shortlist", ()) if e["new"]]
     prefix = prefix_at(model, questions, tuple(last[: history[won]["position"] or 0]), Work())

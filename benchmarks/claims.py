@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import greater_core as core
 from evaluation import accuracy, evaluate
-from tasks import SearchSettings, get_task, split_rows
+from settings import SearchSettings
+from tasks import get_task, split_rows
 
 ARMS = {
     "full method": {},

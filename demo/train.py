@@ -220,7 +220,8 @@ def print_table(folder, instructions=5):
     sys.path.insert(0, str(HERE.parent))
     from evaluation import accuracy, evaluate
     from greater_core import load_model
-    from tasks import GenerationSettings, get_task, split_rows
+    from settings import GenerationSettings
+    from tasks import get_task, split_rows
 
     model, tokenizer = load_model(str(folder))
     task, rng = get_task("demo"), random.Random(0)

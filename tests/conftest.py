@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from greater_core import encode_in_place, freeze, load_model, splice  # noqa: E402
-from tasks import SearchSettings, Task, get_task, split_rows  # noqa: E402
+from settings import SearchSettings  # noqa: E402
+from tasks import Task, get_task, split_rows  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models run no faster on more, and two processes would wait for each other
 FAMILIES = ("llama", "llama-tied", "gemma2", "qwen3")

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES, own_task, settings, tiny_model
+from conftest import FAMILIES, ROOT, own_task, settings, tiny_model
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -47,6 +47,16 @@ def test_an_extractor_that_merges_with_the_answer_is_an_error_that_shows_both_ta
 def test_a_prompt_without_tokens_is_an_error(demo_tokenizer, demo_task):
     with pytest.raises(UserError, match="--initial-prompt"):
         core.encode_in_place(demo_tokenizer, demo_task, "1 + 1 ?", "  ")
+
+
+def test_a_prompt_that_the_tokenizer_does_not_know_is_an_error(demo_tokenizer, demo_task):
+    with pytest.raises(UserError, match="does not know all of the prompt 'find rhubarb .'"):
+        core.encode_in_place(demo_tokenizer, demo_task, "1 + 1 ?", "find rhubarb .")
+
+
+def test_an_answer_without_tokens_is_an_error(demo_tokenizer):
+    with pytest.raises(UserError, match="adds no token"):
+        core.answer_ids(demo_tokenizer, own_task("number", "so it is $"), "8")  # "$" and "$8" are one unknown word
 
 
 def test_a_template_that_rewrites_the_text_is_an_error(demo_tokenizer, demo_task):
@@ -591,6 +601,8 @@ def test_fifty_steps_keep_every_position_s_meaning_with_a_subword_tokenizer(subw
 def test_a_model_that_is_not_there_or_cannot_chat_is_one_clear_error(tmp_path, demo_tokenizer, demo_model):
     with pytest.raises(UserError, match="Ways out"):
         core.load_model(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="--device teapot"):
+        core.load_model(str(ROOT / "demo" / "model"), device="teapot")
     demo_model.save_pretrained(tmp_path)
     mute = type(demo_tokenizer)(tokenizer_object=demo_tokenizer.backend_tokenizer, eos_token="<|end|>")
     mute.save_pretrained(tmp_path)

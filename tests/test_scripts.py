@@ -135,8 +135,27 @@ def test_the_whole_chain_runs_on_own_rows(tmp_path):
     search = ["--initial-prompt", "find the answer now .", "--steps", "1", "--train-rows", "5"]
     printed = good("02_optimize.py", *own, *template, *search, folder=tmp_path)
     assert "initial    100.0" in printed
-    evaluated = good("03_evaluate.py", "--run-dir", "runs/mine-model-seed0", folder=tmp_path)
+    evaluated = good("03_evaluate.py", "--run-dir", "runs/own-mine-model-seed0", folder=tmp_path)
     assert "initial    100.0" in evaluated
+
+
+def test_another_model_or_extractor_is_evaluated_anew_and_a_killed_evaluation_leaves_no_trace(tmp_path, demo_tokenizer):
+    from conftest import tiny_model
+
+    tiny_model("llama", demo_tokenizer).save_pretrained(tmp_path / "random")
+    demo_tokenizer.save_pretrained(tmp_path / "random")
+    flags = ["--prompt", "check each step carefully .", "--eval-rows", "30", "--run-dir", "r"]
+    good("03_evaluate.py", *flags, folder=tmp_path)
+    predictions = tmp_path / "r" / "predictions.jsonl"
+    first = read_jsonl(predictions)
+    (tmp_path / "r" / "results.jsonl").unlink()  # as if killed between the two files
+    good("03_evaluate.py", *flags, folder=tmp_path)
+    assert read_jsonl(predictions) == first
+    good("03_evaluate.py", *flags, "--model", "./random", folder=tmp_path)
+    good("03_evaluate.py", *flags, "--max-new-tokens", "3", folder=tmp_path)
+    results = read_jsonl(tmp_path / "r" / "results.jsonl")
+    assert [r["accuracy"] > 0.5 for r in results] == [True, False, False]
+    assert len({r["evaluation"] for r in results}) == 3 and len(read_jsonl(predictions)) == 90
 
 
 def test_the_released_preset_changes_the_defaults_and_a_flag_overrides_it(tmp_path):
@@ -152,6 +171,8 @@ def write_bad_files(folder):
     (folder / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question"\n')
     write_jsonl(folder / "gap.jsonl", [{"question": "a", "answer": "b"}, {"question": "a"}])
     write_jsonl(folder / "words.jsonl", [{"question": f"is {n} big ?", "answer": "no"} for n in range(8)])
+    (folder / "broken-run").mkdir()
+    (folder / "broken-run" / "run.json").write_text("[]")
     (folder / "mute").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (folder / "mute" / name).symlink_to(ROOT / "demo" / "model" / name)
@@ -177,6 +198,14 @@ BAD = [
     ("02_optimize.py --objective best", "--objective must be one of loss, error"),
     ("02_optimize.py --no-such-flag 1", "unrecognized arguments: --no-such-flag"),
     ("02_optimize.py --initial-prompt . --min-candidates 500 --train-rows 5", "lower --min-candidates"),
+    ("02_optimize.py --task", "argument --task: expected one argument"),
+    ("02_optimize.py --device teapot --run-dir r", "--device teapot"),
+    ("02_optimize.py --run-dir one.jsonl/x", "one.jsonl/x"),
+    ("02_optimize.py --run-dir broken-run", "broken-run/run.json is not the record of a run"),
+    ("03_evaluate.py --run-dir broken-run", "run.json is not the record of a run"),
+    ("01_prepare_data.py --data-dir one.jsonl", "one.jsonl"),
+    ("02_optimize.py --lambda nan", "--lambda must be a number"),
+    ("02_optimize.py --initial-prompt rhubarb --train-rows 5", "does not know all of the prompt"),
     ("03_evaluate.py", "--prompt"),
     ("03_evaluate.py --prompt ' '", "--prompt must not be empty"),
     ("03_evaluate.py --run-dir nowhere", "cannot read nowhere/prompts.jsonl"),

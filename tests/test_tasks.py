@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT, own_task, settings
 
 import tasks
+from settings import PRESETS, SearchSettings
 from tasks import TASKS, UserError, get_task, grade, grade_harness, read_answer, read_answer_harness
 
 # --- The table ---------------------------------------------------------------------------------------
@@ -53,7 +54,11 @@ def test_an_own_task_needs_an_extractor_and_a_known_one_refuses_it(tmp_path):
     with pytest.raises(UserError, match="your own rows"):
         get_task("gsm8k", extractor="The answer is")
     task = get_task(str(path), "The answer is $")
-    assert (task.name, task.kind, task.answer_prefix) == ("mine", "number", "")
+    assert (task.name, task.kind, task.answer_prefix) == ("own/mine", "number", "")
+    with pytest.raises(UserError, match="--kind must be one of number"):
+        get_task(str(path), "The answer is $", kind="digits")
+    with pytest.raises(UserError, match="must be a .jsonl file"):
+        get_task(str(tmp_path))
     for bad in ("{question} {prompt} now", "{prompt} {question} {prompt}", "{question}"):
         with pytest.raises(UserError, match="--template"):
             get_task(str(path), "The answer is", template=bad)
@@ -91,9 +96,20 @@ def test_a_malformed_file_of_rows_is_named_with_its_line(tmp_path, text, message
         tasks.read_rows(tmp_path / "none.jsonl")
 
 
-def test_zero_is_an_answer(tmp_path):
-    (tmp_path / "r.jsonl").write_text('{"question": "1 - 1?", "answer": 0}\n')
-    assert tasks.read_rows(tmp_path / "r.jsonl") == [{"id": "1", "question": "1 - 1?", "answer": "0"}]
+def test_numbers_are_answers_and_other_json_is_not(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('\ufeff{"question": "1 - 1?", "answer": 0}\n{"question": "a", "answer": 19.0}\r\n\n')
+    assert [(r["id"], r["answer"]) for r in tasks.read_rows(path)] == [("line-1", "0"), ("line-2", "19")]
+    for bad in ("null", "[1]", '{"a": 1}', '"\\ud83d"'):
+        path.write_text(f'{{"question": "a", "answer": {bad}}}\n')
+        with pytest.raises(UserError, match="line 1: the row has no answer"):
+            tasks.read_rows(path)
+
+
+def test_line_separators_of_unicode_are_text(tmp_path):
+    rows = [{"id": "1", "question": "a\u2028b\x85c", "answer": "1"}]
+    tasks.write_jsonl(tmp_path / "r.jsonl", rows)
+    assert tasks.read_rows(tmp_path / "r.jsonl") == rows
 
 
 def bbh_file(folder, name, count, target="(A)", question="Which?\nOptions:\n(A) a\n(B) b"):
@@ -327,11 +343,11 @@ def test_a_setting_out_of_range_names_its_flag(change, message):
 
 
 def test_the_defaults_are_the_paper_s():
-    s = tasks.SearchSettings()
+    s = SearchSettings()
     assert (s.steps, s.top_k, s.intersections, s.sampled_rows, s.shortlist_size) == (105, 10, 1, 5, 3)
     assert (s.fluency_weight, s.loss_temperature, s.train_rows, s.max_new_tokens) == (0.2, 0.2, 50, 1024)
     assert (s.objective, s.choose_on, s.ties, s.fluency) == ("loss", "dev", "first", "nll")
-    assert set().union(*tasks.PRESETS.values()) <= set(vars(s))
+    assert set().union(*PRESETS.values()) <= set(vars(s))
 
 
 def test_the_demo_s_rows_are_the_published_700_and_unique():

@@ -1,0 +1,173 @@
+"""Settings and flags: one dataclass per purpose, whose fields become the flags of the scripts that use it.
+
+Works without torch, so that `--help` and a typo answer at once.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from tasks import ROOT, SPLITS, TASKS, UserError, get_task, is_prepared, load_split, prepare, require
+
+# --- Generation and search: the defaults are the paper's -----------------------------------------------------
+
+
+def flag(default, text, *aliases):
+    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
+
+
+@dataclass
+class GenerationSettings:
+    """What generation needs, in the search and in evaluation."""
+
+    max_new_tokens: int = flag(1024, "longest reasoning, in tokens")
+    batch_size: int = flag(50, "rows generated at once; halved when CUDA memory runs out")
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "batch_size"):
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+
+    @staticmethod
+    def answer_tokens(task):
+        """How many tokens an answer behind the extractor may take."""
+        return {"number": 12, "text": 128}.get(task.kind, 8)
+
+
+# What the released scripts do otherwise than the paper says: values of the settings below, not another code path.
+PRESETS = {
+    "paper": {},
+    "released": {
+        "top_k": 40,
+        "intersections": 6,
+        "objective": "error",
+        "ties": "last",
+        "force_sentence_end": True,
+        "choose_on": "train",
+    },
+}
+KNOWN_VALUES = {
+    "preset": tuple(PRESETS),
+    "shortlist": ("gradient", "random", "all"),
+    "fluency": ("nll", "perplexity"),
+    "objective": ("loss", "error"),
+    "ties": ("first", "last"),
+    "choose_on": ("dev", "train"),
+}
+
+
+@dataclass
+class SearchSettings(GenerationSettings):
+    """The method's settings (Sec. 5.1; where the paper is silent, the released configuration)."""
+
+    preset: str = flag("paper", "paper, or released: the defaults of the released scripts")
+    steps: int = flag(105, "T: positions visited")
+    train_rows: int = flag(50, "training rows, drawn by the seed")
+    top_k: int = flag(10, "k: a proposal is among the k likeliest allowed next tokens of every sampled row")
+    sampled_rows: int = flag(5, "q: rows whose top-k are intersected")
+    intersections: int = flag(1, "intersections whose union is proposed")
+    min_candidates: int = flag(6, "k grows by 2 until so many proposals are found")
+    shortlist: str = flag("gradient", "how proposals are shortlisted: gradient, random, or all (no shortlist)")
+    shortlist_size: int = flag(3, "mu: proposals tried for real at each position", "--mu")
+    gradient_without_reasoning: bool = flag(False, "take the gradient over question, prompt and extractor only")
+    fluency_weight: float = flag(0.2, "lambda: weight of the prompt's fluency term in the loss", "--lambda")
+    fluency: str = flag("nll", "the fluency term: mean nll of the prompt, or its exponential, perplexity")
+    loss_temperature: float = flag(0.2, "divides the answer's logits in the loss")
+    objective: str = flag("loss", "what selection minimizes: loss, or error (error rate + lambda / 10 * fluency)")
+    ties: str = flag("first", "of equal objectives take the first (incumbent, then by gradient) or the last")
+    force_sentence_end: bool = flag(False, "take a shortlisted full stop at once in the prompt's second half")
+    choose_on: str = flag("dev", "rows that choose the final prompt among the best of the run: dev or train")
+    max_prompt_tokens: int = flag(64, "a prompt stops growing at this length")
+    gradient_batch_size: int = flag(8, "rows in one forward and backward pass; halved when CUDA memory runs out")
+    seed: int = flag(0, "draws the training rows and the sampled rows of each step")
+
+    def __post_init__(self):
+        super().__post_init__()
+        counts = "train_rows top_k sampled_rows intersections min_candidates shortlist_size"
+        for name in [*counts.split(), "gradient_batch_size", "max_prompt_tokens"]:
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+        require(self.steps >= 0, "--steps must not be negative")
+        require(self.fluency_weight >= 0, "--lambda must be a number not below 0")
+        require(self.loss_temperature > 0, "--loss-temperature must be above 0")
+        for name, known in KNOWN_VALUES.items():
+            value = getattr(self, name)
+            require(value in known, f"--{name.replace('_', '-')} must be one of {', '.join(known)}, not {value!r}")
+
+
+# --- Tasks, models, and the command line ----------------------------------------------------------------
+
+
+@dataclass
+class TaskFlags:
+    """Flags of every script that reads a task's rows."""
+
+    task: str = flag("demo", "a task of tasks.py, such as gsm8k or bbh/navigate, or your own rows.jsonl")
+    extractor: str = flag("", "own rows: the text behind which the answer is read")
+    kind: str = flag("", "own rows: number, choice, boolean or text; inferred when empty")
+    template: str = flag("", "own rows: how question and prompt are joined, ending in ' {prompt}'")
+    data_dir: str = flag("data", "where stage 01 writes the prepared tasks")
+    source: str = flag("", "folder of the data files as their authors publish them; empty: the hub")
+
+    def resolve(self):
+        """(task, {split: rows}), prepared first if stage 01 has not been run."""
+        task = get_task(self.task, self.extractor, self.kind, self.template)
+        own_rows = self.task if self.task.endswith(".jsonl") else ""
+        # Own rows and the demo's lie here and may have changed; preparing them takes no time.
+        if own_rows or task.name == "demo" or not is_prepared(task, self.data_dir):
+            print(f"preparing {task.name} in {prepare(task, self.data_dir, self.source, own_rows)}")
+        return task, {split: load_split(task, self.data_dir, split) for split in SPLITS}
+
+
+@dataclass
+class ModelFlags:
+    """Flags of every script that loads a model."""
+
+    model: str = flag("meta-llama/Meta-Llama-3-8B-Instruct", "a hub name or a local folder")
+    device: str = flag("auto", "cpu, cuda or cuda:N")
+    dtype: str = flag("auto", "auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16 or float16")
+
+    def model_path(self):
+        """The model's name; the demo's own folder wherever the script is called from. Checked as far as torch-free."""
+        require(self.dtype in ("auto", "float32", "bfloat16", "float16"), f"--dtype {self.dtype!r} is unknown")
+        path = ROOT / self.model if self.model == "demo/model" else Path(self.model)
+        looks_local = path.is_absolute() or self.model.startswith((".", "~")) or self.model.count("/") > 1
+        if looks_local or path.exists():
+            require((path / "config.json").is_file(), f"--model {self.model}: {path} holds no model (no config.json)")
+            return str(path)
+        return self.model
+
+
+def parse_flags(flags_class, description, more_defaults=lambda known: {}):
+    """The dataclass `flags_class` filled from the command line. A task's own defaults count before the paper's, and
+    `more_defaults(early)` before both, where `early` holds the flags --task and --run-dir.
+
+    Unknown flags and values of the wrong type end the script with argparse's message and exit code 2.
+    """
+    from transformers import HfArgumentParser  # imports no torch
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names, default in ((["--task"], ""), (["--run-dir", "--run_dir"], ""), (["--preset"], "paper")):
+        first.add_argument(*names, default=default, nargs="?", const="")  # the real parser says what is missing
+    early = first.parse_known_args()[0]
+    defaults = more_defaults(early)
+    task = TASKS.get(early.task or defaults.get("task", "demo"))
+    defaults = (task.defaults if task else {}) | PRESETS.get(early.preset, {}) | defaults
+    parser = HfArgumentParser(flags_class, description=description, allow_abbrev=False)
+    names = {f.name for f in fields(flags_class)}
+    parser.set_defaults(**{name: value for name, value in defaults.items() if name in names})
+    return flags_class(**vars(parser.parse_args()))
+
+
+def run_script(main):
+    """Run a script's main(): a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; what was finished is on disk, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
