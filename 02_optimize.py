@@ -39,7 +39,7 @@ def main():
         flags.train_rows <= available, f"--train-rows {flags.train_rows}: {task.name} has {available} training rows"
     )
     train = random.Random(f"{flags.seed}/rows").sample(splits["train"], flags.train_rows)
-    run_dir = open_run(flags, task)
+    run_dir = open_run(flags, task, train)
 
     # They import torch, so only after everything that can be wrong without it.
     from tqdm import tqdm
@@ -77,7 +77,7 @@ def main():
         dev = evaluate(text, "candidate", "dev")
         scores = {"dev_accuracy": dev["accuracy"], "dev_stderr": dev["stderr"], "initial": score is initial}
         prompts.append({"prompt": text, **core.as_record(score), **scores})
-    prompts.sort(key=lambda p: (-p["dev_accuracy"] if flags.choose_on == "dev" else 0, p["objective"]))
+    prompts = core.rank_prompts(prompts, flags.choose_on)
     write_jsonl(run_dir / "prompts.jsonl", prompts)
     starting = next(p for p in prompts if p["initial"])
     table = [
@@ -87,7 +87,7 @@ def main():
     report(table, run_dir)
 
 
-def open_run(flags, task):
+def open_run(flags, task, train):
     """The run's folder, with run.json. Errors: UserError if another configuration has been run there."""
     name = f"{task.name.replace('/', '-')}-{Path(flags.model).name}-seed{flags.seed}"
     if Path(flags.model) == ROOT / "demo" / "model":
@@ -97,6 +97,7 @@ def open_run(flags, task):
     record = {
         "config": asdict(flags) | {"initial_prompt": task.initial_prompt},
         "task": {key: data[key] for key in ("name", "extractor", "template", "sha256", "grader_version")},
+        "train_ids": [row["id"] for row in train],
         "model_hash": weights_hash(flags.model),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
         "commit": git_commit(),

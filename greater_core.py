@@ -40,14 +40,14 @@ import math
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from tasks import UserError
+from tasks import UserError, require
 
 SENTENCE_ENDS = (".", "!", "?")
 PUNCTUATION = (*SENTENCE_ENDS, ",", ";", ":")
@@ -202,13 +202,14 @@ def in_batches(function, items, stage, size, work):
     """[function(items[a:b]), ...] over batches; on CUDA out-of-memory the stage's size halves and the work goes on."""
     results, start = [], 0
     while start < len(items):
-        size = work.sizes.get(stage, size)
+        size, full = work.sizes.get(stage, size), False
         try:
             results.append(function(items[start : start + size]))
             start += size
         except torch.OutOfMemoryError:
-            if size == 1:
-                raise UserError("out of memory with a single row: use a smaller model or fewer tokens") from None
+            full = True
+        if full:  # not in the except block, where the error still holds the batch's tensors
+            require(size > 1, "out of memory with a single row: use a smaller model or fewer tokens")
             torch.cuda.empty_cache()
             work.sizes[stage] = (min(size, len(items)) + 1) // 2
             logging.getLogger(__name__).warning("out of memory: %s in batches of %d", stage, work.sizes[stage])
@@ -721,7 +722,8 @@ def search_step(model, tokenizer, rows, prefix, current, step, scored, allowed, 
     rivals = ([] if grows else [current]) + [scored[prompt] for prompt in tried.values()]
     winner = select_candidate(rivals, settings.ties) if forced is None else scored[tried[forced]]
     if winner.reasoning is None:  # scored in an earlier step, so its reasoning is no longer at hand
-        (winner,) = score_prompts(model, rows, prefix, [winner.prompt_ids], settings, work)
+        (again,) = score_prompts(model, rows, prefix, [winner.prompt_ids], settings, work)
+        winner = replace(winner, reasoning=again.reasoning)
     clock.append(time.perf_counter())
 
     found = {
@@ -834,3 +836,8 @@ def finalists(tokenizer, scored, count):
     initial = next(iter(scored.values()))
     complete = [s for s in scored.values() if s is initial or ends_sentence(tokenizer, s.prompt_ids)]
     return sorted(complete, key=lambda score: score.objective)[:count]
+
+
+def rank_prompts(prompts, choose_on):
+    """The run's final prompts, best first: by dev accuracy, equals by training objective; or by the objective alone."""
+    return sorted(prompts, key=lambda p: (-p["dev_accuracy"] if choose_on == "dev" else 0, p["objective"]))

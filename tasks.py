@@ -473,7 +473,7 @@ def is_prepared(task, data_dir):
 
 def canonical_number(text):
     """A number without sign of currency, thousands separators or idle zeros: "$1,250.00" -> "1250"; None if none."""
-    plain = re.sub(r"[\s,$]", "", text)
+    plain = re.sub(r"[\s,$]", "", text.replace("\N{MINUS SIGN}", "-"))
     if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", plain):
         return None
     try:
@@ -499,7 +499,7 @@ def grade(task, gold, answer):
 def read_answer(task, text):
     """The `paper` reading: the first possible answer in what the model writes behind the extractor, or None."""
     if task.kind == "number":
-        found = re.search(r"-?\$?\s?(\d[\d,]*\.?\d*|\.\d+)", text)
+        found = re.search(r"[-\N{MINUS SIGN}]?\$?\s?(\d[\d,]*\.?\d*|\.\d+)", text)
         return canonical_number(found.group().rstrip(".,")) if found else None
     if task.choices:
         words = "|".join(map(re.escape, sorted(task.choices, key=len, reverse=True)))
@@ -524,7 +524,7 @@ def as_choice(task, word):
 
 def grade_harness(gold, answer):
     """lm-evaluation-harness's exact match: strings, whatever their case, so that 1250.00 is not 1250."""
-    return answer is not None and answer.casefold() == gold.casefold()
+    return answer is not None and answer.casefold() == gold.casefold().replace(",", "")
 
 
 # The `harness` reading: the flexible extraction of lm-evaluation-harness (commit 4e7e0d47f), from the reasoning

@@ -1,5 +1,6 @@
 """The method: each function against a slow or exact reference."""
 
+import copy
 import itertools
 import json
 import math
@@ -7,7 +8,7 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, own_task, settings, tiny_model
+from conftest import FAMILIES, ROOT, gemma_like, own_task, settings, tiny_model
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -209,7 +210,7 @@ def test_reasoning_and_score_from_shared_keys_and_values_are_those_of_whole_sequ
         for n, r in enumerate(rows)
     ]
     prompts = [(*prompt[:position], token, *prompt[position + 1 :]) for token in (60, 75, 90)]
-    config = settings(max_new_tokens=30, batch_size=batch_size)
+    config = settings(max_new_tokens=30, batch_size=batch_size, loss_temperature=0.7)
     plain = {
         n: [greedy_reference(any_model, r.before + list(p) + r.between, 30) for r in rows]
         for n, p in enumerate(prompts)
@@ -228,7 +229,7 @@ def test_reasoning_and_score_from_shared_keys_and_values_are_those_of_whole_sequ
             expected, _ = greedy_reference(any_model, row.before + list(candidate) + row.between, 30)
             assert reasoning == expected
             found = cross_entropy, wrong, nll
-            assert found == pytest.approx(slow_losses(any_model, row, candidate, expected, 0.2), rel=1e-9)
+            assert found == pytest.approx(slow_losses(any_model, row, candidate, expected, 0.7), rel=1e-9)
             lengths.add(len(expected))
     assert len(lengths) > 2 and len(done) == 15
 
@@ -251,7 +252,14 @@ def test_freeze_replaces_the_model_s_own_sampling_settings(demo_tokenizer):
     core.freeze(model, demo_tokenizer)
     assert model.generation_config.repetition_penalty in (None, 1.0) and not model.generation_config.do_sample
     assert model.generation_config.eos_token_id == [3, 5]
-    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    model.generation_config.eos_token_id = 3
+    assert core.freeze(model.train(), demo_tokenizer).generation_config.eos_token_id == [3, demo_tokenizer.eos_token_id]
+    assert not model.training
+    model.generation_config.eos_token_id, nameless = None, copy.deepcopy(demo_tokenizer)
+    nameless.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        core.freeze(model, nameless)
 
 
 # --- The loss --------------------------------------------------------------------------------------------
@@ -306,8 +314,8 @@ def test_batched_losses_are_those_of_one_row_at_a_time(any_model, few_rows):
     rows, prompt = few_rows
     rows = [core.Row(r.before, r.between, r.extractor, r.answer * (1 + n % 3)) for n, r in enumerate(rows)]
     reasoning = [[20 + n] * (3 * n) for n in range(len(rows))]
-    expected = [slow_losses(any_model, row, prompt, r, 0.2) for row, r in zip(rows, reasoning)]
-    found = core.answer_loss(any_model, rows, prompt, reasoning, settings())
+    expected = [slow_losses(any_model, row, prompt, r, 0.7) for row, r in zip(rows, reasoning)]
+    found = core.answer_loss(any_model, rows, prompt, reasoning, settings(loss_temperature=0.7))
     for values, references in zip(found, zip(*expected)):
         assert values.tolist() == pytest.approx(references, rel=1e-9)
 
@@ -350,6 +358,17 @@ def test_no_special_token_digit_or_symbol_may_enter_a_prompt(subword_tokenizer):
     assert all(t.strip().isalpha() or t in core.PUNCTUATION for t in texts)
 
 
+def test_added_tokens_and_letters_of_other_alphabets_may_not_enter_a_prompt(demo_tokenizer):
+    tokenizer = copy.deepcopy(demo_tokenizer)
+    tokenizer.add_tokens(["word", "m\u0438r", "STOP"])
+    before, after = len(demo_tokenizer), len(tokenizer)
+    allowed = core.allowed_tokens(tokenizer, after)
+    assert after == before + 3 and not allowed[before:].any()
+    assert torch.equal(allowed[:before], core.allowed_tokens(demo_tokenizer, before))
+    letters = gemma_like().backend_tokenizer.get_vocab()
+    assert not core.allowed_tokens(gemma_like(), 600)[letters["<0x41>"]]
+
+
 def test_k_grows_by_two_until_enough_candidates_are_found():
     log_probs = torch.tensor([[9.0, 8, 7, 6, 5, 4], [4.0, 5, 6, 7, 8, 9]])
     allowed = torch.ones(6, dtype=torch.bool)
@@ -374,14 +393,14 @@ def test_refused_tokens_do_not_count_and_an_empty_result_names_the_flag():
 
 
 def whole_losses(model, row, reasoning, prompt, position, candidates, one_hot, embedding):
-    """(cross-entropy / 0.2, nll) of one row, the whole sequence at once, with an embedding put at the position."""
+    """(cross-entropy at temperature 0.7, nll) of one whole sequence, with an embedding put at the position."""
     ids = torch.tensor([row.before + list(prompt) + row.between + reasoning + row.extractor + row.answer])
     start, embeddings = len(row.before), model.get_input_embeddings()(ids)
     at = start + position
     embeddings = torch.cat([embeddings[:, :at], embedding[None, None], embeddings[:, at + 1 :]], 1)
     logits = model(inputs_embeds=embeddings).logits[0]
     answers = len(row.answer)
-    cross_entropy = F.cross_entropy(logits[-1 - answers : -1] / 0.2, torch.tensor(row.answer))
+    cross_entropy = F.cross_entropy(logits[-1 - answers : -1] / 0.7, torch.tensor(row.answer))
     log_probs = logits[start - 1 : start - 1 + len(prompt)].log_softmax(-1)
     each = [log_probs[j, t] for j, t in enumerate(prompt)]
     each[position] = one_hot @ log_probs[position, candidates]
@@ -395,7 +414,7 @@ def test_candidate_gradients_are_central_differences_of_the_loss(any_model, few_
     position %= len(prompt)
     rows, reasoning = rows[:3], [[30, 41, 22], [25] * 9, []]
     candidates = [60, 75, prompt[position], 90]
-    config = settings(fluency=fluency, fluency_weight=0.7, gradient_batch_size=2)
+    config = settings(fluency=fluency, fluency_weight=0.7, loss_temperature=0.7, gradient_batch_size=2)
     prefix = prefix_of(any_model, rows, prompt[:position])
     found = core.candidate_gradients(any_model, rows, prefix, prompt, candidates, reasoning, config, core.Work())
     gradients, losses = found
@@ -457,6 +476,20 @@ def test_a_candidate_s_own_probability_is_in_its_gradient(llama, few_rows):
     torch.testing.assert_close(own_term, -0.2 * prefix.log_probs[:, candidates] / len(prompt))
 
 
+def test_the_ablation_without_reasoning_drops_it_from_the_gradient_alone(llama, few_rows):
+    rows, prompt = few_rows
+    prefix, choices = prefix_of(llama, rows, prompt[:2]), [60, 75, prompt[2]]
+    reasoning = [[30 + n] * 4 for n in range(5)]
+
+    def gradients(reasoning, **changes):
+        return core.mean_gradients(llama, rows, prefix, prompt, choices, reasoning, settings(**changes), core.Work())
+
+    with_it, without = gradients(reasoning), gradients([[]] * 5)
+    assert gradients(reasoning, gradient_without_reasoning=True) == without
+    assert all(abs(with_it[token] - without[token]) > 1e-6 for token in choices)
+    assert gradients(reasoning, shortlist="random") == {}
+
+
 # --- Selection and the walk ---------------------------------------------------------------------------------
 
 
@@ -504,6 +537,152 @@ def test_the_released_rule_forces_a_full_stop_only_in_the_second_half(demo_token
     assert core.forced_end(demo_tokenizer, [word, stop], 3, 8, forced) is None
     assert core.forced_end(demo_tokenizer, [word], 4, 8, forced) is None
     assert core.forced_end(demo_tokenizer, [word, stop], 4, 8, settings()) is None
+
+
+@pytest.mark.parametrize(("text", "ends"), [(".", True), ("!", True), ("?", True), (",", False), ("now", False)])
+def test_a_sentence_ends_in_a_full_stop_or_its_likes(demo_tokenizer, text, ends):
+    class Tokenizer:
+        def decode(self, ids):
+            assert ids == (7,)
+            return f"{text} "
+
+    assert core.ends_sentence(Tokenizer(), (3, 7)) is ends
+
+
+def test_finalists_are_finished_prompts_and_the_start_and_best_is_the_first_of_them(demo_tokenizer, few_rows):
+    def ids(text):
+        return tuple(core.encode(demo_tokenizer, text))
+
+    start, open_, closed, other = ids("find it and"), ids("check it and"), ids("find it ."), ids("tell it .")
+    scored = {p: score(o, p) for p, o in ((start, 3.0), (open_, 0.5), (closed, 2.0), (other, 1.0))}
+    assert [s.prompt_ids for s in core.finalists(demo_tokenizer, scored, 9)] == [other, closed, start]
+    assert [s.prompt_ids for s in core.finalists(demo_tokenizer, scored, 2)] == [other, closed]
+    record = core.make_record(demo_tokenizer, few_rows[0][0], 3, 1, scored[open_], scored, core.Counter())
+    assert (record["objective"], record["best"]["objective"]) == (0.5, 1.0)
+
+
+def test_prompts_are_ranked_by_dev_accuracy_then_objective_or_by_the_objective_alone():
+    prompts = [{"dev_accuracy": a, "objective": o} for a, o in ((0.5, 1.0), (0.7, 3.0), (0.7, 2.0))]
+    assert [p["objective"] for p in core.rank_prompts(prompts, "dev")] == [2.0, 3.0, 1.0]
+    assert [p["objective"] for p in core.rank_prompts(prompts, "train")] == [1.0, 2.0, 3.0]
+
+
+def test_prompts_scored_together_are_scored_as_alone(demo_model, run):
+    rows, start, config, records = run
+    questions = core.read_questions(demo_model, rows, 8, core.Work())
+    prompts = [tuple(start), tuple(records[-1]["prompt_ids"])[: len(start) - 1] + (start[-1],)]
+    together = core.score_prompts(demo_model, rows, questions, prompts, config, core.Work())
+    alone = [core.score_prompts(demo_model, rows, questions, [p], config, core.Work())[0] for p in prompts]
+    assert [s.reasoning for s in together] == [s.reasoning for s in alone]
+    assert together[0].reasoning != together[1].reasoning
+    for a, b in zip(together, alone):
+        assert a.prompt_ids == b.prompt_ids and a.objective == pytest.approx(b.objective, rel=1e-4)
+
+
+@pytest.mark.parametrize(("ties", "kept"), [("first", True), ("last", False)])
+def test_a_step_breaks_ties_as_it_is_told(demo_tokenizer, few_rows, ties, kept):
+    """Under constant logits every prompt is as good as any other."""
+    model = constant_model(demo_tokenizer, [0.0] * len(demo_tokenizer))
+    config = settings(steps=1, ties=ties)
+    start, record = core.optimize(model, demo_tokenizer, *few_rows, config)
+    assert (record["prompt_ids"] == start["prompt_ids"]) is kept
+    if not kept:
+        assert record["prompt_ids"][0] == record["shortlist"][-1]["token"]
+
+
+def test_a_forced_full_stop_ends_the_trials_of_its_step(demo_tokenizer, few_rows):
+    rows, prompt = few_rows
+    model = constant_model(demo_tokenizer, [0.0] * len(demo_tokenizer))
+    config = settings(
+        steps=len(prompt) - 1, shortlist="all", force_sentence_end=True, top_k=999, max_new_tokens=1, batch_size=999
+    )
+    stop = core.encode(demo_tokenizer, ".")[0]
+    for record in list(core.optimize(model, demo_tokenizer, rows, prompt, config))[1:]:
+        tried = [e["token"] for e in record["shortlist"]]
+        forced = record["position"] >= len(prompt) / 2
+        assert (record["prompt_ids"][record["position"]] == stop) is forced
+        assert (tried[-1] == stop and stop not in tried[:-1]) or not forced
+        assert len(tried) < len(record["candidates"]) - 1 or not forced
+
+
+@pytest.fixture(scope="module")
+def wandering(demo_model, demo_tokenizer, demo_task, demo_data):
+    """A search that grows, meets prompts again and tries few rows: (rows, start, settings, records, samples)."""
+    config = settings(
+        steps=26, max_new_tokens=40, max_prompt_tokens=5, sampled_rows=3, intersections=2, fluency_weight=9.0, seed=1
+    )
+    rows = [core.splice(demo_tokenizer, demo_task, row) for row in demo_data["train"][:4]]
+    start = core.encode(demo_tokenizer, "find the answer and")
+    samples, original = [], core.propose_candidates
+
+    def spy(log_probs, allowed, drawn, *rest):
+        assert len(log_probs) == 4
+        samples.append(drawn)
+        return original(log_probs, allowed, drawn, *rest)
+
+    core.propose_candidates = spy
+    try:
+        records = list(core.optimize(demo_model, demo_tokenizer, rows, start, config))
+    finally:
+        core.propose_candidates = original
+    return rows, start, config, records, samples
+
+
+def test_a_wandering_search_grows_at_its_end_and_takes_the_best_of_what_competes(wandering):
+    records = wandering[3]
+    assert any(r["grows"] for r in records[1:])
+    assert any(not e["new"] for r in records[1:] for e in r["shortlist"])
+    for before, after in itertools.pairwise(records):
+        rivals = [e["objective"] for e in after["shortlist"]] + ([] if after["grows"] else [before["objective"]])
+        assert after["objective"] == min(rivals)
+        assert len(after["prompt_ids"]) == len(before["prompt_ids"]) + after["grows"] <= 5
+        assert after["position"] == len(before["prompt_ids"]) or not after["grows"]
+
+
+def test_each_step_s_gradients_are_those_at_its_prompt_over_its_reasoning(wandering, demo_model):
+    rows, _, config, records, _ = wandering
+    questions = core.read_questions(demo_model, rows, 4, core.Work())
+    for before, after in itertools.pairwise(records):
+        prompt, position = before["prompt_ids"], after["position"]
+        contexts = [row.before + prompt + row.between for row in rows]
+        reasoning = [ids for ids, _ in core.generate_greedily(demo_model, contexts, 40, 4)]
+        tokens = [c["token"] for c in after["candidates"]]
+        base = [*prompt, tokens[0]] if after["grows"] else prompt
+        prefix = core.prefix_at(demo_model, questions, tuple(prompt[:position]), core.Work())
+        found, _ = core.candidate_gradients(demo_model, rows, prefix, base, tokens, reasoning, config, core.Work())
+        recorded = torch.tensor([c["gradient"] for c in after["candidates"]], dtype=torch.float64)
+        torch.testing.assert_close(found.double().mean(0), recorded, rtol=1e-3, atol=1e-3)
+
+
+def test_samples_are_drawn_anew_at_every_step_and_for_every_seed(wandering, demo_model, demo_tokenizer, monkeypatch):
+    rows, start, config, _, samples = wandering
+    assert all(len(step) == 2 and all(len(set(rows)) == 3 for rows in step) for step in samples)
+    assert len({str(step) for step in samples}) > 15
+    drawn, original = [], core.propose_candidates
+    monkeypatch.setattr(core, "propose_candidates", lambda *a: (drawn.append(a[2]), original(*a))[1])
+    other = settings(**{**vars(config), "seed": 2, "steps": 6})
+    list(core.optimize(demo_model, demo_tokenizer, rows, start, other))
+    assert drawn != samples[:6]
+
+
+@pytest.mark.parametrize("done", [5, 12, 20])
+def test_a_wandering_search_resumes_to_the_same(wandering, demo_model, demo_tokenizer, done):
+    rows, start, config, records, _ = wandering
+    rest = list(core.optimize(demo_model, demo_tokenizer, rows, start, config, records[:done]))
+    assert without_seconds(rest) == without_seconds(records[done:])
+
+
+def test_a_random_shortlist_is_the_seed_s_also_when_resumed(run, demo_model, demo_tokenizer):
+    rows, start, config, _ = run
+
+    def search(seed, history=()):
+        changed = settings(**{**vars(config), "shortlist": "random", "steps": 4, "seed": seed})
+        return without_seconds(core.optimize(demo_model, demo_tokenizer, rows, start, changed, history))
+
+    first = search(0)
+    assert search(0) == first and search(0, first[:3]) == first[3:]
+    assert [r["prompt"] for r in search(1)] != [r["prompt"] for r in first]
+    assert all(c["gradient"] is None for r in first[1:] for c in r["candidates"])
 
 
 def without_seconds(records):
@@ -608,6 +787,13 @@ def test_a_model_that_is_not_there_or_cannot_chat_is_one_clear_error(tmp_path, d
     mute.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no chat template"):
         core.load_model(str(tmp_path))
+    demo_tokenizer.save_pretrained(tmp_path)
+    assert core.load_model(str(tmp_path), "cpu")[0].dtype == torch.float32
+    assert core.load_model(str(tmp_path), "cpu", "bfloat16")[0].dtype == torch.bfloat16
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(demo_model.state_dict(), tmp_path / "pytorch_model.bin")  # would be a pickle
+    with pytest.raises(UserError, match="cannot load"):
+        core.load_model(str(tmp_path), "cpu")
 
 
 def test_a_loss_that_is_not_finite_stops_the_search(demo_tokenizer, few_rows):

@@ -78,6 +78,18 @@ def test_stage_2_files_agree_with_each_other(finished):
         assert len(correct) == result["n"] == 20 and sum(correct.values()) == result["correct"]
 
 
+def test_rows_are_drawn_by_the_seed_and_each_split_is_evaluated_on_its_own(finished, tmp_path):
+    run_dir = finished[0] / "runs" / "demo-seed0"
+    for prediction in read_jsonl(run_dir / "predictions.jsonl"):
+        assert prediction["id"] in {r["id"] for r in read_jsonl(finished[0] / f"data/demo/{prediction['split']}.jsonl")}
+    flags = ["--steps", "0", "--train-rows", "6", "--eval-rows", "5", "--initial-prompt", "tell the sum ."]
+    good("02_optimize.py", *flags, "--seed", "1", folder=tmp_path)
+    drawn = [json.loads((d / "run.json").read_text())["train_ids"] for d in (run_dir, tmp_path / "runs/demo-seed1")]
+    train = {row["id"] for row in read_jsonl(finished[0] / "data/demo/train.jsonl")}
+    assert all(len(ids) == 6 and set(ids) <= train for ids in drawn) and drawn[0] != drawn[1]
+    assert read_jsonl(tmp_path / "runs/demo-seed1/steps.jsonl")[0]["prompt"] == "tell the sum ."
+
+
 def without_time(path):
     return [{k: v for k, v in r.items() if k not in ("seconds", "minutes")} for r in read_jsonl(path)]
 
@@ -119,8 +131,9 @@ def test_stage_3_reads_finished_results_and_evaluates_new_prompts(finished):
     printed = good("03_evaluate.py", "--run-dir", "runs/demo-seed0", "--split", "dev", *flags, folder=folder)
     assert len(re.findall(r"^given ", printed, re.M)) == 2
     assert path.read_text().count("\n") == before + 200
-    shown = re.findall(r"^  demo-\d+  gold \d+, read \d+$", printed, re.M)
+    shown = re.findall(r"^  demo-(\d+)  gold (\d+), read (\d+)$", printed, re.M)
     assert 1 <= len(shown) <= 5
+    assert all(200 <= int(row) < 300 and gold != answer for row, gold, answer in shown)
 
 
 def test_the_whole_chain_runs_on_own_rows(tmp_path):

@@ -16,7 +16,33 @@ def test_the_table_holds_the_demo_gsm8k_folio_all_27_bbh_tasks_and_the_paper_s_2
     names = [n for n in TASKS if n.startswith("bbh/")]
     assert len(names) == 27 and len(tasks.PAPER_BBH) == 21
     assert {"demo", "gsm8k", "folio"} == set(TASKS) - set(names)
-    assert not {"bbh/dyck_languages", "bbh/word_sorting"} & set(tasks.PAPER_BBH)
+    choices = {name[4:]: TASKS[name].choices for name in tasks.PAPER_BBH}
+    last = {name: letters[-1] for name, letters in choices.items() if letters and len(letters[0]) == 1}
+    assert last == {
+        "date_understanding": "F",
+        "disambiguation_qa": "D",
+        "geometric_shapes": "K",
+        "hyperbaton": "B",
+        "logical_deduction_five_objects": "E",
+        "movie_recommendation": "E",
+        "penguins_in_a_table": "E",
+        "reasoning_about_colored_objects": "R",
+        "ruin_names": "K",
+        "salient_translation_error_detection": "F",
+        "snarks": "B",
+        "temporal_sequences": "D",
+        "tracking_shuffled_objects_five_objects": "E",
+    }
+    words = {name: letters for name, letters in choices.items() if name not in last and letters}
+    assert words == {
+        "boolean_expressions": ("True", "False"),
+        "causal_judgement": ("Yes", "No"),
+        "formal_fallacies": ("valid", "invalid"),
+        "navigate": ("Yes", "No"),
+        "sports_understanding": ("yes", "no"),
+        "web_of_lies": ("Yes", "No"),
+    }
+    assert choices.keys() - last.keys() - words.keys() == {"multistep_arithmetic_two", "object_counting"}
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -113,6 +139,7 @@ def test_line_separators_of_unicode_are_text(tmp_path):
 
 
 def bbh_file(folder, name, count, target="(A)", question="Which?\nOptions:\n(A) a\n(B) b"):
+    target = "Yes" if name == "causal_judgement" else target
     (folder / "bbh").mkdir(exist_ok=True, parents=True)
     examples = [{"input": f"{n}. {question}", "target": target} for n in range(count)]
     (folder / "bbh" / f"{name}.json").write_text(json.dumps({"canary": "x", "examples": examples}))
@@ -124,6 +151,7 @@ def bbh_file(folder, name, count, target="(A)", question="Which?\nOptions:\n(A) 
         ("hyperbaton", 250, (50, 100, 100)),
         ("snarks", 178, (50, 64, 64)),
         ("penguins_in_a_table", 146, (50, 48, 48)),
+        ("causal_judgement", 187, (50, 68, 69)),
     ],
 )
 def test_bbh_splits_follow_the_file_s_order_and_halve_what_is_short(tmp_path, name, count, sizes):
@@ -131,7 +159,7 @@ def test_bbh_splits_follow_the_file_s_order_and_halve_what_is_short(tmp_path, na
     splits = tasks.split_rows(TASKS[f"bbh/{name}"], tmp_path)
     assert tuple(map(len, splits.values())) == sizes
     assert [row["question"].split(".")[0] for rows in splits.values() for row in rows] == list(map(str, range(count)))
-    assert {row["answer"] for row in splits["train"]} == {"A"}
+    assert {row["answer"] for row in splits["train"]} == {"Yes" if name == "causal_judgement" else "A"}
 
 
 def test_gsm8k_and_folio_splits_come_from_their_files(tmp_path):
@@ -194,6 +222,68 @@ def test_prepared_files_have_the_same_bytes_every_time_and_task_json_comes_last(
     assert not tasks.is_prepared(task, tmp_path)
 
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    tasks.write_jsonl(path, [{"a": 1}])
+
+    def fail(*_):
+        raise OSError("killed")
+
+    monkeypatch.setattr(tasks.os, "replace", fail)
+    for write in (tasks.write_jsonl, tasks.write_json):
+        with pytest.raises(OSError):
+            write(path, [{"a": 2}])
+    assert path.read_text() == '{"a": 1}\n'
+
+
+def test_the_demo_s_splits_share_no_row(demo_data):
+    ids = [{row["id"] for row in rows} for rows in demo_data.values()]
+    assert [len(i) for i in ids] == [200, 100, 400] and len(set.union(*ids)) == 700
+
+
+def test_models_are_told_apart_by_their_weights(tmp_path, demo_model):
+    demo_model.save_pretrained(tmp_path / "a")
+    demo_model.save_pretrained(tmp_path / "b")
+    assert tasks.weights_hash(tmp_path / "a") == tasks.weights_hash(tmp_path / "b")
+    content = bytearray((tmp_path / "b" / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "b" / "model.safetensors").write_bytes(content)
+    assert tasks.weights_hash(tmp_path / "a") != tasks.weights_hash(tmp_path / "b")
+    assert tasks.weights_hash("some/hub-name") == "some/hub-name"
+
+
+@pytest.mark.parametrize("split", tasks.SPLITS)
+def test_every_split_is_checked_and_an_older_grader_is_refused(tmp_path, split):
+    task = get_task("demo")
+    folder = tasks.prepare(task, tmp_path)
+    (folder / f"{split}.jsonl").write_text('{"question": "1?", "answer": "1"}\n')
+    with pytest.raises(UserError, match="changed since"):
+        tasks.load_split(task, tmp_path, split)
+    tasks.prepare(task, tmp_path)
+    record = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps(record | {"grader_version": 0}))
+    with pytest.raises(UserError, match="grader version"):
+        tasks.load_split(task, tmp_path, split)
+
+
+@pytest.mark.parametrize(("label", "letter"), [("True", "A"), ("False", "B"), ("Uncertain", "C"), ("Unknown", "C")])
+def test_folio_s_labels_are_the_options_of_its_question(label, letter):
+    record = {"premises": "P.", "conclusion": "C.", "label": label}
+    question, answer = tasks.make_row(TASKS["folio"], record)
+    option = {"Unknown": "Uncertain"}.get(label, label)
+    assert answer == letter and f"({letter}) {option}" in question
+
+
+def test_gsm8k_s_answer_is_behind_the_last_marker_and_must_be_a_number(tmp_path):
+    assert tasks.make_row(TASKS["gsm8k"], {"question": " q ", "answer": "#### 1 ####  2,000 "}) == ("q", "2000")
+    (tmp_path / "gsm8k").mkdir()
+    records = [{"question": "Q?", "answer": "#### x"}]
+    tasks.write_jsonl(tmp_path / "gsm8k" / "train.jsonl", records * 7473)
+    tasks.write_jsonl(tmp_path / "gsm8k" / "test.jsonl", records * 1319)
+    with pytest.raises(UserError, match="impossible answer 'x'"):
+        tasks.split_rows(TASKS["gsm8k"], tmp_path)
+
+
 def test_a_split_that_changed_since_stage_01_is_refused(tmp_path):
     task = get_task("demo")
     folder = tasks.prepare(task, tmp_path)
@@ -233,6 +323,7 @@ def test_a_line_cut_short_by_a_kill_is_removed_and_the_rest_kept(tmp_path):
 
 NUMBER, LETTERS = own_task(), own_task("choice", choices="ABCDEFGHI")
 WORDS = own_task("boolean", choices=("Yes", "No"))
+LONGER = own_task("boolean", choices=("no", "no idea"))
 TEXT = own_task("text")
 
 
@@ -243,6 +334,8 @@ TEXT = own_task("text")
         (NUMBER, " 1,250.00$.", "1250"),
         (NUMBER, "-12$, since", "-12"),
         (NUMBER, "-$5", "-5"),
+        (NUMBER, "\N{MINUS SIGN}5", "-5"),
+        (NUMBER, "-0", "0"),
         (NUMBER, "0", "0"),
         (NUMBER, "0.50 and 3", "0.5"),
         (NUMBER, "none", None),
@@ -252,11 +345,14 @@ TEXT = own_task("text")
         (LETTERS, "I think that it is D.", "D"),
         (LETTERS, "A", "A"),
         (LETTERS, "I", "I"),
+        (LETTERS, "A or rather (B)", "B"),
+        (LETTERS, "unsure: AB, C", "C"),
         (LETTERS, " b", None),
         (LETTERS, " Z", None),
         (WORDS, " yes.", "Yes"),
         (WORDS, "NO", "No"),
         (WORDS, "nothing", None),
+        (LONGER, "no idea", "no idea"),
         (TEXT, " ] ] $\nmore", "] ]"),
         (TEXT, "the answer is: a b c.", "a b c"),
         (TEXT, " \n", None),
@@ -286,6 +382,7 @@ def test_the_paper_reading_takes_the_first_answer_or_null(task, text, expected):
         ("bbh/web_of_lies", "so Elanor tells the truth", "Yes"),
         ("bbh/hyperbaton", "(A) is wrong, so (B)", "B"),
         ("bbh/hyperbaton", "It must be the big old dog", "B"),
+        ("bbh/hyperbaton", "old big dog, big old dog, old big dog", "A"),
         ("bbh/hyperbaton", "The answer is: A", "A"),
         ("bbh/hyperbaton", "B", None),
         ("bbh/word_sorting", "cat, b&w dog", "cat b&w dog"),
@@ -342,8 +439,20 @@ def test_a_setting_out_of_range_names_its_flag(change, message):
         settings(**change)
 
 
+def test_the_released_preset_is_what_the_scripts_say():
+    released = {"top_k": 40, "intersections": 6, "objective": "error", "ties": "last"}
+    assert PRESETS == {"paper": {}, "released": released | {"force_sentence_end": True, "choose_on": "train"}}
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("number", 12), ("choice", 8), ("boolean", 8), ("text", 128)])
+def test_an_answer_may_take_as_many_tokens_as_its_kind_needs(kind, tokens):
+    assert settings().answer_tokens(own_task(kind, choices=("A", "B"))) == tokens
+
+
 def test_the_defaults_are_the_paper_s():
     s = SearchSettings()
+    assert (s.min_candidates, s.max_prompt_tokens) == (6, 64)
+    assert own_task().template == "{question}\nUse {prompt}"
     assert (s.steps, s.top_k, s.intersections, s.sampled_rows, s.shortlist_size) == (105, 10, 1, 5, 3)
     assert (s.fluency_weight, s.loss_temperature, s.train_rows, s.max_new_tokens) == (0.2, 0.2, 50, 1024)
     assert (s.objective, s.choose_on, s.ties, s.fluency) == ("loss", "dev", "first", "nll")
