@@ -250,16 +250,36 @@ def read(model, past, mask, tokens, columns):
     changed, so many continuations can share it.
     """
     cache = DynamicCache()
-    for keys, values in past:
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
+    cache.layers = [layer if isinstance(layer, Growing) else filled(DynamicLayer(), *layer) for layer in past]
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
     name = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
     inputs = {name: tokens, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
     logits = logits_at(model, columns, **inputs, use_cache=True)
-    return logits, [(layer.keys, layer.values) for layer in cache.layers]
+    return logits, [layer if isinstance(layer, Growing) else (layer.keys, layer.values) for layer in cache.layers]
+
+
+def filled(layer, keys, values):
+    """A layer of transformers' cache that holds these keys and values."""
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return layer
+
+
+class Growing(DynamicLayer):
+    """Keys and values that grow in place, where DynamicLayer copies all of them for every decoded token."""
+
+    room = 0  # columns the tensors below can hold
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        if end > self.room:
+            self.room = end + 64
+            self.all = [F.pad(states, (0, 0, 0, self.room - start)) for states in (self.keys, self.values)]
+        for whole, new in zip(self.all, (key_states, value_states)):
+            whole[:, :, start:end] = new
+        self.keys, self.values = (whole[:, :, :end] for whole in self.all)
+        return self.keys, self.values
 
 
 @dataclass
@@ -333,47 +353,54 @@ CHECK_EVERY = {
 }  # decoding steps between looks at which rows have ended: a look waits for the device
 
 
-@torch.no_grad()
-def decode(model, past, mask, token, max_new_tokens, finish):
-    """Greedy decoding of a batch whose first new token [B] is known. Rows leave the batch soon after they end.
+FINISH_AT_ONCE = 8  # rows that leave the batch together, so that the copy of what was read of them stays small
 
-    finish(places, reasoning, unread, past, mask) is called with the rows that ended: their places in the batch, the new
-    ids of each without the end token, whether they were cut at max_new_tokens (`unread` then holds the last id,
-    which no keys and values exist for), and what was read of them, aligned to the right.
+
+@torch.no_grad()
+def decode(model, past, mask, token, limits, finish):
+    """Greedy decoding of a batch behind `past` (`Growing` layers), whose first new token [B] is known, each row to an
+    end token or its limit [B].
+
+    Rows leave the batch soon after they end: finish(places, reasoning, stopped, unread, past, mask) is called with
+    their places in the batch, their new ids without the end token, whether there was one, the ids at the end of
+    these that have no keys and values yet, and what was read of the rows, aligned to the right.
     """
     ends = torch.tensor(model.generation_config.eos_token_id, device=model.device)
     places, new = torch.arange(len(token), device=model.device), token[:, None]
     column, check_every = torch.zeros_like(new), CHECK_EVERY.get(model.device.type, 8)
+    longest = int(limits.max())
     while True:
         length = new.shape[1]
-        if length % check_every == 0 or length == max_new_tokens:
+        if length % check_every == 0 or length >= longest:
             ended = torch.isin(new, ends)
-            over = ended.any(1) if length < max_new_tokens else torch.ones_like(places, dtype=torch.bool)
-            if over.float().mean() >= 0.25:  # fewer are not worth the copying
-                counts = torch.where(ended.any(1), ended.int().argmax(1), length)[over]
-                valid = counts.clamp(max=length - 1)  # the last token has not been read
-                aligned = align_right([(k[over], v[over]) for k, v in past], mask[over], length - 1 - valid)
-                texts = [ids[:n] for ids, n in zip(new[over].tolist(), counts.tolist())]
-                unread = [ids[n:] for ids, n in zip(texts, valid.tolist())]
-                finish(places[over].tolist(), texts, unread, *aligned)
+            first = torch.where(ended.any(1), ended.int().argmax(1), length)  # the first end token
+            over = (first < length) | (limits <= length)
+            if over.float().mean() >= 0.25 or length >= longest:  # fewer are not worth the copying
+                for some in over.nonzero()[:, 0].split(FINISH_AT_ONCE):
+                    counts = torch.minimum(first, limits)[some]
+                    valid = counts.clamp(max=length - 1)  # the last token has not been read
+                    aligned = align_right(past, mask, some, length - 1 - valid)
+                    texts = [ids[:n] for ids, n in zip(new[some].tolist(), counts.tolist())]
+                    unread = [ids[n:] for ids, n in zip(texts, valid.tolist())]
+                    finish(places[some].tolist(), texts, (first < limits)[some].tolist(), unread, *aligned)
                 if over.all():
                     return
-                past = [(k[~over], v[~over]) for k, v in past]
-                places, new, mask, column = places[~over], new[~over], mask[~over], column[~over]
+                past = [filled(Growing(), layer.keys[~over], layer.values[~over]) for layer in past]
+                places, new, mask, column, limits = (t[~over] for t in (places, new, mask, column, limits))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits, past = read(model, past, mask, new[:, -1:], column)
         new = torch.cat([new, logits[:, 0].argmax(-1, keepdim=True)], 1)
 
 
-def align_right(past, mask, shift):
-    """(past, mask) with each row moved `shift` [B] columns to the right, so that what it drops is its last columns."""
+def align_right(past, mask, rows, shift):
+    """(past, mask) of some rows [b], each moved `shift` [b] columns to the right, so that it loses its last columns."""
     source = torch.arange(mask.shape[1], device=mask.device) - shift[:, None]
     inside, source = source >= 0, source.clamp(min=0)
 
-    def move(states):
-        return states.gather(2, source[:, None, :, None].expand(states.shape))
+    def move(states):  # [B, heads, C, head size]; one copy, of what is kept
+        return states.transpose(1, 2)[rows[:, None], source].transpose(1, 2)
 
-    return [(move(keys), move(values)) for keys, values in past], mask.gather(1, source) * inside
+    return [(move(layer.keys), move(layer.values)) for layer in past], mask[rows].gather(1, source) * inside
 
 
 def generate_greedily(model, contexts, max_new_tokens, batch_size, work=None):
@@ -390,16 +417,18 @@ def generate_greedily(model, contexts, max_new_tokens, batch_size, work=None):
         ids, mask = pad([contexts[i] for i in batch], model.device, left=True)
         last = mask.new_full((len(batch), 1), ids.shape[1] - 1)
         logits, past = read(model, [], mask, ids, last)
+        past = [filled(Growing(), *layer) for layer in past]
 
-        def finish(places, texts, unread, past, mask):
-            done.update({batch[n]: (ids, not rest) for n, ids, rest in zip(places, texts, unread)})
+        def finish(places, texts, stopped, unread, past, mask):
+            done.update({batch[n]: result for n, *result in zip(places, texts, stopped)})
 
-        decode(model, past, mask, logits[:, 0].argmax(-1), max_new_tokens, finish)
+        limits = mask.new_full((len(batch),), max_new_tokens)
+        decode(model, past, mask, logits[:, 0].argmax(-1), limits, finish)
 
     in_batches(run, order, "generation", batch_size, work)
     work.counts["generated_tokens"] += sum(len(ids) + stopped for ids, stopped in done.values())
     work.counts["forward_tokens"] += sum(map(len, contexts))
-    return [done[i] for i in range(len(contexts))]
+    return [tuple(done[i]) for i in range(len(contexts))]
 
 
 # --- The loss (Eq. 5-6), once for gradient and selection --------------------------------------------------
@@ -583,8 +612,9 @@ def objective_value(cross_entropy, wrong, nll, settings):
     return training_loss(cross_entropy, nll, settings).mean().item()
 
 
-def reason_and_score(model, rows, prefix, prompts, settings, work):
+def reason_and_score(model, rows, prefix, prompts, settings, work, limits=None):
     """{(n, i): (reasoning ids, cross-entropy, wrong, nll)} for prompt n and row i: all prompts times rows as one job.
+    limits: {(n, i): most new tokens}, where not settings.max_new_tokens for all.
 
     The prompts share the prefix's tokens and their length. The answer is scored on the keys and values
     that generation left behind, so the reasoning is not read a second time.
@@ -597,16 +627,18 @@ def reason_and_score(model, rows, prefix, prompts, settings, work):
     @torch.no_grad()
     def run(batch):
         part = prefix.take([i for _, i in batch])
+        past = [filled(Growing(), *layer) for layer in part.past]
+        part.past = []  # from here on only the growing copy
         tails = [rests[n] + rows[i].between for n, i in batch]
         tokens = torch.tensor(tails, device=model.device)
         mask = torch.cat([part.mask, torch.ones_like(tokens)], 1)
         # Columns that predict the prompt's tokens, and the last one, which predicts the first token of the reasoning.
         read_at = [*range(len(rests[0]) - 1), len(tails[0]) - 1]
         columns = torch.tensor(read_at, device=model.device).expand(len(batch), -1)
-        logits, past = read(model, part.past, mask, tokens, columns)
+        logits, past = read(model, past, mask, tokens, columns)
         nll = prompt_nll(part, tokens[:, : len(rests[0])], logits[:, :-1])
 
-        def finish(places, texts, unread, past, mask):
+        def finish(places, texts, stopped, unread, past, mask):
             ended = [rows[batch[place][1]] for place in places]
             tails = [rest + row.extractor + row.answer for row, rest in zip(ended, unread)]
             tokens, more = pad(tails, model.device)
@@ -616,20 +648,21 @@ def reason_and_score(model, rows, prefix, prompts, settings, work):
             logits, _ = read(model, past, torch.cat([mask, more], 1), tokens, columns)
             losses = answer_cross_entropy(logits, ended, settings.loss_temperature)
             work.counts["forward_tokens"] += sum(map(len, tails))
-            work.counts["generated_tokens"] += sum(len(text) + (not rest) for text, rest in zip(texts, unread))
+            work.counts["generated_tokens"] += sum(map(len, texts)) + sum(stopped)
             values = zip(places, texts, *(v.tolist() for v in losses), nll[places].tolist())
             done.update({batch[place]: rest for place, *rest in values})
 
         work.counts["forward_tokens"] += tokens.numel()
-        decode(model, past, mask, logits[:, -1].argmax(-1), settings.max_new_tokens, finish)
+        most = [(limits or {}).get(job, settings.max_new_tokens) for job in batch]
+        decode(model, past, mask, logits[:, -1].argmax(-1), torch.tensor(most, device=model.device), finish)
 
     in_batches(run, jobs, "generation", settings.batch_size, work)
     return done
 
 
-def score_prompts(model, rows, prefix, prompts, settings, work):
+def score_prompts(model, rows, prefix, prompts, settings, work, limits=None):
     """A `Score` for each prompt (a tuple of ids that begins with the prefix's), with reasoning made anew."""
-    done = reason_and_score(model, rows, prefix, prompts, settings, work) if prompts else {}
+    done = reason_and_score(model, rows, prefix, prompts, settings, work, limits) if prompts else {}
     scores = []
     for n, prompt_ids in enumerate(prompts):
         reasoning, *losses = zip(*(done[n, i] for i in range(len(rows))))

@@ -106,11 +106,23 @@ def test_reading_in_pieces_is_reading_in_one_and_leaves_the_pieces_as_they_were(
 
 
 def test_align_right_moves_each_row_and_masks_what_comes_in():
-    states = torch.arange(8.0).reshape(2, 1, 4, 1)
-    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    ((keys, values),), moved = core.align_right([(states, -states)], mask, torch.tensor([1, 2]))
+    states = torch.arange(12.0).reshape(3, 1, 4, 1)
+    mask = torch.tensor([[0, 1, 1, 1], [9, 9, 9, 9], [1, 1, 1, 1]])
+    past = [core.filled(core.Growing(), states, -states)]
+    ((keys, values),), moved = core.align_right(past, mask, torch.tensor([0, 2]), torch.tensor([1, 2]))
     assert moved.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
-    assert keys[0, 0, 2:, 0].tolist() == [1, 2] and values[1, 0, 2:, 0].tolist() == [-4, -5]
+    assert keys[0, 0, 2:, 0].tolist() == [1, 2] and values[1, 0, 2:, 0].tolist() == [-8, -9]
+
+
+def test_growing_keys_and_values_are_those_that_were_put_in_and_leave_the_shared_ones_alone():
+    shared = torch.arange(6.0).reshape(1, 1, 3, 2)
+    layer, expected = core.filled(core.Growing(), shared, -shared), shared
+    for n in range(100):
+        new = torch.full((1, 1, 1 + n % 3, 2), float(n))
+        keys, values = layer.update(new, -new)
+        expected = torch.cat([expected, new], 2)
+        assert torch.equal(keys, expected) and torch.equal(values, -expected)
+    assert torch.equal(shared, torch.arange(6.0).reshape(1, 1, 3, 2)) and layer.get_seq_length() == expected.shape[2]
 
 
 def test_a_prefix_read_token_by_token_is_that_of_the_whole_sequence(any_model, few_rows):

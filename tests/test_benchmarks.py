@@ -1,0 +1,48 @@
+"""The benchmarks run and say what they measured; how fast this machine is, is not a test."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def run(script, *arguments, folder):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_step_cost_measures_both_implementations_on_the_same_lengths(tmp_path):
+    flags = ["--shape", "demo", "--rows", 3, "--reasoning", 7, "--question", 20, "--device", "cpu"]
+    printed = run("step_cost.py", *flags, folder=tmp_path)
+    assert "times as fast as the plain implementation" in printed and "of what the hardware allows" in printed
+    ours, plain = map(json.loads, (tmp_path / "runs/step_cost/step_cost.jsonl").read_text().splitlines())
+    assert (ours["variant"], plain["variant"]) == ("ours", "plain")
+    assert 0 < ours["floor"] < ours["seconds"] and set(ours["stages"]) == {"propose", "gradient", "select"}
+    # 3 tokens extend the prefix; 3 rows of 8 prompt tokens, 8 between, 7 reasoning, 37 behind go forward and back;
+    # 9 jobs read 8 + 8 tokens, generate 7 and read the last of these and 37 behind it.
+    gradient, jobs = 3 * (8 + 8 + 7 + 37), 9
+    assert ours["tokens"] == {
+        "forward_tokens": 3 + gradient + jobs * (8 + 8) + jobs * (1 + 37),
+        "backward_tokens": gradient,
+        "generated_tokens": jobs * 7,
+    }
+
+
+def test_a_sweep_draws_a_picture(tmp_path):
+    flags = ["--shape", "demo", "--rows", 2, "--reasoning", 4, "--sweep", "mu", "--device", "cpu"]
+    printed = run("step_cost.py", *flags, folder=tmp_path)
+    assert printed.count("ours") == 4
+    assert (tmp_path / "runs/step_cost/mu.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("budget", [300])
+def test_claims_compares_all_arms_at_the_same_budget(tmp_path, budget):
+    printed = run("claims.py", "--seeds", 2, "--budgets", budget, "--train-rows", 5, folder=tmp_path)
+    arms = ("full method", "random shortlist", "gradient without reasoning", "selection by error", "lambda 0")
+    assert all(printed.count(f"\n{arm}  ") == 2 for arm in arms)
+    results = json.loads((tmp_path / "runs/claims/claims.json").read_text())["results"]
+    assert all(len(r[arm][str(budget)]) == 2 for r in results.values() for arm in arms)
