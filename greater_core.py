@@ -85,7 +85,13 @@ def load_model(name, device="auto", dtype="auto"):
 
 
 def freeze(model, tokenizer):
-    """The model without weight gradients or dropout, and with greedy decoding in place of its own sampling settings."""
+    """The model without weight gradients or dropout, and with greedy decoding in place of its own sampling settings.
+
+    Errors: UserError if its layers keep something else than attention's keys and values, or it never stops.
+    """
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if others := layers - {"full_attention", "sliding_attention", "chunked_attention"}:
+        raise UserError(f"--model has layers of type {', '.join(sorted(others))}: only attention can be shared here")
     model.requires_grad_(False).eval()
     own = model.generation_config
     ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
@@ -246,8 +252,8 @@ def read(model, past, mask, tokens, columns):
     """Read new tokens behind `past`: (logits [B, L, V] at `columns` of the new tokens, grown past).
 
     past: per layer (keys, values), each [B, heads, C, head size]; [] for nothing. tokens: ids [B, S] or embeddings
-    [B, S, H]. mask [B, C + S]: padding only before the first and behind the last token of a row. `past` is not
-    changed, so many continuations can share it.
+    [B, S, H]. mask [B, C + S]: padding only before the first and behind the last token of a row. Pairs in `past` are
+    not changed, so many continuations can share them; `Growing` layers grow in place.
     """
     cache = DynamicCache()
     cache.layers = [layer if isinstance(layer, Growing) else filled(DynamicLayer(), *layer) for layer in past]
@@ -268,7 +274,7 @@ def filled(layer, keys, values):
 class Growing(DynamicLayer):
     """Keys and values that grow in place, where DynamicLayer copies all of them for every decoded token."""
 
-    room = 0  # columns the tensors below can hold
+    room, all = 0, None  # columns that the two tensors in `all` can hold
 
     def update(self, key_states, value_states, *args, **kwargs):
         start = self.keys.shape[2]
@@ -280,6 +286,11 @@ class Growing(DynamicLayer):
             whole[:, :, start:end] = new
         self.keys, self.values = (whole[:, :, :end] for whole in self.all)
         return self.keys, self.values
+
+    def keep(self, rows):
+        """Drop all but some rows, in place, so that the others' memory is free at once."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.room, self.all = 0, None  # the next token makes room anew
 
 
 @dataclass
@@ -385,7 +396,8 @@ def decode(model, past, mask, token, limits, finish):
                     finish(places[some].tolist(), texts, (first < limits)[some].tolist(), unread, *aligned)
                 if over.all():
                     return
-                past = [filled(Growing(), layer.keys[~over], layer.values[~over]) for layer in past]
+                for layer in past:
+                    layer.keep(~over)
                 places, new, mask, column, limits = (t[~over] for t in (places, new, mask, column, limits))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits, past = read(model, past, mask, new[:, -1:], column)

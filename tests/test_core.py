@@ -808,6 +808,13 @@ def test_a_model_that_is_not_there_or_cannot_chat_is_one_clear_error(tmp_path, d
         core.load_model(str(tmp_path), "cpu")
 
 
+def test_a_model_whose_layers_are_not_all_attention_is_refused(demo_tokenizer):
+    model = tiny_model("qwen3", demo_tokenizer)
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(UserError, match="layers of type linear_attention"):
+        core.freeze(model, demo_tokenizer)
+
+
 def test_a_loss_that_is_not_finite_stops_the_search(demo_tokenizer, few_rows):
     model = constant_model(demo_tokenizer, [float("nan")] * len(demo_tokenizer))
     questions = core.read_questions(model, few_rows[0], 5, core.Work())
