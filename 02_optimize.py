@@ -22,7 +22,7 @@ from tasks import ROOT, UserError, append_jsonl, read_appended, require, weights
 
 @dataclass
 class Flags(SearchSettings, ModelFlags, TaskFlags):
-    initial_prompt: str = flag("", "where the search starts; empty: the task's own")
+    initial_prompt: str | None = flag(None, "where the search starts; without it the task's own")
     finalists: int = flag(10, "prompts of the run that compete on dev rows")
     eval_rows: int = flag(0, "dev and test rows to evaluate on; 0: all")
     run_dir: str = flag("", "where the run is written; empty: runs/<task>-<model>-seed<seed>")
@@ -33,7 +33,9 @@ def main():
     require(flags.finalists >= 1 and flags.eval_rows >= 0, "--finalists must be at least 1, --eval-rows at least 0")
     flags.model = flags.model_path()
     task, splits = flags.resolve()
-    task = replace(task, initial_prompt=flags.initial_prompt.strip() or task.initial_prompt)
+    start = task.initial_prompt if flags.initial_prompt is None else flags.initial_prompt.strip()
+    require(start, "--initial-prompt has no tokens: give it at least one word")
+    task = replace(task, initial_prompt=start)
     available = len(splits["train"])
     require(
         flags.train_rows <= available, f"--train-rows {flags.train_rows}: {task.name} has {available} training rows"

@@ -217,6 +217,8 @@ BAD = [
     ("02_optimize.py --run-dir broken-run", "broken-run/run.json is not the record of a run"),
     ("03_evaluate.py --run-dir broken-run", "run.json is not the record of a run"),
     ("01_prepare_data.py --data-dir one.jsonl", "one.jsonl"),
+    ("02_optimize.py --initial-prompt ' '", "--initial-prompt has no tokens"),
+    ("02_optimize.py --initial-prompt ''", "--initial-prompt has no tokens"),
     ("02_optimize.py --lambda nan", "--lambda must be a number"),
     ("02_optimize.py --initial-prompt rhubarb --train-rows 5", "does not know all of the prompt"),
     ("03_evaluate.py", "--prompt"),
