@@ -514,7 +514,10 @@ def fluency(nll, settings):
 
 @torch.no_grad()
 def answer_loss(model, rows, prompt_ids, reasoning, settings):
-    """(cross-entropy [B], wrong [B], nll [B]) of rows under a prompt and given reasoning (Eq. 5-6)."""
+    """(cross-entropy [B], wrong [B], nll [B]) of rows under a prompt and given reasoning (Eq. 5-6).
+
+    The search scores what it generates with `reason_and_score`; this is for reasoning from elsewhere.
+    """
     work = Work()
     questions = read_questions(model, rows, settings.batch_size, work)
 

@@ -62,23 +62,9 @@ def compare_step(report, model, tokenizer, golden, step):
         core.Row(*(r[f"{part}_ids"] for part in ("before", "between", "extractor", "answer"))) for r in step["rows"]
     ]
 
-    # Proposals
-    proposal = step["proposal"]
     work = core.Work()
-    prefix = core.prefix_at(model, core.read_questions(model, rows, 4, work), tuple(prompt[:position]), work)
-    log_probs = prefix.log_probs
-    allowed = torch.ones(log_probs.shape[1], dtype=torch.bool)
-    allowed[golden["banned_token_ids"]] = False
-    allowed[prompt[position - 1]] = False  # the previous token; at position 0 the last one, by Python's indexing
-    masked = log_probs.masked_fill(~allowed, float("-inf"))
-    top = [r["next_token_top_allowed"] for r in step["rows"]]
-    report.exact(f"{name}: most likely allowed tokens", masked.topk(len(top[0])).indices.tolist(), top)
-    start, samples = settings["top_k"], proposal["sampled_rows"]
-    found, k = core.propose_candidates(log_probs, allowed, samples, start, 6, lambda token: True)
-    report.exact(f"{name}: k after escalation", k, proposal["top_k"])
-    report.exact(f"{name}: union of intersections", sorted(found), proposal["union_of_intersections"])
-    candidates = proposal["candidates"]
-    report.exact(f"{name}: candidates", {*found, prompt[position]}, set(candidates))
+    prefix = compare_proposals(report, name, model, golden, step, rows, work)
+    log_probs, candidates = prefix.log_probs, step["proposal"]["candidates"]
 
     # Reasoning and losses of the current prompt
     contexts = [row.before + prompt + row.between for row in rows]
@@ -112,6 +98,26 @@ def compare_step(report, model, tokenizer, golden, step):
     chosen = stop[0] if stop else [t for t, value in objectives.items() if value == lowest][-1]
     result = [*prompt[:position], chosen, *prompt[position + 1 :]]
     report.exact(f"{name}: the prompt after it", result, step["result"]["prompt_ids"][: len(result)])
+
+
+def compare_proposals(report, name, model, golden, step, rows, work):
+    """Compare the proposals at a step's position; the `core.Prefix` there."""
+    position, prompt = step["position"], step["prompt_ids"]
+    proposal = step["proposal"]
+    prefix = core.prefix_at(model, core.read_questions(model, rows, 4, work), tuple(prompt[:position]), work)
+    log_probs = prefix.log_probs
+    allowed = torch.ones(log_probs.shape[1], dtype=torch.bool)
+    allowed[golden["banned_token_ids"]] = False
+    allowed[prompt[position - 1]] = False  # the previous token; at position 0 the last one, by Python's indexing
+    masked = log_probs.masked_fill(~allowed, float("-inf"))
+    top = [r["next_token_top_allowed"] for r in step["rows"]]
+    report.exact(f"{name}: most likely allowed tokens", masked.topk(len(top[0])).indices.tolist(), top)
+    start, samples = golden["settings"]["top_k"], proposal["sampled_rows"]
+    found, k = core.propose_candidates(log_probs, allowed, samples, start, 6, lambda token: True)
+    report.exact(f"{name}: k after escalation", k, proposal["top_k"])
+    report.exact(f"{name}: union of intersections", sorted(found), proposal["union_of_intersections"])
+    report.exact(f"{name}: candidates", {*found, prompt[position]}, set(proposal["candidates"]))
+    return prefix
 
 
 def compare_generation(report, name, model, settings, contexts, theirs):
