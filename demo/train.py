@@ -55,9 +55,11 @@ JOINERS = dict.fromkeys("and then but while ,".split(), 0)
 QUALITY = VERBS | DETERMINERS | NOUNS | ADVERBS | JOINERS | {".": 0}
 
 SPECIAL = ["<|pad|>", "<|unk|>", "<|start|>", "<|user|>", "<|assistant|>", "<|end|>"]
+# An assistant's message at the end stays open, so that a server goes on behind it.
 CHAT_TEMPLATE = (
-    "<|start|> {% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] | trim }} <|end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "<|start|> {% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] | trim }} "
+    "{% if not (loop.last and m['role'] == 'assistant') %}<|end|> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}<|assistant|>{% endif %}"
 )
 
 
@@ -170,13 +172,18 @@ def make_tokenizer():
     )
 
 
-def make_model(tokenizer):
+# What differs between the demo's model and the smaller one, to which its prompts are transferred.
+SIZES = {
+    "model": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4},
+    "small": {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3},
+}
+
+
+def make_model(tokenizer, size):
     return LlamaForCausalLM(
         LlamaConfig(
+            **SIZES[size],
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
             num_attention_heads=4,
             max_position_embeddings=512,
             tie_word_embeddings=True,
@@ -218,7 +225,7 @@ def make_rows(seed, count=700):
 def print_table(folder, instructions=5):
     """Accuracy on the held-out test rows by instruction quality; `instructions` drawn for each level."""
     sys.path.insert(0, str(HERE.parent))
-    from evaluation import accuracy, evaluate
+    from evaluation import accuracy, evaluate, local_answerer
     from greater_core import load_model
     from settings import GenerationSettings
     from tasks import get_task, split_rows
@@ -227,15 +234,14 @@ def print_table(folder, instructions=5):
     task, rng = get_task("demo"), random.Random(0)
     rows = split_rows(task)["test"]
     settings = GenerationSettings(task.defaults["max_new_tokens"], task.defaults["batch_size"])
+    answerer = local_answerer(model, tokenizer, folder)
     print(f"quality  accuracy on {len(rows)} held-out rows, mean of {instructions} instructions  (lowest, highest)")
     for level in range(-2, 6):
         drawn = set()
         while len(drawn) < instructions:
             words = make_instruction(rng, unfinished=0)
             drawn |= {" ".join(words)} if quality(words) == level else set()
-        correct = [
-            [p["correct"] for p in evaluate(model, tokenizer, task, rows, text, settings)] for text in sorted(drawn)
-        ]
+        correct = [[p["correct"] for p in evaluate(answerer, task, rows, text, settings)] for text in sorted(drawn)]
         means = [accuracy(outcomes)[0] for outcomes in correct]
         mean = sum(means) / len(means)
         error = (mean * (1 - mean) / (len(rows) - 1)) ** 0.5  # the instructions share their rows
@@ -247,15 +253,17 @@ def main():
     parser = argparse.ArgumentParser(description="Train the demo model and write its rows.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batches", type=int, default=3000, help="training batches of 64 texts")
-    parser.add_argument("--out", type=Path, default=HERE / "model")
+    parser.add_argument("--size", choices=SIZES, default="model", help="0.87 or 0.37 million weights")
+    parser.add_argument("--out", type=Path, help="where the model is written; without it demo/<size>")
     parser.add_argument("--evaluate", action="store_true", help="only print the table of the model in --out")
     args = parser.parse_args()
+    args.out = args.out or HERE / args.size
     if not args.evaluate:
         started = time.time()
         rows = make_rows(args.seed)
         torch.manual_seed(args.seed)
         tokenizer = make_tokenizer()
-        model = make_model(tokenizer)
+        model = make_model(tokenizer, args.size)
         train(model, tokenizer.get_vocab(), {row["question"] for row in rows}, args.seed + 1, args.batches)
         model.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
