@@ -47,7 +47,7 @@ def main():
     from tqdm import tqdm
 
     import greater_core as core
-    from evaluation import evaluate_once
+    from evaluation import evaluate_once, local_answerer
 
     model, tokenizer = core.load_model(flags.model, flags.device, flags.dtype)
     rows = [core.splice(tokenizer, task, row) for row in train]
@@ -64,11 +64,11 @@ def main():
             bar.set_postfix(position=record["position"], now=record["objective"], best=record["best"]["objective"])
             bar.update(record["step"] > 0)
 
-    model_hash = weights_hash(flags.model)
+    answerer = local_answerer(model, tokenizer, flags.model)
 
     def evaluate(prompt, role, split):
         chosen = splits[split][: flags.eval_rows or None]
-        return evaluate_once(model, tokenizer, task, chosen, prompt, flags, run_dir, role, split, model_hash)
+        return evaluate_once(answerer, task, chosen, prompt, flags, run_dir, role, split)
 
     scored = core.scores_of(history)
     initial = next(iter(scored.values()))
@@ -78,7 +78,7 @@ def main():
         text = core.prompt_text(tokenizer, rows[0], score.prompt_ids).strip()
         dev = evaluate(text, "candidate", "dev")
         scores = {"dev_accuracy": dev["accuracy"], "dev_stderr": dev["stderr"], "initial": score is initial}
-        prompts.append({"prompt": text, **core.as_record(score), **scores})
+        prompts.append({"task": task.name, "prompt": text, **core.as_record(score), **scores})
     prompts = core.rank_prompts(prompts, flags.choose_on)
     write_jsonl(run_dir / "prompts.jsonl", prompts)
     starting = next(p for p in prompts if p["initial"])

@@ -1,56 +1,76 @@
 """Stage 3: prompts on dev or test rows -> predictions.jsonl, a line per prompt in results.jsonl, a table, mistakes.
 
     python 03_evaluate.py --run-dir runs/demo-seed0                    # the run's initial and best prompt on test
+    python 03_evaluate.py --run-dir runs/demo-seed0 --baselines        # and no prompt, and zero-shot chain of thought
     python 03_evaluate.py --task demo --prompt "check each step carefully ." --split dev
-    python 03_evaluate.py --run-dir runs/demo-seed0 --prompt "tell the total ."
+    python 03_evaluate.py --task gsm8k --endpoint http://localhost:8000/v1 --model NAME --prompt "..."
+    python 03_evaluate.py --run-dir runs/demo-seed0 --regrade          # the kept texts again, without a model
+    python 03_evaluate.py --report runs                                # tables and pictures of all runs
 
 Two readings of one generation: `paper` (the answer behind the extractor) and `harness` (lm-evaluation-harness's
-flexible extraction from the reasoning itself). What was evaluated with the same
-model, rows, extractor and settings is not run again.
+flexible extraction from the reasoning itself). The last prompt is compared with each of the others row by row. What was
+evaluated with the same model, rows, extractor and settings is not run again; a killed evaluation goes on where it was.
 """
 
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from settings import GenerationSettings, ModelFlags, TaskFlags, flag, parse_flags, run_script
-from tasks import UserError, read_appended, read_jsonl, require, weights_hash
+from settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
+from tasks import UserError, read_jsonl, require
 
 
 @dataclass
-class Flags(GenerationSettings, ModelFlags, TaskFlags):
+class Flags(GenerationSettings, ServerFlags, ModelFlags, TaskFlags):
     run_dir: str = flag("", "a run of stage 02, or where to write; empty: runs/evaluate-<task>-<model>")
     prompt: list[str] = field(
         default_factory=list, metadata={"help": "a prompt to evaluate; may be repeated", "action": "extend"}
     )
+    prompts: str = flag("", "a file like a run's prompts.jsonl; without it the run's own")
+    top: int = flag(1, "how many of the prompts in the file, best first")
+    baselines: bool = flag(
+        False, "evaluate the standard baselines, too: no prompt, zero-shot chain of thought, initial"
+    )
     split: str = flag("test", "dev or test")
     eval_rows: int = flag(0, "rows to evaluate on; 0: all")
     mistakes: int = flag(5, "mistakes to show of the last prompt")
+    endpoint: str = flag("", "URL of an OpenAI-compatible server that answers; --model is its name for the model")
+    regrade: bool = flag(False, "read and grade the texts in predictions.jsonl again, without a model")
+    report: str = flag("", "only write tables and pictures of this run, or of all runs in this folder")
 
 
 def main():
     flags = parse_flags(Flags, __doc__.splitlines()[0], run_defaults)
     require(flags.split in ("dev", "test"), f"--split must be dev or test, not {flags.split!r}")
-    require(flags.eval_rows >= 0 and flags.mistakes >= 0, "--eval-rows and --mistakes must not be negative")
-    flags.model = flags.model_path()
+    for name in ("eval_rows", "mistakes", "top"):
+        least = 1 if name == "top" else 0
+        require(getattr(flags, name) >= least, f"--{name.replace('_', '-')} must be at least {least}")
+    flags.check_server_flags()
+    if flags.report:
+        from report import write_report
+
+        print("\n".join(f"  {path}" for path in write_report(flags.report)))
+        return
+    if not (flags.endpoint or flags.regrade):
+        flags.model = flags.model_path()
     task, splits = flags.resolve()
-    rows = splits[flags.split][: flags.eval_rows or None]
     default_dir = Path("runs") / f"evaluate-{task.name.replace('/', '-')}-{Path(flags.model).name}"
     run_dir = Path(flags.run_dir) if flags.run_dir else default_dir
-    prompts = chosen_prompts(flags, run_dir)
+    if flags.regrade:
+        regrade(run_dir, task, splits)
+        return
+    rows = splits[flags.split][: flags.eval_rows or None]
+    prompts = chosen_prompts(flags, run_dir, task)
     run_dir.mkdir(parents=True, exist_ok=True)
 
-    # They import torch, so only after everything that can be wrong without it.
     from tqdm import tqdm
 
-    from evaluation import evaluate_once
-    from greater_core import load_model
+    from evaluation import evaluate_once, open_answerer
 
-    model, tokenizer = load_model(flags.model, flags.device, flags.dtype)
-    model_hash = weights_hash(flags.model)
+    answerer = open_answerer(flags, flags.model, flags.endpoint)  # imports torch only where a model is loaded here
     results = [
-        evaluate_once(model, tokenizer, task, rows, prompt, flags, run_dir, role, flags.split, model_hash)
-        for role, prompt in tqdm(prompts, desc=flags.split, unit="prompt")
+        evaluate_once(answerer, framed, rows, prompt, flags, run_dir, role, flags.split, name)
+        for role, name, framed, prompt in tqdm(prompts, desc="prompts", unit="prompt")
     ]
     report(results, rows, run_dir, flags)
 
@@ -69,43 +89,89 @@ def run_defaults(early):
     return {name: value for name, value in config.items() if name in names}
 
 
-def chosen_prompts(flags, run_dir):
-    """[(role, prompt)]: those given, else the run's initial and best prompt."""
+def chosen_prompts(flags, run_dir, task):
+    """[(role, name, task that frames it, prompt)]: baselines, initial, then those given or the best of the file."""
+    chosen = []
+    if flags.baselines:
+        named = (("empty", ""), ("zero-shot chain of thought", task.chain_of_thought))
+        chosen += [("baseline", name, task.bare, prompt) for name, prompt in named]
+    initial = task.initial_prompt
     if flags.prompt:
-        require(all(prompt.strip() for prompt in flags.prompt), "--prompt must not be empty")
-        return [("given", prompt.strip()) for prompt in flags.prompt]
-    require(flags.run_dir, "say what to evaluate: --run-dir of a run of stage 02, or --prompt")
-    found = read_jsonl(run_dir / "prompts.jsonl")
-    require(found and all("prompt" in p for p in found), f"{run_dir / 'prompts.jsonl'} holds no prompts")
-    return [("initial", p["prompt"]) for p in found if p.get("initial")] + [("best", found[0]["prompt"])]
+        require(
+            all(prompt.strip() for prompt in flags.prompt), "--prompt must not be empty (--baselines has no prompt)"
+        )
+        found = [("given", None, task, prompt.strip()) for prompt in flags.prompt]
+    elif flags.prompts or flags.run_dir:
+        path = Path(flags.prompts or run_dir / "prompts.jsonl")
+        records = read_jsonl(path)
+        require(records and all("prompt" in r for r in records), f"{path} holds no prompts")
+        for number, r in enumerate(records, 1):
+            other = r.get("task", task.name)
+            require(other == task.name, f"{path}, line {number}: a prompt of the task {other}, not of {task.name}")
+        initial = next((r["prompt"] for r in records if r.get("initial")), initial)
+        ranked = [("candidate", f"rank {rank}") for rank in range(2, flags.top + 1)]
+        ranked = list(zip([("best", None), *ranked], records))
+        found = [(*label, task, r["prompt"]) for label, r in reversed(ranked)]
+    else:
+        require(chosen, "say what to evaluate: --run-dir of a run of stage 02, --prompt, --prompts or --baselines")
+        found = []
+    if flags.baselines or not flags.prompt:
+        chosen.append(("initial", None, task, initial))
+    return chosen + found
+
+
+def regrade(run_dir, task, splits):
+    from evaluation import regrade
+
+    for old, new in regrade(run_dir, task, splits):
+        paper, harness = (
+            f"{reading.split('_')[0]} {100 * old[reading]:5.1f} -> {100 * new[reading]:5.1f} %"
+            for reading in ("accuracy", "harness_accuracy")
+        )
+        print(f"{new['role']:9s}  {new['split']:4s}  {paper}  {harness}  {new['prompt'] or '(no prompt)'}")
+    print(f"  {run_dir / 'results.jsonl'}\n  {run_dir / 'predictions.jsonl'}")
 
 
 def report(results, rows, run_dir, flags):
-    print(f"\n{'role':8s}  {'paper':>15s}  {'harness':>15s}  {'unread':>6s}  {'cut':>6s}  {'tokens':>6s}  prompt")
-    for r in results:
+    from evaluation import compare, read_predictions
+
+    labels = [r.get("name", r["role"]) for r in results]
+    width = max(8, *map(len, labels))
+    print(f"\n{'':{width}s}  {'paper':>15s}  {'harness':>15s}  {'unread':>6s}  {'cut':>6s}  {'tokens':>6s}  prompt")
+    for label, r in zip(labels, results):
         paper, harness = (
             f"{100 * r[mean]:6.1f} ± {100 * r[error]:4.1f} %"
             for mean, error in (("accuracy", "stderr"), ("harness_accuracy", "harness_stderr"))
         )
         rates = f"{100 * r['unread']:4.1f} %  {100 * r['truncated']:4.1f} %  {r['mean_tokens']:6.1f}"
-        print(f"{r['role']:8s}  {paper:>15s}  {harness:>15s}  {rates}  {r['prompt']}")
+        print(f"{label:{width}s}  {paper:>15s}  {harness:>15s}  {rates}  {r['prompt'] or '(none)'}")
+    minutes = sum(r["minutes"] for r in results)
     print(
-        f"\n{flags.split}, {len(rows)} rows; ± is one standard error; unread: no answer found; cut: at --max-new-tokens"
+        f"\n{flags.split}, {len(rows)} rows; ± is one standard error; unread: no answer found behind the extractor; "
+        f"cut: at --max-new-tokens; {minutes:.1f} minutes of generation"
     )
-    show_mistakes(results[-1], rows, run_dir, flags)
+    outcomes = [read_predictions(run_dir, r, rows) for r in results]
+    if len(results) > 1:
+        print(f"\n{'last against':{width}s}  reading   difference  95 % interval     gained  lost  p (exact McNemar)")
+    for label, other in zip(labels[:-1], outcomes):
+        for reading, key in (("paper", "correct"), ("harness", "harness_correct")):
+            c = compare([p[key] for p in other], [p[key] for p in outcomes[-1]])
+            interval = f"{100 * c['low']:+6.1f} to {100 * c['high']:+6.1f}"
+            print(
+                f"{label:{width}s}  {reading:7s}  {100 * c['difference']:+9.1f} %  {interval}  {c['gained']:6d}  "
+                f"{c['lost']:4d}  {c['p']:.2g}"
+            )
+    show_mistakes(outcomes[-1], rows, flags)
     print(f"  {run_dir / 'results.jsonl'}\n  {run_dir / 'predictions.jsonl'}")
 
 
-def show_mistakes(result, rows, run_dir, flags):
-    questions = {row["id"]: row["question"] for row in rows}
-    same = {key: result[key] for key in ("split", "prompt_hash", "evaluation")}.items()
-    shown = [p for p in read_appended(run_dir / "predictions.jsonl") if same <= p.items() and not p["correct"]]
-    shown = shown[: flags.mistakes]
-    if shown:
-        print(f"\n{len(shown)} of {len(rows) - result['correct']} mistakes of the last prompt:")
-    for p in shown:
+def show_mistakes(predictions, rows, flags):
+    wrong = [(row, p) for row, p in zip(rows, predictions) if not p["correct"]]
+    if wrong[: flags.mistakes]:
+        print(f"\n{len(wrong[: flags.mistakes])} of {len(wrong)} mistakes of the last prompt:")
+    for row, p in wrong[: flags.mistakes]:
         print(f"  {p['id']}  gold {p['gold']}, read {p['answer']}")
-        for text in (questions[p["id"]], p["text"]):
+        for text in (row["question"], p["text"]):
             print(f"    {text[-200:]!r}")
 
 

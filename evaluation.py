@@ -1,95 +1,264 @@
-"""Evaluation of a prompt: one generation, two readings, accuracy with its standard error.
+"""Evaluation of a prompt: one generation, two readings, accuracy with its standard error, paired comparisons.
 
 The model reasons greedily under the prompt. `paper` reading: the extractor is appended, the model writes a short
 answer, and that is graded. `harness` reading: lm-evaluation-harness's flexible extraction looks into the reasoning
 itself, so that numbers can be compared with published ones. They are two columns, never mixed.
+
+Who generates is an `Answerer`: a model loaded here (`local_answerer`) or one behind a server (server.py). Every
+generation is on disk before the next begins, so a killed evaluation goes on where it was; its texts are kept, so it can
+be graded again without a model. Nothing here imports torch before a local model answers.
 """
 
 import json
+import math
 import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from greater_core import answer_ids, encode_in_place, generate_greedily
+import numpy as np
+
 from tasks import (
     GRADER_VERSION,
+    UserError,
     append_jsonl,
     grade,
     grade_harness,
     read_answer,
     read_answer_harness,
     read_appended,
+    require,
     text_hash,
+    weights_hash,
     write_jsonl,
 )
 
 
-def evaluate(model, tokenizer, task, rows, prompt, settings):
-    """One prediction record per data row, for the prompt's text `prompt`.
+@dataclass(frozen=True)
+class Answerer:
+    """What writes reasoning and answer.
 
-    The model reasons greedily; then the extractor is appended and the model writes a short answer (`paper`
-    reading); the `harness` reading looks into the reasoning alone. A reading that fails is null and counts as wrong.
+    `generate(task, rows, prompt, settings, done)` yields lists of (row, reasoning text, reply behind the extractor,
+    number of reasoning tokens, whether it was cut at the limit), in any order; not for the ids in `done`.
     """
-    contexts, extractors = [], []
-    for row in rows:
-        contexts.append(sum(encode_in_place(tokenizer, task, row["question"], prompt), []))
-        extractors.append(answer_ids(tokenizer, task, row["answer"])[0])
-    reasoning = generate_greedily(model, contexts, settings.max_new_tokens, settings.batch_size)
-    asked = [context + ids + extractor for context, (ids, _), extractor in zip(contexts, reasoning, extractors)]
-    replies = generate_greedily(model, asked, settings.answer_tokens(task), settings.batch_size)
-    predictions = []
-    for row, (ids, stopped), (reply_ids, _) in zip(rows, reasoning, replies):
-        text, reply = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, reply_ids))
-        answer, harness = read_answer(task, reply), read_answer_harness(task, row["question"], text)
-        predictions.append(
-            {
-                "id": row["id"],
-                "text": text,
-                "reply": reply,
-                "answer": answer,
-                "gold": row["answer"],
-                "correct": grade(task, row["answer"], answer),
-                "harness_answer": harness,
-                "harness_correct": grade_harness(row["answer"], harness),
-                "tokens": len(ids),
-                "truncated": not stopped,
-            }
-        )
-    return predictions
+
+    name: str  # as tables show it
+    identity: tuple  # what tells its texts from those of another: part of the evaluation's key
+    generate: Callable
 
 
-def evaluation_key(task, rows, settings, model_hash, dtype):
-    """Hash of all that an evaluation's numbers depend on besides the prompt and the machine."""
-    parts = [task.kind, task.choices, task.extractor, task.template, rows, settings.max_new_tokens]
-    return text_hash(json.dumps([*parts, model_hash, str(dtype), GRADER_VERSION]))
+def open_answerer(flags, model, endpoint=""):
+    """The Answerer that --model, or --endpoint and --model, name; the model is loaded, or the server asked."""
+    if endpoint:
+        from server import server_answerer
+
+        return server_answerer(flags, endpoint, model)
+    from greater_core import load_model
+
+    return local_answerer(*load_model(model, flags.device, flags.dtype), model)
 
 
-def evaluate_once(model, tokenizer, task, rows, prompt, settings, run_dir, role, split, model_hash):
+# --- Generating and grading ---------------------------------------------------------------------------------
+
+
+def local_answerer(model, tokenizer, path):
+    """The Answerer that is the model loaded here from `path`."""
+    from greater_core import answer_ids, encode, generate_greedily
+
+    def context_ids(task, row, prompt):
+        turn = [{"role": "user", "content": task.user_turn(row["question"], prompt)}]
+        return encode(tokenizer, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+    def generate(task, rows, prompt, settings, done):
+        unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encode(tokenizer, " " + prompt)
+        require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
+        contexts = {row["id"]: context_ids(task, row, prompt) for row in rows}
+        ordered = sorted(rows, key=lambda row: len(contexts[row["id"]]))
+        # A batch is whole or not there, so an evaluation that was killed goes on with the same batches.
+        for start in range(0, len(rows), settings.batch_size):
+            batch = ordered[start : start + settings.batch_size]
+            if done.issuperset(row["id"] for row in batch):
+                continue
+            asked = [contexts[row["id"]] for row in batch]
+            reasoning = generate_greedily(model, asked, settings.max_new_tokens, settings.batch_size)
+            extractors = [answer_ids(tokenizer, task, row["answer"])[0] for row in batch]
+            asked = [context + ids + more for context, (ids, _), more in zip(asked, reasoning, extractors)]
+            replies = generate_greedily(model, asked, settings.answer_tokens(task), settings.batch_size)
+            yield [
+                (row, *(tokenizer.decode(part, skip_special_tokens=True) for part in (ids, reply)), len(ids), not ended)
+                for row, (ids, ended), (reply, _) in zip(batch, reasoning, replies)
+                if row["id"] not in done
+            ]
+
+    return Answerer(short_name(path), (weights_hash(path), str(model.dtype)), generate)
+
+
+def short_name(model):
+    """A model's name in tables: the last two parts of its hub name or folder."""
+    return "/".join(Path(model).parts[-2:])
+
+
+def prediction(task, row, text, reply, tokens, truncated):
+    """The record of one row. A reading that fails is null and counts as wrong."""
+    return {"id": row["id"], "text": text, "reply": reply, "tokens": tokens, "truncated": truncated} | readings(
+        task, row, text, reply
+    )
+
+
+def readings(task, row, text, reply):
+    """What of a prediction comes from the grader alone, so that it can be made again without a model."""
+    answer, harness = read_answer(task, reply), read_answer_harness(task, row["question"], text)
+    return {
+        "gold": row["answer"],
+        "answer": answer,
+        "correct": grade(task, row["answer"], answer),
+        "harness_answer": harness,
+        "harness_correct": grade_harness(row["answer"], harness),
+        "grader_version": GRADER_VERSION,
+    }
+
+
+def evaluate(answerer, task, rows, prompt, settings):
+    """Predictions of the prompt's text `prompt` for all rows, in their order; nothing is written."""
+    batches = answerer.generate(task, rows, prompt, settings, frozenset())
+    found = {row["id"]: prediction(task, row, *rest) for batch in batches for row, *rest in batch}
+    return [found[row["id"]] for row in rows]
+
+
+# --- Evaluations on disk -------------------------------------------------------------------------------------
+
+
+def evaluation_key(answerer, task, rows, settings):
+    """Hash of all that an evaluation's texts depend on besides the prompt and the machine."""
+    parts = [task.kind, task.choices, task.extractor, task.template, rows_hash(rows), settings.max_new_tokens]
+    return text_hash(json.dumps([*parts, *answerer.identity]))
+
+
+def rows_hash(rows):
+    return text_hash(json.dumps(rows))
+
+
+def evaluate_once(answerer, task, rows, prompt, settings, run_dir, role, split, name=None):
     """The results record of a prompt on a split; taken from run_dir/results.jsonl if it is there, else evaluated
-    and appended there, with its predictions in predictions.jsonl."""
-    results, predictions = (Path(run_dir) / f"{name}.jsonl" for name in ("results", "predictions"))
-    same = {
+    and appended there, with its predictions in predictions.jsonl.
+
+    Errors: UserError if predictions.jsonl holds an unfinished evaluation of the prompt with another model, other rows
+    or settings, rows of other data, or another version's grades.
+    """
+    results, predictions = (Path(run_dir) / f"{file}.jsonl" for file in ("results", "predictions"))
+    triple = {
         "split": split,
         "prompt_hash": text_hash(prompt),
-        "evaluation": evaluation_key(task, rows, settings, model_hash, model.dtype),
+        "evaluation": evaluation_key(answerer, task, rows, settings),
     }
-    known = [record for record in read_appended(results) if same.items() <= record.items()]
+    finished = read_appended(results)
+    require_this_grader(finished, results)
+    known = [record for record in finished if triple.items() <= record.items()]
     for record in known:
-        if record["role"] == role:
+        if (record["role"], record.get("name")) == (role, name):
             return record
+    labels = {"role": role} | ({"name": name} if name else {})
     if known:
-        record = known[0] | {"role": role}
+        record = {key: value for key, value in known[0].items() if key != "name"} | labels
     else:
-        others = [p for p in read_appended(predictions) if not same.items() <= p.items()]  # none of a killed try
         started = time.perf_counter()
-        new = evaluate(model, tokenizer, task, rows, prompt, settings)
-        write_jsonl(predictions, [*others, *(same | prediction for prediction in new)])
-        record = {"role": role, **same, "prompt": prompt}
-        record |= summarize(new, settings.max_new_tokens, time.perf_counter() - started)
+        new = resumed(answerer, task, rows, prompt, settings, predictions, triple, finished)
+        record = labels | {"task": task.name, "model": answerer.name} | triple
+        record |= {"rows": rows_hash(rows), "prompt": prompt, "max_new_tokens": settings.max_new_tokens}
+        record |= summarize(new) | {"minutes": (time.perf_counter() - started) / 60}
     append_jsonl(results, record)
     return record
 
 
-def summarize(predictions, max_new_tokens, seconds):
+def resumed(answerer, task, rows, prompt, settings, path, triple, finished):
+    """Predictions in the rows' order: those in the file at `path`, and the missing ones, appended to it."""
+    from tqdm import tqdm
+
+    whole = {tuple(record[key] for key in triple) for record in finished}
+    kept = {}
+    for p in read_appended(path):
+        own = tuple(p.get(key) for key in triple)
+        if own == tuple(triple.values()):
+            require(p["id"] not in kept, f"{path}: two predictions of row {p['id']} for one prompt; remove one")
+            kept[p["id"]] = p
+        elif own not in whole and own[:2] == (triple["split"], triple["prompt_hash"]):
+            raise UserError(
+                f"{path} holds an unfinished evaluation of {prompt!r} on {triple['split']} with another model, other "
+                "rows or settings: finish it with those, remove its lines, or choose another --run-dir"
+            )
+    strangers = kept.keys() - {row["id"] for row in rows}
+    require(not strangers, f"{path}: {min(strangers, default='')} is no row of {task.name}'s {triple['split']} split")
+    require_this_grader(kept.values(), path)
+    with tqdm(total=len(rows), initial=len(kept), unit="row", desc=triple["split"], leave=False) as bar:
+        for batch in answerer.generate(task, rows, prompt, settings, frozenset(kept)):
+            new = [triple | prediction(task, row, *rest) for row, *rest in batch]
+            append_jsonl(path, *new)
+            kept |= {p["id"]: p for p in new}
+            bar.set_postfix(accuracy=f"{100 * sum(p['correct'] for p in kept.values()) / len(kept):.1f} %")
+            bar.update(len(new))
+    return [kept[row["id"]] for row in rows]
+
+
+def require_this_grader(records, path):
+    versions = {record.get("grader_version") for record in records} - {GRADER_VERSION}
+    if versions:
+        folder = Path(path).parent
+        raise UserError(
+            f"{path} was graded by another version of the grader: python 03_evaluate.py --run-dir {folder} --regrade"
+        )
+
+
+def read_predictions(run_dir, result, rows):
+    """The predictions behind a results record, in the order of `rows`."""
+    same = {key: result[key] for key in ("split", "prompt_hash", "evaluation")}.items()
+    path = Path(run_dir) / "predictions.jsonl"
+    found = {p["id"]: p for p in read_appended(path) if same <= p.items()}
+    missing = [row["id"] for row in rows if row["id"] not in found]
+    require(not missing, f"{path} lacks row {missing[:1]} of an evaluation that results.jsonl counts as finished")
+    return [found[row["id"]] for row in rows]
+
+
+def regrade(run_dir, task, splits):
+    """Read and grade the kept texts of a folder again, with no model. Returns [(old record, new record)].
+
+    Errors: UserError, with nothing written, if a text belongs to no row of the task as it is now.
+    """
+    results, predictions = (Path(run_dir) / f"{file}.jsonl" for file in ("results", "predictions"))
+    require(
+        results.exists() and predictions.exists(), f"{run_dir} holds no evaluation: no results or predictions.jsonl"
+    )
+    rows = {(split, row["id"]): row for split in splits for row in splits[split]}
+    groups, graded = defaultdict(list), []
+    for number, p in enumerate(read_appended(predictions), 1):
+        row = rows.get((p.get("split"), p.get("id")))
+        where = f"{predictions}, line {number}"
+        require(row, f"{where}: {p.get('id')!r} is no row of {task.name}'s {p.get('split')} split")
+        require(isinstance(p.get("text"), str) and isinstance(p.get("reply"), str), f"{where}: no text or no reply")
+        graded.append(p | readings(task, row, p["text"], p["reply"]))
+        groups[p["split"], p.get("prompt_hash"), p.get("evaluation")].append(graded[-1])
+    changes = []
+    for number, old in enumerate(read_appended(results), 1):
+        where = f"{results}, line {number}"
+        require(old.get("task") == task.name, f"{where} is of the task {old.get('task')}, not {task.name}")
+        own = groups[old["split"], old["prompt_hash"], old["evaluation"]]
+        ids = {p["id"] for p in own}
+        used = [row for row in splits[old["split"]] if row["id"] in ids]
+        complete = len(ids) == len(own) == old["n"]
+        require(
+            complete, f"{where} counts {old['n']} rows, {predictions} has {len(own)} predictions of {len(ids)} rows"
+        )
+        require(rows_hash(used) == old["rows"], f"{where} was evaluated on other questions or answers of the same ids")
+        changes.append((old, old | summarize(own)))
+    write_jsonl(predictions, graded)
+    write_jsonl(results, [new for _, new in changes])
+    return changes
+
+
+# --- Numbers ----------------------------------------------------------------------------------------------
+
+
+def summarize(predictions):
     """Accuracy of both readings with standard errors, and how the generations went."""
     n = len(predictions)
     mean, stderr = accuracy([p["correct"] for p in predictions])
@@ -102,11 +271,10 @@ def summarize(predictions, max_new_tokens, seconds):
         "harness_accuracy": harness,
         "harness_stderr": harness_stderr,
         "unread": sum(p["answer"] is None for p in predictions) / n,
+        "harness_unread": sum(p["harness_answer"] is None for p in predictions) / n,
         "truncated": sum(p["truncated"] for p in predictions) / n,
         "mean_tokens": sum(p["tokens"] for p in predictions) / n,
-        "max_new_tokens": max_new_tokens,
         "grader_version": GRADER_VERSION,
-        "minutes": seconds / 60,
     }
 
 
@@ -114,3 +282,33 @@ def accuracy(outcomes):
     """(mean, standard error) of booleans; the standard error is the sample's, sd / sqrt(n)."""
     mean = sum(outcomes) / len(outcomes)
     return mean, (mean * (1 - mean) / max(1, len(outcomes) - 1)) ** 0.5
+
+
+def compare(first, second, draws=10_000, seed=0):
+    """Two lists of booleans, the same rows in the same order: how much more often `second` is right.
+
+    difference of the accuracies with its 95 % paired bootstrap interval (percentiles over `draws` resamples of the
+    rows), rows gained and lost, and the p-value of the exact two-sided McNemar test.
+    """
+    n = len(first)
+    gained = sum(b and not a for a, b in zip(first, second, strict=True))
+    lost = sum(a and not b for a, b in zip(first, second, strict=True))
+    # Of a resample of n rows only the numbers of gains and losses matter, and they are multinomial.
+    counts = np.random.default_rng(seed).multinomial(n, [gained / n, lost / n, (n - gained - lost) / n], size=draws)
+    low, high = np.percentile((counts[:, 0] - counts[:, 1]) / n, [2.5, 97.5])
+    return {
+        "n": n,
+        "gained": gained,
+        "lost": lost,
+        "difference": (gained - lost) / n,
+        "low": float(low),
+        "high": float(high),
+        "p": mcnemar(gained, lost),
+    }
+
+
+def mcnemar(gained, lost):
+    """Exact two-sided p-value that gains and losses are equally likely: a fair coin's chance of a split so uneven."""
+    discordant = gained + lost
+    tail = sum(math.comb(discordant, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**discordant)

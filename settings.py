@@ -94,7 +94,7 @@ class SearchSettings(GenerationSettings):
             require(value in known, f"--{name.replace('_', '-')} must be one of {', '.join(known)}, not {value!r}")
 
 
-# --- Tasks, models, and the command line ----------------------------------------------------------------
+# --- Tasks, models, servers, and the command line ----------------------------------------------------------------
 
 
 @dataclass
@@ -127,14 +127,36 @@ class ModelFlags:
     dtype: str = flag("auto", "auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16 or float16")
 
     def model_path(self):
-        """The model's name; the demo's own folder wherever the script is called from. Checked as far as torch-free."""
+        """The model's name; the demo's own folders wherever the script is called from. Checked as far as torch-free."""
         require(self.dtype in ("auto", "float32", "bfloat16", "float16"), f"--dtype {self.dtype!r} is unknown")
-        path = ROOT / self.model if self.model == "demo/model" else Path(self.model)
+        path = ROOT / self.model if self.model in ("demo/model", "demo/small") else Path(self.model)
         looks_local = path.is_absolute() or self.model.startswith((".", "~")) or self.model.count("/") > 1
         if looks_local or path.exists():
             require((path / "config.json").is_file(), f"--model {self.model}: {path} holds no model (no config.json)")
             return str(path)
         return self.model
+
+
+@dataclass
+class ServerFlags:
+    """Flags of every script that can ask a server instead of a model loaded here."""
+
+    concurrency: int = flag(32, "server: requests under way at once")
+    request_timeout: float = flag(600.0, "server: seconds until a request counts as lost and is sent again")
+    tries: int = flag(6, "server: how often a request is sent before the script ends")
+    key_variable: str = flag("OPENAI_API_KEY", "server: the environment variable that holds its key, if it wants one")
+    answer_turn: str = flag(
+        "continue",
+        "server: how the answer is asked for: continue (fields that make vLLM and SGLang go on behind the extractor), "
+        "prefill (for servers that go on by themselves), ask (the extractor as a turn of its own)",
+    )
+
+    def check_server_flags(self):
+        for name in ("concurrency", "tries"):
+            require(getattr(self, name) >= 1, f"--{name} must be at least 1")
+        require(self.request_timeout > 0, "--request-timeout must be above 0")
+        known = ("continue", "prefill", "ask")
+        require(self.answer_turn in known, f"--answer-turn must be one of {', '.join(known)}, not {self.answer_turn!r}")
 
 
 def parse_flags(flags_class, description, more_defaults=lambda known: {}):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import greater_core as core
-from evaluation import accuracy, evaluate
+from evaluation import accuracy, evaluate, local_answerer
 from settings import SearchSettings
 from tasks import get_task, split_rows
 
@@ -91,11 +91,12 @@ def main():
     flags = parser.parse_args()
     started, task = time.time(), get_task("demo")
     model, tokenizer = core.load_model(str(ROOT / "demo" / "model"), "cpu", "float32")
+    answerer = local_answerer(model, tokenizer, ROOT / "demo" / "model")
     data, known = split_rows(task), {}
 
     def test_accuracy(prompt, settings):
         if prompt not in known:
-            outcomes = evaluate(model, tokenizer, task, data["test"], prompt, settings)
+            outcomes = evaluate(answerer, task, data["test"], prompt, settings)
             known[prompt] = accuracy([p["correct"] for p in outcomes])[0]
         return known[prompt]
 

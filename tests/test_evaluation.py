@@ -1,17 +1,71 @@
-"""Evaluation: two readings of one generation, standard errors, and what is never evaluated twice."""
+"""Evaluation: two readings of one generation, numbers and comparisons, what is never evaluated twice or lost."""
 
 import json
+import random
+from fractions import Fraction
+from itertools import product
 
+import numpy as np
 import pytest
-from conftest import settings
+from conftest import own_task, settings
+from hypothesis import given
+from hypothesis import strategies as st
 
 import evaluation
-from tasks import read_jsonl, text_hash
+import greater_core
+from evaluation import Answerer, compare, evaluate, evaluate_once, local_answerer, mcnemar, regrade
+from greater_core import encode_in_place
+from tasks import GRADER_VERSION, UserError, read_jsonl, text_hash, write_jsonl
 
 
 def test_the_standard_error_is_that_of_the_sample():
     assert evaluation.accuracy([True, False, False, False]) == (0.25, 0.25)
     assert evaluation.accuracy([True]) == (1.0, 0.0)
+
+
+# --- Comparing two prompts on the same rows -------------------------------------------------------------------
+
+
+@given(st.integers(0, 9), st.integers(0, 9))
+def test_mcnemars_p_is_the_share_of_coin_tosses_at_least_as_uneven(gained, lost):
+    tosses = list(product((0, 1), repeat=gained + lost))
+    uneven = [t for t in tosses if abs(2 * sum(t) - len(t)) >= abs(gained - lost)]
+    assert mcnemar(gained, lost) == pytest.approx(len(uneven) / len(tosses), abs=1e-12)
+
+
+def test_mcnemars_p_is_exact_for_whole_data_sets():
+    assert mcnemar(0, 0) == 1.0 and mcnemar(5, 0) == 2 / 32 and mcnemar(0, 1319) == float(Fraction(2, 2**1319))
+    assert mcnemar(700, 619) == pytest.approx(0.0276, abs=2e-4)  # the normal approximation with continuity: 0.0276
+
+
+def test_the_bootstrap_interval_is_that_of_resampled_rows():
+    rng = random.Random(1)
+    first = [rng.random() < 0.5 for _ in range(150)]
+    second = [value if rng.random() < 0.7 else rng.random() < 0.7 for value in first]
+    found = compare(first, second)
+    assert found["difference"] == pytest.approx((sum(second) - sum(first)) / 150)
+    assert found["gained"] - found["lost"] == sum(second) - sum(first) and found["gained"] > found["lost"] > 0
+    assert found["p"] == mcnemar(found["gained"], found["lost"]) and found["n"] == 150
+    draws = []
+    for _ in range(4000):  # the plain way
+        rows = [rng.randrange(150) for _ in range(150)]
+        draws.append(sum(second[r] - first[r] for r in rows) / 150)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    assert found["low"] == pytest.approx(low, abs=0.012) and found["high"] == pytest.approx(high, abs=0.012)
+
+
+def test_equal_answers_differ_by_nothing_and_lists_of_other_lengths_are_refused():
+    same = compare([True, False] * 5, [True, False] * 5)
+    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+    with pytest.raises(ValueError):
+        compare([True], [True, False])
+
+
+# --- Two readings of one generation ---------------------------------------------------------------------------
+
+
+class Model:
+    dtype = "float32"
 
 
 @pytest.fixture
@@ -26,7 +80,7 @@ def scripted(monkeypatch, demo_tokenizer):
             texts = reasoning if len(calls) % 2 else [(reply, True) for reply in replies]
             return [(demo_tokenizer.encode(text, add_special_tokens=False), stopped) for text, stopped in texts]
 
-        monkeypatch.setattr(evaluation, "generate_greedily", generate)
+        monkeypatch.setattr(greater_core, "generate_greedily", generate)
         return calls
 
     return install
@@ -40,7 +94,8 @@ ROWS = [
 
 def test_each_reading_looks_at_its_own_text(scripted, demo_tokenizer, demo_task):
     calls = scripted([("1 + 2 = 3 .", True), ("4 + 5 = 20", False)], ["5", "tom <|end|>"])
-    found = evaluation.evaluate(None, demo_tokenizer, demo_task, ROWS, "find this .", settings())
+    answerer = local_answerer(Model(), demo_tokenizer, "m")
+    found = evaluate(answerer, demo_task, ROWS, "find this .", settings())
     assert [(p["id"], p["gold"], p["answer"], p["correct"]) for p in found] == [
         ("a", "3", "5", False),
         ("b", "20", None, False),
@@ -54,31 +109,219 @@ def test_each_reading_looks_at_its_own_text(scripted, demo_tokenizer, demo_task)
     assert (limit, reply_limit) == (12, 12)
     text = demo_tokenizer.decode(asked[0])
     assert asked[0][: len(contexts[0])] == contexts[0] and text.endswith("1 + 2 = 3 . so the answer is")
-    record = evaluation.summarize(found, 12, 60.0)
+    record = evaluation.summarize(found)
     assert (record["accuracy"], record["harness_accuracy"], record["correct"], record["n"]) == (0.0, 1.0, 0, 2)
-    assert (record["unread"], record["truncated"], record["mean_tokens"], record["minutes"]) == (0.5, 0.5, 5.5, 1.0)
+    assert (record["unread"], record["harness_unread"], record["truncated"]) == (0.5, 0.0, 0.5)
+    assert (record["mean_tokens"], record["grader_version"]) == (5.5, GRADER_VERSION)
 
 
-def test_what_was_evaluated_is_not_evaluated_again_and_what_differs_is(scripted, tmp_path, demo_tokenizer, demo_task):
-    class Model:
-        dtype = "float32"
+def test_evaluation_reads_the_same_ids_as_the_search(monkeypatch, subword_tokenizer):
+    seen = []
 
-    calls = scripted([("1 + 2 = 3 .", True)] * 2, ["3", "4"])
+    def generate(model, contexts, max_new_tokens, batch_size, work=None):
+        seen.append(contexts)
+        return [([], True) for _ in contexts]
 
-    def once(rows=ROWS, role="best", split="dev", model="m", prompt="find this .", **changes):
-        arguments = Model(), demo_tokenizer, demo_task, rows, prompt, settings(**changes), tmp_path, role, split, model
-        return evaluation.evaluate_once(*arguments)
+    monkeypatch.setattr(greater_core, "generate_greedily", generate)
+    task, row = own_task("choice", choices="AB"), {"id": "r", "question": "Is it A?\nOptions:\n(A) yes", "answer": "A"}
+    prompt = "logical steps, then the answer."
+    evaluate(local_answerer(Model(), subword_tokenizer, "m"), task, [row], prompt, settings())
+    assert seen[0] == [sum(encode_in_place(subword_tokenizer, task, row["question"], prompt), [])]
 
-    first = once()
-    assert (first["correct"], first["role"], first["prompt_hash"]) == (1, "best", text_hash("find this ."))
-    assert once() == first and once(role="initial") == first | {"role": "initial"} and len(calls) == 2
-    once(split="test")
-    once(model="other")
-    once(max_new_tokens=3)
-    once(prompt="tell this .")
-    once(rows=[ROWS[0], ROWS[1] | {"answer": "4"}])
-    assert len(calls) == 12
+
+def test_a_bare_prompt_stands_behind_the_question_and_an_empty_one_leaves_the_question_alone(
+    monkeypatch, subword_tokenizer
+):
+    asked = []
+
+    def generate(model, contexts, max_new_tokens, batch_size, work=None):
+        asked.append([subword_tokenizer.decode(ids) for ids in contexts])
+        return [([], True) for _ in contexts]
+
+    monkeypatch.setattr(greater_core, "generate_greedily", generate)
+    task = own_task(template="Question: {question}\nNow use {prompt}")
+    row = {"id": "r", "question": "3 + 14", "answer": "17"}
+    for prompt in ("", "Let's think step by step."):
+        evaluate(local_answerer(Model(), subword_tokenizer, "m"), task.bare, [row], prompt, settings())
+    empty, thought = asked[0][0], asked[2][0]
+    assert "Question: 3 + 14" in empty and "Now use" not in empty
+    assert thought.replace("\nLet's think step by step.", "", 1) == empty
+    assert own_task(template="{question} please {prompt}").bare.template == "{question} {prompt}"
+
+
+def test_a_prompt_with_a_word_the_tokenizer_does_not_know_is_refused(demo_tokenizer, demo_task):
+    answerer = local_answerer(Model(), demo_tokenizer, "m")
+    with pytest.raises(UserError, match="does not know all of the prompt"):
+        evaluate(answerer, demo_task, ROWS, "find this theorem .", settings())
+
+
+# --- On disk: nothing twice, nothing lost ---------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def stub(name="m", batch=2, die_after=None, log=None):
+    """An Answerer that answers rows in batches, right for every other row, and may die."""
+
+    def generate(task, rows, prompt, settings, done):
+        for number, start in enumerate(range(0, len(rows), batch)):
+            if number == die_after:
+                raise Killed
+            missing = [row for row in rows[start : start + batch] if row["id"] not in done]
+            if log is not None:
+                log.extend(row["id"] for row in missing)
+            right = {row["id"]: row["answer"] if int(row["id"]) % 2 else "0" for row in missing}
+            yield [(row, f"it is {right[row['id']]}", right[row["id"]], 3, False) for row in missing]
+
+    return Answerer(name, (name, "float32"), generate)
+
+
+@pytest.fixture
+def many():
+    return [{"id": str(i), "question": f"{i} + 1", "answer": str(i + 1)} for i in range(7)]
+
+
+def once(folder, rows, answerer=None, prompt="find this .", role="best", split="dev", name=None, **changes):
+    arguments = answerer or stub(), own_task(), rows, prompt, settings(**changes), folder, role, split, name
+    return evaluate_once(*arguments)
+
+
+def test_what_was_evaluated_is_not_evaluated_again_and_what_differs_is(tmp_path, many):
+    log = []
+    first = once(tmp_path, many, stub(log=log))
+    assert (first["correct"], first["n"], first["role"]) == (3, 7, "best")
+    assert (first["prompt_hash"], first["task"], first["model"]) == (text_hash("find this ."), "own", "m")
+    assert once(tmp_path, many, stub(log=log)) == first
+    assert once(tmp_path, many, stub(log=log), role="initial") == first | {"role": "initial"}
+    assert once(tmp_path, many, stub(log=log), role="baseline", name="x") == first | {"role": "baseline", "name": "x"}
+    assert len(log) == 7
+    once(tmp_path, many, stub(log=log), split="test")
+    once(tmp_path, many, stub("other", log=log))
+    once(tmp_path, many, stub(log=log), max_new_tokens=3)
+    once(tmp_path, many, stub(log=log), prompt="tell this .")
+    once(tmp_path, [many[0] | {"answer": "9"}, *many[1:]], stub(log=log))
+    assert len(log) == 6 * 7
     predictions = read_jsonl(tmp_path / "predictions.jsonl")
     keys = [(p["split"], p["prompt_hash"], p["evaluation"], p["id"]) for p in predictions]
-    assert len(keys) == len(set(keys)) == 12
-    assert len(read_jsonl(tmp_path / "results.jsonl")) == 7 and json.dumps(first)
+    assert len(keys) == len(set(keys)) == 6 * 7
+    assert len(read_jsonl(tmp_path / "results.jsonl")) == 8
+
+
+def without_time(record):
+    return {key: value for key, value in record.items() if key != "minutes"}
+
+
+@pytest.mark.parametrize("torn", [0, 1, 30])
+def test_a_killed_evaluation_goes_on_with_the_rows_it_lacks_and_ends_the_same(tmp_path, many, torn):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    expected = once(whole, many)
+    with pytest.raises(Killed):
+        once(killed, many, stub(die_after=2))
+    path = killed / "predictions.jsonl"
+    content = path.read_bytes()
+    assert content.count(b"\n") == 4 and not (killed / "results.jsonl").exists()
+    path.write_bytes(content[: len(content) - torn])  # the last line, cut while it was written
+    log = []
+    assert without_time(once(killed, many, stub(log=log))) == without_time(expected)
+    assert log == [row["id"] for row in many[3 if torn else 4 :]]
+    by_id = [sorted(map(json.dumps, read_jsonl(folder / "predictions.jsonl"))) for folder in (whole, killed)]
+    assert by_id[0] == by_id[1]
+
+
+def test_a_killed_evaluation_of_a_real_model_ends_the_same(tmp_path, demo_model, demo_tokenizer, demo_task, demo_data):
+    rows, results = demo_data["dev"][:10], []
+    for cut in (None, 5):  # in the middle of the second batch
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        answerer = local_answerer(demo_model, demo_tokenizer, "m")
+        arguments = answerer, demo_task, rows, "check each step .", settings(batch_size=3), folder, "best", "dev"
+        evaluate_once(*arguments)
+        if cut:
+            (folder / "results.jsonl").unlink()
+            write_jsonl(folder / "predictions.jsonl", read_jsonl(folder / "predictions.jsonl")[:cut])
+        results.append((without_time(evaluate_once(*arguments)), read_jsonl(folder / "predictions.jsonl")))
+    (first, in_order), (second, resumed) = results
+    assert first == second and sorted(map(json.dumps, in_order)) == sorted(map(json.dumps, resumed))
+
+
+def test_an_unfinished_evaluation_is_not_mixed_with_another_model_or_other_rows(tmp_path, many):
+    with pytest.raises(Killed):
+        once(tmp_path, many, stub(die_after=1))
+    for changed in ({"answerer": stub("other")}, {"max_new_tokens": 3}):
+        with pytest.raises(UserError, match="unfinished evaluation of 'find this .' on dev"):
+            once(tmp_path, many, **changed)
+    with pytest.raises(UserError, match="unfinished evaluation"):
+        once(tmp_path, many[:5])
+    once(tmp_path, many, stub("other"), split="test")  # another split and another prompt do not meet it
+    once(tmp_path, many, stub("other"), prompt="tell this .")
+    once(tmp_path, many)
+    once(tmp_path, many, stub("other"))  # finished, it stands beside the other
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda lines: [lines[0] | {"id": "99"}, *lines[1:]], "99 is no row of own's dev split"),
+        (lambda lines: [*lines, lines[0]], "two predictions of row 0"),
+        (lambda lines: [lines[0] | {"grader_version": 0}, *lines[1:]], "--regrade"),
+    ],
+)
+def test_predictions_that_are_not_of_these_rows_stop_the_evaluation(tmp_path, many, change, message):
+    with pytest.raises(Killed):
+        once(tmp_path, many, stub(die_after=2))
+    path = tmp_path / "predictions.jsonl"
+    write_jsonl(path, change(read_jsonl(path)))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=message):
+        once(tmp_path, many)
+    assert path.read_bytes() == before
+
+
+# --- Grading again ----------------------------------------------------------------------------------------------
+
+
+def test_grading_again_reads_the_kept_texts_with_the_present_grader(tmp_path, many):
+    fresh = [once(tmp_path, many), once(tmp_path, many, split="test")]
+    path = tmp_path / "predictions.jsonl"
+    truth = read_jsonl(path)
+    old = {"answer": "wrong", "correct": False, "harness_answer": None, "harness_correct": False, "grader_version": 0}
+    write_jsonl(path, [p | old for p in truth])
+    stale = [r | {"correct": 0, "accuracy": 0.0, "harness_accuracy": 0.0, "grader_version": 0} for r in fresh]
+    write_jsonl(tmp_path / "results.jsonl", stale)
+    with pytest.raises(UserError, match="--regrade"):
+        once(tmp_path, many)
+    changes = regrade(tmp_path, own_task(), {"train": [], "dev": many, "test": many})
+    assert changes == list(zip(stale, fresh))
+    assert read_jsonl(path) == truth and read_jsonl(tmp_path / "results.jsonl") == fresh
+    assert once(tmp_path, many) == fresh[0]
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("predictions", lambda lines: [*lines[:-1], lines[-1] | {"id": "99"}], "line 7: '99' is no row of own's dev"),
+        ("predictions", lambda lines: lines[:-1], "counts 7 rows, .* has 6 predictions of 6"),
+        ("predictions", lambda lines: [lines[0], *lines], "counts 7 rows, .* has 8 predictions of 7"),
+        ("predictions", lambda lines: [{**lines[0], "text": None}, *lines[1:]], "line 1: no text"),
+        ("results", lambda lines: [lines[0] | {"task": "gsm8k"}], "is of the task gsm8k, not own"),
+    ],
+)
+def test_grading_again_writes_nothing_when_texts_and_rows_do_not_belong_together(tmp_path, many, file, change, message):
+    once(tmp_path, many)
+    path = tmp_path / f"{file}.jsonl"
+    write_jsonl(path, change(read_jsonl(path)))
+    before = [(tmp_path / f"{name}.jsonl").read_bytes() for name in ("results", "predictions")]
+    with pytest.raises(UserError, match=message):
+        regrade(tmp_path, own_task(), {"dev": many})
+    assert before == [(tmp_path / f"{name}.jsonl").read_bytes() for name in ("results", "predictions")]
+
+
+def test_grading_again_refuses_other_gold_answers_and_an_empty_folder(tmp_path, many):
+    with pytest.raises(UserError, match="holds no evaluation"):
+        regrade(tmp_path, own_task(), {"dev": many})
+    once(tmp_path, many)
+    with pytest.raises(UserError, match="other questions or answers of the same ids"):
+        regrade(tmp_path, own_task(), {"dev": [many[0] | {"answer": "5"}, *many[1:]]})

@@ -1,0 +1,172 @@
+"""A model behind an OpenAI-compatible server (vLLM, SGLang, llama.cpp, `transformers serve`) as one that answers.
+
+Requests go through huggingface_hub's client, many at once, each with a time limit. What fails for a passing reason
+(429, 5xx, a closed connection, no answer in time, a broken reply) is sent again after a growing pause. The key comes
+from an environment variable, is sent to this endpoint only, and is kept out of every message.
+"""
+
+import asyncio
+import os
+import random
+import urllib.parse
+from dataclasses import dataclass
+
+from evaluation import Answerer
+from tasks import UserError, require
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries
+CONNECTIONS = 100  # that one client opens at most
+CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}  # as vLLM and SGLang name it
+
+
+@dataclass(frozen=True)
+class Reply:
+    text: str
+    tokens: int  # generated
+    prompt_tokens: int
+    truncated: bool
+
+
+class ServerError(UserError):
+    """A request that failed for good, in one line. `status` is the HTTP status, None where there was none."""
+
+    def __init__(self, message, status=None):
+        super().__init__(message)
+        self.status = status
+
+
+def server_answerer(flags, endpoint, model):
+    """The Answerer that is the model called `model` on the server at `endpoint`; `flags` are ServerFlags.
+
+    Errors: UserError if the server is not there, does not have the model, refuses the key, or cannot continue an
+    assistant's message although it shall (--answer-turn).
+    """
+    check_server(flags, endpoint, model)
+
+    async def ask_row(client, task, row, prompt, settings):
+        turns = [{"role": "user", "content": task.user_turn(row["question"], prompt)}]
+        reasoning = await chat(client, flags, model, turns, settings.max_new_tokens)
+        turns, fields = answer_turns(flags.answer_turn, turns, reasoning.text, task.extractor)
+        reply = await chat(client, flags, model, turns, settings.answer_tokens(task), fields)
+        return row, reasoning.text, reply.text, reasoning.tokens, reasoning.truncated
+
+    def generate(task, rows, prompt, settings, done):
+        def ask(client, row):
+            return ask_row(client, task, row, prompt, settings)
+
+        try:
+            yield from in_parallel(flags, endpoint, ask, [row for row in rows if row["id"] not in done])
+        except ServerError as error:
+            raise UserError(f"{error}; what was answered is on disk, and the same command goes on from there") from None
+
+    return Answerer(model, ("server", model, flags.answer_turn), generate)
+
+
+def answer_turns(answer_turn, turns, reasoning, extractor):
+    """(messages, more fields of the request) that ask for the answer behind the extractor.
+
+    `ask` puts the extractor as a turn of its own. Every server can do that, but the paper appends it to the
+    reasoning, and so do we where a model is loaded here.
+    """
+    if answer_turn == "ask":
+        return [*turns, {"role": "assistant", "content": reasoning}, {"role": "user", "content": extractor}], {}
+    half_written = {"role": "assistant", "content": f"{reasoning} {extractor}".strip()}
+    return [*turns, half_written], CONTINUE if answer_turn == "continue" else {}
+
+
+def check_server(flags, endpoint, model):
+    """Short requests before any long work: is the server there, has it the model, does it continue a message?
+
+    A server that continues an assistant's message reads fewer prompt tokens than one that closes it and opens
+    another; one that ignores the fields that ask for it reads as many.
+    """
+    address = urllib.parse.urlsplit(endpoint)
+    valid = address.scheme in ("http", "https") and address.hostname
+    require(valid, f"--endpoint {endpoint!r} is no URL such as http://localhost:8000/v1")
+    require("@" not in address.netloc, f"a key does not belong in a URL: set it as {flags.key_variable}")
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
+
+    def short(messages, fields=None):
+        def ask(client, turns):
+            return chat(client, flags, model, turns, 1, fields, tries=2)
+
+        return list(in_parallel(flags, endpoint, ask, [messages]))[0][0]
+
+    short(turns[:1])
+    if flags.answer_turn != "continue":
+        return
+    way_out = "--answer-turn ask puts the extractor as a turn of its own, prefill trusts in servers that go on anyway"
+    try:
+        closed, continued = short(turns), short(turns, CONTINUE)
+    except ServerError as error:
+        require(error.status not in (400, 422), f"{error}; it cannot continue an assistant's message: {way_out}")
+        raise
+    shorter = continued.prompt_tokens < closed.prompt_tokens
+    require(shorter, f"--endpoint {endpoint} does not continue an assistant's message: {way_out}")
+
+
+def in_parallel(flags, endpoint, ask, items):
+    """Yield [result of `await ask(client, item)`] for each item as they come, at most flags.concurrency under way.
+
+    When one fails for good no more are begun, those under way are waited for and yielded, then the error is raised.
+    """
+    from huggingface_hub import AsyncInferenceClient
+
+    # Without a key of its own the client would send the user's token for the hub to whatever server this is.
+    key = os.environ.get(flags.key_variable) or "none"
+    waiting, running, failure = list(reversed(items)), set(), None
+    with asyncio.Runner() as runner:
+        some = range(0, flags.concurrency, CONNECTIONS)
+        clients = [AsyncInferenceClient(base_url=endpoint, api_key=key) for _ in some]
+        while running or (waiting and not failure):
+            while waiting and not failure and len(running) < flags.concurrency:
+                client = clients[len(waiting) % len(clients)]
+                running.add(runner.get_loop().create_task(ask(client, waiting.pop())))
+            finished, running = runner.run(asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
+            for task in finished:
+                failure = failure or task.exception()
+            if results := [task.result() for task in finished if not task.exception()]:
+                yield results
+        for client in clients:
+            runner.run(client.close())
+    if isinstance(failure, ServerError):
+        raise ServerError(f"--endpoint {endpoint}: {failure}".replace(key, "***"), failure.status)
+    if failure:
+        raise failure
+
+
+async def chat(client, flags, model, turns, max_tokens, fields=None, tries=None):
+    """The greedy reply to the messages `turns`. Errors: ServerError for a refusal, or when all tries have failed."""
+    tries = tries or flags.tries
+    for attempt in range(1, tries + 1):
+        try:
+            request = client.chat_completion(
+                turns, model=model, max_tokens=max_tokens, temperature=0.0, extra_body=fields
+            )
+            return as_reply(await asyncio.wait_for(request, flags.request_timeout))
+        except Exception as error:  # the client's own, its HTTP library's, and those of taking a broken reply apart
+            reason, status, pause = explain(error, flags, model)
+            passing = status is None or status in (408, 429) or status >= 500
+            if not passing or attempt == tries:
+                raise ServerError(reason + f", {attempt} tries" * (attempt > 1), status) from None
+        await asyncio.sleep(min(LONGEST_PAUSE, max(pause, FIRST_PAUSE * 2 ** (attempt - 1))) * random.uniform(1, 1.3))
+
+
+def as_reply(output):
+    choice, usage = output.choices[0], output.usage
+    truncated = choice.finish_reason == "length"
+    tokens = usage.completion_tokens - (not truncated)  # servers count the end token, we do not
+    return Reply(choice.message.content or "", max(0, tokens), usage.prompt_tokens, truncated)
+
+
+def explain(error, flags, model):
+    """(what went wrong in a few words, HTTP status or None, seconds that the server asks to wait)."""
+    if isinstance(error, TimeoutError):
+        return f"no answer in {flags.request_timeout:g} s (--request-timeout)", None, 0.0
+    response = getattr(error, "response", None)
+    if response is None:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'no reply'}", None, 0.0
+    status, said = response.status_code, " ".join(response.text.split())[:200]
+    hint = {401: f"; its key belongs in {flags.key_variable}", 404: f"; does it have --model {model}?"}.get(status, "")
+    asked = response.headers.get("retry-after", "")
+    return f"HTTP {status} {said}{hint}", status, float(asked) if asked.isdigit() else 0.0
