@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,11 +130,92 @@ def test_stage_3_reads_finished_results_and_evaluates_new_prompts(finished):
     assert re.search(r"^initial +[\d.]+ ± .*read the problem here and find the answer now \.$", printed, re.M)
     flags = ["--prompt", "tell the total .", "--prompt", "check each step slowly ."]
     printed = good("03_evaluate.py", "--run-dir", "runs/demo-seed0", "--split", "dev", *flags, folder=folder)
-    assert len(re.findall(r"^given ", printed, re.M)) == 2
+    assert re.findall(r"^(given \d) +[\d.]+ ± ", printed, re.M) == ["given 1", "given 2"]
     assert path.read_text().count("\n") == before + 200
     shown = re.findall(r"^  demo-(\d+)  gold (\d+), read (\d+)$", printed, re.M)
     assert 1 <= len(shown) <= 5
     assert all(200 <= int(row) < 300 and gold != answer for row, gold, answer in shown)
+
+
+def test_stage_3_evaluates_the_baselines_and_compares_the_best_prompt_with_each(finished):
+    flags = ["--run-dir", "runs/demo-seed0", "--baselines", "--top", "2", "--eval-rows", "20"]
+    printed = good("03_evaluate.py", *flags, folder=finished[0])
+    order = ["empty", "zero-shot chain of thought", "initial", "rank 2", "best"]
+    assert re.findall(r"^(\S.*?) +[\d.]+ ± .* %  ", printed, re.M) == order
+    results = [r for r in read_jsonl(finished[0] / "runs/demo-seed0/results.jsonl") if r["role"] == "baseline"]
+    assert [(r["name"], r["prompt"]) for r in results] == [(order[0], ""), (order[1], "show each step .")]
+    compared = re.findall(r"^(\S.*?) +(paper|harness) +([+-][\d.]+) % +.* to +\S+ +(\d+) +(\d+)  \S+$", printed, re.M)
+    assert [row[:2] for row in compared] == [(label, r) for label in order[:-1] for r in ("paper", "harness")]
+    for _, _, difference, gained, lost in compared:
+        assert float(difference) == pytest.approx(100 * (int(gained) - int(lost)) / 20)
+
+
+def test_stage_3_grades_the_kept_texts_again_without_loading_a_model(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    run_dir = tmp_path / "copy" / "runs" / "demo-seed0"
+    truth = (run_dir / "results.jsonl").read_text()
+    write_jsonl(run_dir / "results.jsonl", [r | {"accuracy": 0.0} for r in read_jsonl(run_dir / "results.jsonl")])
+    flags = ["--run-dir", "runs/demo-seed0", "--regrade", "--model", "no/such-model"]
+    printed = good("03_evaluate.py", *flags, folder=tmp_path / "copy")
+    assert re.search(r"^best +test  accuracy   0\.0 ->  +[\d.]+ %", printed, re.M)
+    assert (run_dir / "results.jsonl").read_text() == truth
+
+
+def test_stage_3_killed_in_the_middle_keeps_its_rows_and_ends_the_same(finished, tmp_path):
+    flags = ["--prompt", "verify every step carefully .", "--eval-rows", "60", "--batch-size", "2", "--run-dir", "r"]
+    path = tmp_path / "r" / "predictions.jsonl"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "03_evaluate.py"), *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.time() + 120
+    while time.time() < deadline and not (path.exists() and path.read_text().count("\n") >= 8):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = path.read_text().count("\n")
+    assert 8 <= kept < 60 and not (tmp_path / "r" / "results.jsonl").exists()
+    good("03_evaluate.py", *flags, folder=tmp_path)
+    good("03_evaluate.py", *flags[:-1], "whole", folder=tmp_path)
+    for name in ("results.jsonl", "predictions.jsonl"):
+        whole, resumed = (without_time(tmp_path / folder / name) for folder in ("whole", "r"))
+        assert sorted(map(json.dumps, resumed)) == sorted(map(json.dumps, whole))
+
+
+def test_stage_4_writes_the_matrix_of_prompts_and_models_and_runs_nothing_twice(finished):
+    folder = finished[0]
+    flags = ["--runs", "runs/demo-seed0", "--targets", "demo/model", "demo/small", "--eval-rows", "20"]
+    printed = good("04_transfer.py", *flags, folder=folder)
+    records = read_jsonl(folder / "runs/transfer/transfer.jsonl")
+    cells = {(r["method"], r["source"], r["target"]): r for r in records}
+    targets = ("demo/model", "demo/small")
+    rows = (("initial prompt", "-"), ("GReaTer", "demo/model"))
+    assert set(cells) == {(*row, target) for row in rows for target in targets} and len(records) == 4
+    own = {r["role"]: r for r in read_jsonl(folder / "runs/demo-seed0/results.jsonl") if r["split"] == "test"}
+    for (method, source), role in zip(rows, ("initial", "best")):
+        assert cells[method, source, "demo/model"]["accuracy"] == own[role]["accuracy"]
+        shown = " | ".join(f"{100 * cells[method, source, t]['accuracy']:.1f} ±" for t in targets)
+        assert re.search(rf"^\| demo \| {method} \| {source} \| " + shown.replace("|", r".*\|"), printed, re.M)
+    assert (folder / "runs/transfer/transfer.md").read_text() in printed
+    assert (folder / "runs/transfer/transfer.png").stat().st_size > 5000
+    files = sorted((folder / "runs/transfer").glob("demo/*/predictions.jsonl"))
+    before = [path.read_bytes() for path in files]
+    assert good("04_transfer.py", *flags, folder=folder) == printed
+    assert [path.read_bytes() for path in files] == before and len(files) == 2
+
+
+def test_stage_4_refuses_an_unfinished_run_and_a_run_on_other_rows(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    run_dir = tmp_path / "copy" / "runs" / "demo-seed0"
+    flags = ["--runs", "runs/demo-seed0", "--targets", "demo/small"]
+    record = json.loads((run_dir / "run.json").read_text())
+    record["task"]["sha256"]["test"] = "0"
+    (run_dir / "run.json").write_text(json.dumps(record))
+    done = run("04_transfer.py", *flags, folder=tmp_path / "copy")
+    assert done.returncode == 2 and "searched with other rows of demo" in done.stderr
+    shutil.copy(finished[0] / "runs/demo-seed0/run.json", run_dir)
+    (run_dir / "prompts.jsonl").unlink()
+    done = run("04_transfer.py", *flags, folder=tmp_path / "copy")
+    assert done.returncode == 2 and "is not finished: no prompts.jsonl" in done.stderr
 
 
 def test_the_whole_chain_runs_on_own_rows(tmp_path):
@@ -184,6 +266,7 @@ def write_bad_files(folder):
     (folder / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question"\n')
     write_jsonl(folder / "gap.jsonl", [{"question": "a", "answer": "b"}, {"question": "a"}])
     write_jsonl(folder / "words.jsonl", [{"question": f"is {n} big ?", "answer": "no"} for n in range(8)])
+    write_jsonl(folder / "other.jsonl", [{"prompt": "check ."}, {"prompt": "check .", "task": "gsm8k"}])
     (folder / "broken-run").mkdir()
     (folder / "broken-run" / "run.json").write_text("[]")
     (folder / "mute").mkdir()
@@ -225,6 +308,21 @@ BAD = [
     ("03_evaluate.py --prompt ' '", "--prompt must not be empty"),
     ("03_evaluate.py --run-dir nowhere", "cannot read nowhere/prompts.jsonl"),
     ("03_evaluate.py --prompt x --split train", "--split must be dev or test"),
+    ("03_evaluate.py --prompts other.jsonl", "other.jsonl, line 2: a prompt of the task gsm8k, not of demo"),
+    ("03_evaluate.py --prompts one.jsonl", "one.jsonl holds no prompts"),
+    ("03_evaluate.py --prompt x --top 0", "--top must be at least 1"),
+    ("03_evaluate.py --run-dir nowhere --regrade", "nowhere holds no evaluation"),
+    ("03_evaluate.py --report nowhere", "nowhere"),
+    ("03_evaluate.py --prompt x --endpoint localhost:8000", "--endpoint 'localhost:8000' is no URL"),
+    ("03_evaluate.py --prompt x --answer-turn later", "--answer-turn must be one of continue, prefill, ask"),
+    ("03_evaluate.py --prompt x --concurrency 0", "--concurrency must be at least 1"),
+    ("03_evaluate.py --prompt x --request-timeout 0", "--request-timeout must be above 0"),
+    ("04_transfer.py --targets demo/small", "--runs"),
+    ("04_transfer.py --runs broken-run", "--targets"),
+    ("04_transfer.py --runs broken-run --targets demo/small", "broken-run/run.json is not the record of a run"),
+    ("04_transfer.py --runs nowhere --targets demo/small", "nowhere/run.json is not the record of a run"),
+    ("04_transfer.py --runs broken-run --targets ./nothing", "--model ./nothing"),
+    ("04_transfer.py --runs broken-run --targets demo/small --split train", "--split must be dev or test"),
 ]
 
 
@@ -250,7 +348,7 @@ def test_an_extractor_that_merges_is_refused_before_the_search(tmp_path, subword
     assert done.returncode == 2 and "the tokenizer merges" in done.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("script", ["01_prepare_data.py", "02_optimize.py", "03_evaluate.py"])
+@pytest.mark.parametrize("script", ["01_prepare_data.py", "02_optimize.py", "03_evaluate.py", "04_transfer.py"])
 def test_help_and_typos_answer_without_loading_torch(script, tmp_path):
     code = (
         f"import sys, runpy; sys.argv = ['{script}', '--help']; runpy.run_path('{ROOT / script}', run_name='__main__')"
@@ -264,4 +362,4 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--task" in done.stdout
+    assert ("--runs" if script == "04_transfer.py" else "--task") in done.stdout

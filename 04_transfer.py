@@ -1,0 +1,137 @@
+"""Stage 4: prompts found with some models on other models -> the transfer matrix, as a table and a picture.
+
+    python 04_transfer.py --runs runs/demo-seed0 runs/demo-small-seed0 --targets demo/model demo/small
+    python 04_transfer.py --runs runs/A --targets google/gemma-2-9b-it big-model@http://localhost:8000/v1
+
+For each run its initial and its best prompt are evaluated on each target: a local folder, a hub name, or NAME@URL for
+a model behind an OpenAI-compatible server. Predictions and results of each task and target lie in a folder of
+their own, so a killed transfer goes on where it was and nothing is evaluated twice.
+"""
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
+from tasks import UserError, read_jsonl, require, write_jsonl
+
+
+@dataclass
+class Flags(ServerFlags):
+    runs: list[str] = field(default_factory=list, metadata={"help": "finished runs of stage 02"})
+    targets: list[str] = field(default_factory=list, metadata={"help": "models: folders, hub names, or NAME@URL"})
+    split: str = flag("test", "dev or test")
+    eval_rows: int = flag(0, "rows to evaluate on; 0: all")
+    max_new_tokens: int = flag(0, "longest reasoning, in tokens; 0: as in each run")
+    batch_size: int = flag(0, "rows generated at once by a model loaded here; 0: as in each run")
+    data_dir: str = flag("", "where the prepared tasks lie; empty: as in each run")
+    source: str = flag("", "folder of the authors' data files, for tasks that are not prepared; empty: the hub")
+    device: str = flag("auto", "cpu, cuda or cuda:N")
+    dtype: str = flag("auto", "auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16 or float16")
+    out: str = flag("runs/transfer", "folder of the matrix and of the predictions behind it")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt to evaluate on every target."""
+
+    task: object
+    rows: list
+    settings: GenerationSettings
+    method: str
+    source: str  # the model that found the prompt; "-" for an initial prompt, which no model found
+    run: str
+    prompt: str
+
+
+def main():
+    flags = parse_flags(Flags, __doc__.splitlines()[0])
+    require(flags.split in ("dev", "test"), f"--split must be dev or test, not {flags.split!r}")
+    for name in ("eval_rows", "max_new_tokens", "batch_size"):
+        require(getattr(flags, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
+    flags.check_server_flags()
+    require(flags.runs, "say which prompts: --runs with folders of stage 02")
+    require(flags.targets, "say on which models: --targets")
+    targets = [as_target(text, flags) for text in flags.targets]
+    jobs = {}
+    for folder in flags.runs:
+        for job in open_run(Path(folder), flags):
+            # Runs of one task share their initial prompt; it is evaluated once.
+            jobs.setdefault((job.task.name, job.prompt, job.source, job.run), job)
+
+    from tqdm import tqdm
+
+    from evaluation import evaluate_once, open_answerer
+    from report import transfer_picture, transfer_table
+
+    out, records = Path(flags.out), []
+    bar = tqdm(total=len(targets) * len(jobs), unit="prompt")
+    for model, endpoint in targets:
+        answerer = None  # so that the last model is gone before the next is loaded
+        answerer = open_answerer(flags, model, endpoint)
+        for job in jobs.values():
+            folder = out / job.task.name.replace("/", "-") / answerer.name.replace("/", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            name = " ".join((job.method, job.source, job.run))
+            done = evaluate_once(
+                answerer, job.task, job.rows, job.prompt, job.settings, folder, "transfer", flags.split, name
+            )
+            labels = {"task": job.task.name, "method": job.method, "source": job.source, "run": job.run}
+            kept = "split n accuracy stderr harness_accuracy harness_stderr unread truncated mean_tokens max_new_tokens"
+            records.append(labels | {"target": answerer.name} | {key: done[key] for key in [*kept.split(), "prompt"]})
+            bar.update()
+    bar.close()
+    write_jsonl(out / "transfer.jsonl", records)
+    table = transfer_table(records)
+    (out / "transfer.md").write_text(table, encoding="utf-8")
+    transfer_picture(records, out / "transfer.png")
+    print(table)
+    print("\n".join(f"  {out / name}" for name in ("transfer.md", "transfer.png", "transfer.jsonl")))
+
+
+def as_target(text, flags):
+    """(model, endpoint or "") of a --targets entry. Errors: UserError for a folder that holds no model."""
+    model, at, url = text.partition("@")
+    if at and url.startswith(("http://", "https://")):
+        return model, url
+    return ModelFlags(text, flags.device, flags.dtype).model_path(), ""
+
+
+def open_run(folder, flags):
+    """The jobs of a finished run: its initial and its best prompt.
+
+    Errors: UserError if the run is not there or not finished, or if its task's data is not what it was searched with.
+    """
+    from evaluation import short_name
+
+    path = folder / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        config, hashes = record["config"], record["task"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the record of a run of stage 02") from None
+    asked = {f.name: config[f.name] for f in fields(TaskFlags)}
+    asked |= {name: value for name in ("data_dir", "source") if (value := getattr(flags, name))}
+    task, splits = TaskFlags(**asked).resolve()
+    now = json.loads((Path(asked["data_dir"]) / task.name / "task.json").read_text(encoding="utf-8"))
+    require(
+        now["sha256"] == hashes, f"{folder} was searched with other rows of {task.name} than {asked['data_dir']} holds"
+    )
+    require((folder / "prompts.jsonl").exists(), f"{folder} is not finished: no prompts.jsonl; run its stage 02 again")
+    prompts = read_jsonl(folder / "prompts.jsonl")
+    require(prompts and all("prompt" in p for p in prompts), f"{folder / 'prompts.jsonl'} holds no prompts")
+    limits = [getattr(flags, name) or config[name] for name in ("max_new_tokens", "batch_size")]
+    job = Job(
+        replace(task, initial_prompt=config["initial_prompt"]),
+        splits[flags.split][: flags.eval_rows or None],
+        GenerationSettings(*limits),
+        config.get("method", "GReaTer"),
+        short_name(config["model"]),
+        str(folder),
+        prompts[0]["prompt"],
+    )
+    return [replace(job, method="initial prompt", source="-", run="", prompt=config["initial_prompt"]), job]
+
+
+if __name__ == "__main__":
+    run_script(main)
