@@ -92,7 +92,7 @@ def freeze(model, tokenizer):
     layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if others := layers - {"full_attention", "sliding_attention", "chunked_attention"}:
         raise UserError(f"--model has layers of type {', '.join(sorted(others))}: only attention can be shared here")
-    model.requires_grad_(False).eval()
+    multiply_faster(model.requires_grad_(False).eval())
     own = model.generation_config
     ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
@@ -101,6 +101,43 @@ def freeze(model, tokenizer):
     # Padding is masked everywhere, so any id serves; an end token is always in the vocabulary.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
     return model
+
+
+def multiply_faster(model):
+    """The same model with its linear layers in oneDNN, where they are float32 on a CPU: PyTorch's own way is MKL.
+
+    Decoding multiplies few rows by large matrices; 24 rows at once are 1.6 times as fast so, hundreds a tenth.
+    """
+    usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    for layer in model.modules():
+        if usable and type(layer) is torch.nn.Linear and (layer.weight.dtype, layer.weight.device.type) == FASTER_FOR:
+            layer.__class__ = OneDnnLinear
+            if layer.weight is not model.get_input_embeddings().weight:  # whose rows are looked up
+                # The same numbers, in the order in which oneDNN reads them.
+                layer.weight.data = layer.weight.data.t().contiguous().t()
+    return model
+
+
+FASTER_FOR = (torch.float32, "cpu")
+
+
+class OneDnnLinear(torch.nn.Linear):
+    def forward(self, inputs):
+        return OneDnnProduct.apply(inputs, self.weight, self.bias)
+
+
+class OneDnnProduct(torch.autograd.Function):
+    """F.linear with frozen weights, by an operator that PyTorch has for its compiler, without a derivative."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight, bias):
+        ctx.save_for_backward(weight)
+        return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        return torch.ops.mkldnn._linear_pointwise(gradient.contiguous(), weight.t(), None, "none", [], ""), None, None
 
 
 # --- A row's token ids, in parts (Eq. 1-2) ----------------------------------------------------------

@@ -274,6 +274,28 @@ def test_freeze_replaces_the_model_s_own_sampling_settings(demo_tokenizer):
         core.freeze(model, nameless)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_faster_products_are_the_same_products_and_have_the_same_gradient(demo_tokenizer, family):
+    model = tiny_model(family, demo_tokenizer, torch.float32)
+    plain = copy.deepcopy(model)
+    for layer in plain.modules():
+        layer.__class__ = torch.nn.Linear if type(layer) is core.OneDnnLinear else type(layer)
+    faster = sum(type(layer) is core.OneDnnLinear for layer in model.modules())
+    assert faster == sum(type(layer) is torch.nn.Linear for layer in plain.modules()) == 2 * 7 + 1
+    for count in (1, 3, 40):
+        embeddings = torch.randn(count, 5, 32, requires_grad=True)
+        found, expected = (m(inputs_embeds=embeddings).logits for m in (model, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        gradients = [torch.autograd.grad(logits.square().sum(), embeddings)[0] for logits in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+    layer, inputs = torch.nn.Linear(6, 4), torch.randn(2, 6, requires_grad=True)
+    expected = layer(inputs)
+    found = core.OneDnnProduct.apply(inputs, layer.weight.detach(), layer.bias.detach())
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(v.sum(), inputs)[0] for v in (found, expected)))
+
+
 # --- The loss --------------------------------------------------------------------------------------------
 
 
