@@ -285,57 +285,79 @@ def logits_at(model, columns, **inputs):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def read(model, past, mask, tokens, columns):
-    """Read new tokens behind `past`: (logits [B, L, V] at `columns` of the new tokens, grown past).
+def read(model, layers, mask, tokens, columns):
+    """Read new tokens behind the keys and values in `layers`: logits [B, L, V] at `columns` of the new tokens.
 
-    past: per layer (keys, values), each [B, heads, C, head size]; [] for nothing. tokens: ids [B, S] or embeddings
-    [B, S, H]. mask [B, C + S]: padding only before the first and behind the last token of a row. Pairs in `past` are
-    not changed, so many continuations can share them; `Growing` layers grow in place.
+    layers: per layer of the model what holds its keys and values, `Picked`, `Growing` or transformers' own.
+    tokens: ids [B, S] or embeddings [B, S, H]. mask [B, C + S]: padding only before the first and behind the last
+    token of a row.
     """
     cache = DynamicCache()
-    cache.layers = [layer if isinstance(layer, Growing) else filled(DynamicLayer(), *layer) for layer in past]
+    cache.layers = layers
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
     name = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
     inputs = {name: tokens, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-    logits = logits_at(model, columns, **inputs, use_cache=True)
-    return logits, [layer if isinstance(layer, Growing) else (layer.keys, layer.values) for layer in cache.layers]
+    return logits_at(model, columns, **inputs, use_cache=True)
 
 
-def filled(layer, keys, values):
-    """A layer of transformers' cache that holds these keys and values."""
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
-    return layer
+def empty(kind, model):
+    return [kind() for _ in range(model.config.get_text_config().num_hidden_layers)]
 
 
-class Growing(DynamicLayer):
-    """Keys and values that grow in place, where DynamicLayer copies all of them for every decoded token."""
+class Picked(DynamicLayer):
+    """Keys and values that others use too. They are picked and joined with the new ones only while their layer is
+    read, so that the copy is one layer's and lives no longer.
 
-    room, all = 0, None  # columns that the two tensors in `all` can hold
+    pieces: [(keys, values), ...], each [rows, heads, columns, head size], one behind the other; pick(states) takes
+    some rows of these. Afterwards `keys` and `values` are the new ones alone.
+    """
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
+    def __init__(self, pieces=(), pick=None):
+        super().__init__()
+        self.pieces, self.pick, self.is_initialized = pieces, pick, True
+
+    def get_seq_length(self):
+        return sum(keys.shape[2] for keys, _ in self.pieces)
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys, self.values = keys, values
+        return self.join(0, keys), self.join(1, values)
+
+    def join(self, which, *behind):
+        return torch.cat([*(self.pick(piece[which]) for piece in self.pieces), *behind], 2)
+
+
+class Growing(Picked):
+    """Keys and values that grow in place, where DynamicLayer copies all of them for every decoded token. What they
+    begin with is copied at the first token."""
+
+    room = 0  # columns that the two tensors in `all` can hold
+
+    def update(self, keys, values, *args, **kwargs):
+        start, new = self.get_seq_length(), (keys, values)
+        end = start + keys.shape[2]
         if end > self.room:
             self.room = end + 64
-            self.all = [F.pad(states, (0, 0, 0, self.room - start)) for states in (self.keys, self.values)]
-        for whole, new in zip(self.all, (key_states, value_states)):
-            whole[:, :, start:end] = new
+            more = keys.new_empty(*keys.shape[:2], self.room - start, keys.shape[3])
+            self.all = [self.join(n, more) for n in range(2)]
+        for whole, states in zip(self.all, new):
+            whole[:, :, start:end] = states
         self.keys, self.values = (whole[:, :, :end] for whole in self.all)
+        self.pieces, self.pick = [(self.keys, self.values)], lambda states: states
         return self.keys, self.values
 
     def keep(self, rows):
-        """Drop all but some rows, in place, so that the others' memory is free at once."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
-        self.room, self.all = 0, None  # the next token makes room anew
+        """Drop all but some rows. The next token copies these, a layer at a time."""
+        self.pick, self.room = lambda states: states[rows], 0
 
 
 @dataclass
 class Prefix:
     """Question and prompt[:i] of every row, read once; proposals, gradient and selection at position i start here.
 
-    past: keys and values, padding on the left; mask [B, C]; starts: columns of padding of each row;
-    log_probs [B, V]: of the token at position i; nll [B, i]: of the prompt's tokens before it.
+    past: per layer the pieces of a `Picked` layer, the question's keys and values, padded on the left, and the
+    prompt's; mask [B, C]; starts: columns of padding of each row; log_probs [B, V]: of the token at position i;
+    nll [B, i]: of the prompt's tokens before it; index: the rows of `past` that these are.
     """
 
     tokens: tuple[int, ...]
@@ -344,14 +366,19 @@ class Prefix:
     starts: list[int]
     log_probs: torch.Tensor
     nll: torch.Tensor
+    index: torch.Tensor
 
     def take(self, indices):
-        """The same for some rows, without columns that are padding in all of them."""
+        """The same for some rows, without columns that are padding in all of them. Keys and values are not copied."""
         first = min(self.starts[i] for i in indices)
         index = torch.tensor(indices, device=self.mask.device)
-        past = [(keys[index, :, first:], values[index, :, first:]) for keys, values in self.past]
+        past = [[tuple(states[:, :, first:] for states in question), *rest] for question, *rest in self.past]
         starts = [self.starts[i] - first for i in indices]
-        return Prefix(self.tokens, past, self.mask[index, first:], starts, self.log_probs[index], self.nll[index])
+        rows = self.mask[index, first:], starts, self.log_probs[index], self.nll[index], self.index[index]
+        return Prefix(self.tokens, past, *rows)
+
+    def layers(self, kind):
+        return [kind(pieces, lambda states: states[self.index]) for pieces in self.past]
 
 
 @torch.no_grad()
@@ -361,16 +388,21 @@ def read_questions(model, rows, batch_size, work):
     last = torch.tensor([[ids.shape[1] - 1]], device=model.device)
 
     def run(batch):
-        part = slice(batch[0], batch[-1] + 1)
-        logits, past = read(model, [], mask[part], ids[part], last.expand(len(batch), 1))
-        return logits[:, 0].log_softmax(-1), past
+        part, layers = slice(batch[0], batch[-1] + 1), empty(DynamicLayer, model)
+        logits = read(model, layers, mask[part], ids[part], last.expand(len(batch), 1))
+        return logits[:, 0].log_softmax(-1), [(layer.keys, layer.values) for layer in layers]
 
     parts = in_batches(run, range(len(rows)), "reading questions", batch_size, work)
-    past = [tuple(map(torch.cat, zip(*layers))) for layers in zip(*(past for _, past in parts))]
+    # Of a single batch nothing is copied.
+    past = [
+        list(layers) if len(layers) == 1 else [tuple(map(torch.cat, zip(*layers)))]
+        for layers in zip(*(past for _, past in parts))
+    ]
     log_probs = torch.cat([part for part, _ in parts])
     work.counts["forward_tokens"] += sum(len(row.before) for row in rows)
     starts = [ids.shape[1] - len(row.before) for row in rows]
-    return Prefix((), past, mask, starts, log_probs, log_probs.new_zeros(len(rows), 0))
+    nll, index = log_probs.new_zeros(len(rows), 0), torch.arange(len(rows), device=model.device)
+    return Prefix((), past, mask, starts, log_probs, nll, index)
 
 
 @torch.no_grad()
@@ -379,10 +411,16 @@ def extend(model, prefix, token, work):
     count = len(prefix.starts)
     mask = torch.cat([prefix.mask, prefix.mask.new_ones(count, 1)], 1)
     ids = mask.new_full((count, 1), token)
-    logits, past = read(model, prefix.past, mask, ids, torch.zeros_like(ids))
+    layers = prefix.layers(Picked)
+    logits = read(model, layers, mask, ids, torch.zeros_like(ids))
     work.counts["forward_tokens"] += count
+    past = []
+    for (question, *prompt), layer in zip(prefix.past, layers):  # the question's are shared, the prompt's are few
+        prompt.append((layer.keys, layer.values))
+        past.append([question, tuple(torch.cat(states, 2) for states in zip(*prompt))])
     nll = torch.cat([prefix.nll, -prefix.log_probs[:, token, None]], 1)
-    return Prefix((*prefix.tokens, token), past, mask, prefix.starts, logits[:, 0].log_softmax(-1), nll)
+    log_probs = logits[:, 0].log_softmax(-1)
+    return Prefix((*prefix.tokens, token), past, mask, prefix.starts, log_probs, nll, prefix.index)
 
 
 def prefix_at(model, questions, tokens, work, known=None):
@@ -405,11 +443,11 @@ FINISH_AT_ONCE = 8  # rows that leave the batch together, so that the copy of wh
 
 
 @torch.no_grad()
-def decode(model, past, mask, token, limits, finish):
-    """Greedy decoding of a batch behind `past` (`Growing` layers), whose first new token [B] is known, each row to an
+def decode(model, layers, mask, token, limits, finish):
+    """Greedy decoding of a batch behind `Growing` layers, whose first new token [B] is known, each row to an
     end token or its limit [B].
 
-    Rows leave the batch soon after they end: finish(places, reasoning, stopped, unread, past, mask) is called with
+    Rows leave the batch soon after they end: finish(places, reasoning, stopped, unread, layers, mask) is called with
     their places in the batch, their new ids without the end token, whether there was one, the ids at the end of
     these that have no keys and values yet, and what was read of the rows, aligned to the right.
     """
@@ -427,29 +465,31 @@ def decode(model, past, mask, token, limits, finish):
                 for some in over.nonzero()[:, 0].split(FINISH_AT_ONCE):
                     counts = torch.minimum(first, limits)[some]
                     valid = counts.clamp(max=length - 1)  # the last token has not been read
-                    aligned = align_right(past, mask, some, length - 1 - valid)
+                    aligned = align_right(layers, mask, some, length - 1 - valid)
                     texts = [ids[:n] for ids, n in zip(new[some].tolist(), counts.tolist())]
                     unread = [ids[n:] for ids, n in zip(texts, valid.tolist())]
                     finish(places[some].tolist(), texts, (first < limits)[some].tolist(), unread, *aligned)
                 if over.all():
                     return
-                for layer in past:
+                for layer in layers:
                     layer.keep(~over)
                 places, new, mask, column, limits = (t[~over] for t in (places, new, mask, column, limits))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        logits, past = read(model, past, mask, new[:, -1:], column)
+        logits = read(model, layers, mask, new[:, -1:], column)
         new = torch.cat([new, logits[:, 0].argmax(-1, keepdim=True)], 1)
 
 
-def align_right(past, mask, rows, shift):
-    """(past, mask) of some rows [b], each moved `shift` [b] columns to the right, so that it loses its last columns."""
+def align_right(layers, mask, rows, shift):
+    """(`Picked` layers, mask) of some rows [b], each moved `shift` [b] columns to the right, so that it loses its
+    last columns."""
     source = torch.arange(mask.shape[1], device=mask.device) - shift[:, None]
     inside, source = source >= 0, source.clamp(min=0)
 
-    def move(states):  # [B, heads, C, head size]; one copy, of what is kept
+    def pick(states):  # [B, heads, C, head size]
         return states.transpose(1, 2)[rows[:, None], source].transpose(1, 2)
 
-    return [(move(layer.keys), move(layer.values)) for layer in past], mask[rows].gather(1, source) * inside
+    picked = [Picked([(layer.keys, layer.values)], pick) for layer in layers]
+    return picked, mask[rows].gather(1, source) * inside
 
 
 def generate_greedily(model, contexts, max_new_tokens, batch_size, work=None):
@@ -465,14 +505,14 @@ def generate_greedily(model, contexts, max_new_tokens, batch_size, work=None):
     def run(batch):
         ids, mask = pad([contexts[i] for i in batch], model.device, left=True)
         last = mask.new_full((len(batch), 1), ids.shape[1] - 1)
-        logits, past = read(model, [], mask, ids, last)
-        past = [filled(Growing(), *layer) for layer in past]
+        layers = empty(Growing, model)
+        logits = read(model, layers, mask, ids, last)
 
-        def finish(places, texts, stopped, unread, past, mask):
+        def finish(places, texts, stopped, unread, layers, mask):
             done.update({batch[n]: result for n, *result in zip(places, texts, stopped)})
 
         limits = mask.new_full((len(batch),), max_new_tokens)
-        decode(model, past, mask, logits[:, 0].argmax(-1), limits, finish)
+        decode(model, layers, mask, logits[:, 0].argmax(-1), limits, finish)
 
     in_batches(run, order, "generation", batch_size, work)
     work.counts["generated_tokens"] += sum(len(ids) + stopped for ids, stopped in done.values())
@@ -502,7 +542,7 @@ def sequence_losses(model, rows, prefix, prompt_ids, reasoning, temperature, cho
     # Column c predicts token c + 1: the prompt's tokens but the first, which the prefix predicts, then the answer.
     columns = [[*range(len(rest) - 1), *answer_columns(t, len(row.answer), size)] for t, row in zip(tails, rows)]
     mask = torch.cat([prefix.mask, mask], 1)
-    logits, _ = read(model, prefix.past, mask, tokens, torch.tensor(columns, device=model.device))
+    logits = read(model, prefix.layers(Picked), mask, tokens, torch.tensor(columns, device=model.device))
     rests = torch.tensor([rest], device=model.device).expand(len(rows), -1)
     nll = prompt_nll(prefix, rests, logits[:, : len(rest) - 1], choice)
     return *answer_cross_entropy(logits[:, len(rest) - 1 :], rows, temperature), nll
@@ -679,25 +719,24 @@ def reason_and_score(model, rows, prefix, prompts, settings, work, limits=None):
     @torch.no_grad()
     def run(batch):
         part = prefix.take([i for _, i in batch])
-        past = [filled(Growing(), *layer) for layer in part.past]
-        part.past = []  # from here on only the growing copy
+        layers = part.layers(Growing)
         tails = [rests[n] + rows[i].between for n, i in batch]
         tokens = torch.tensor(tails, device=model.device)
         mask = torch.cat([part.mask, torch.ones_like(tokens)], 1)
         # Columns that predict the prompt's tokens, and the last one, which predicts the first token of the reasoning.
         read_at = [*range(len(rests[0]) - 1), len(tails[0]) - 1]
         columns = torch.tensor(read_at, device=model.device).expand(len(batch), -1)
-        logits, past = read(model, past, mask, tokens, columns)
+        logits = read(model, layers, mask, tokens, columns)
         nll = prompt_nll(part, tokens[:, : len(rests[0])], logits[:, :-1])
 
-        def finish(places, texts, stopped, unread, past, mask):
+        def finish(places, texts, stopped, unread, layers, mask):
             ended = [rows[batch[place][1]] for place in places]
             tails = [rest + row.extractor + row.answer for row, rest in zip(ended, unread)]
             tokens, more = pad(tails, model.device)
             size = max(len(row.answer) for row in ended)
             columns = [answer_columns(tail, len(row.answer), size) for tail, row in zip(tails, ended)]
             columns = torch.tensor(columns, device=model.device)
-            logits, _ = read(model, past, torch.cat([mask, more], 1), tokens, columns)
+            logits = read(model, layers, torch.cat([mask, more], 1), tokens, columns)
             losses = answer_cross_entropy(logits, ended, settings.loss_temperature)
             work.counts["forward_tokens"] += sum(map(len, tails))
             work.counts["generated_tokens"] += sum(map(len, texts)) + sum(stopped)
@@ -706,7 +745,7 @@ def reason_and_score(model, rows, prefix, prompts, settings, work, limits=None):
 
         work.counts["forward_tokens"] += tokens.numel()
         most = [(limits or {}).get(job, settings.max_new_tokens) for job in batch]
-        decode(model, past, mask, logits[:, -1].argmax(-1), torch.tensor(most, device=model.device), finish)
+        decode(model, layers, mask, logits[:, -1].argmax(-1), torch.tensor(most, device=model.device), finish)
 
     in_batches(run, jobs, "generation", settings.batch_size, work)
     return done

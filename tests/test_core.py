@@ -95,34 +95,51 @@ def test_padding_stands_on_one_side_and_is_masked():
 
 
 def test_reading_in_pieces_is_reading_in_one_and_leaves_the_pieces_as_they_were(any_model):
-    ids = torch.randint(6, 100, (2, 30))
-    ones, last = torch.ones(2, 30, dtype=torch.long), torch.tensor([[4, 9], [9, 0]])
+    ids = torch.randint(6, 100, (3, 30))
+    ones, last = torch.ones(3, 30, dtype=torch.long), torch.tensor([[4, 9], [9, 0], [0, 3]])
     whole = any_model(input_ids=ids).logits
-    _, past = core.read(any_model, [], ones[:, :20], ids[:, :20], last)
-    for _ in range(2):  # the second time from the same past
-        logits, grown = core.read(any_model, past, ones, ids[:, 20:], last)
-        torch.testing.assert_close(logits, whole[torch.arange(2)[:, None], 20 + last])
-        assert past[0][0].shape[2] == 20 and grown[0][0].shape[2] == 30
+    pieces = core.empty(core.DynamicLayer, any_model)
+    core.read(any_model, pieces, ones[:, :20], ids[:, :20], last)
+    for rows in ([0, 1, 2], [2, 0], [1, 1, 1]):  # from the same pieces
+        for kind in (core.Picked, core.Growing):
+            layers = [
+                kind(
+                    [(p.keys[:, :, :7], p.values[:, :, :7]), (p.keys[:, :, 7:], p.values[:, :, 7:])],
+                    lambda states: states[rows],
+                )
+                for p in pieces
+            ]
+            logits = core.read(any_model, layers, ones[rows], ids[rows, 20:], last[rows])
+            torch.testing.assert_close(logits, whole[torch.tensor(rows)[:, None], 20 + last[rows]])
+            assert pieces[0].keys.shape[2] == 20
 
 
 def test_align_right_moves_each_row_and_masks_what_comes_in():
     states = torch.arange(12.0).reshape(3, 1, 4, 1)
     mask = torch.tensor([[0, 1, 1, 1], [9, 9, 9, 9], [1, 1, 1, 1]])
-    past = [core.filled(core.Growing(), states, -states)]
-    ((keys, values),), moved = core.align_right(past, mask, torch.tensor([0, 2]), torch.tensor([1, 2]))
+    past = core.Growing([(states[:, :, :3], -states[:, :, :3])], lambda states: states)
+    past.update(states[:, :, 3:], -states[:, :, 3:])
+    (layer,), moved = core.align_right([past], mask, torch.tensor([0, 2]), torch.tensor([1, 2]))
+    keys, values = layer.update(*torch.full((2, 2, 1, 1, 1), 99.0))
     assert moved.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
-    assert keys[0, 0, 2:, 0].tolist() == [1, 2] and values[1, 0, 2:, 0].tolist() == [-8, -9]
+    assert keys[0, 0, 2:, 0].tolist() == [1, 2, 99] and values[1, 0, 2:, 0].tolist() == [-8, -9, 99]
 
 
 def test_growing_keys_and_values_are_those_that_were_put_in_and_leave_the_shared_ones_alone():
-    shared = torch.arange(6.0).reshape(1, 1, 3, 2)
-    layer, expected = core.filled(core.Growing(), shared, -shared), shared
+    shared = torch.arange(12.0).reshape(2, 1, 3, 2)
+    layer, expected = core.Growing([(shared, -shared)], lambda states: states[[1, 0, 1]]), shared[[1, 0, 1]]
     for n in range(100):
-        new = torch.full((1, 1, 1 + n % 3, 2), float(n))
+        if n in (50, 51, 90):
+            layer.keep(torch.tensor([True] * (len(expected) - 1) + [False]))
+            expected = expected[:-1]
+            if not len(expected):
+                break
+        new = torch.randn(len(expected), 1, 1 + n % 3, 2)
         keys, values = layer.update(new, -new)
         expected = torch.cat([expected, new], 2)
         assert torch.equal(keys, expected) and torch.equal(values, -expected)
-    assert torch.equal(shared, torch.arange(6.0).reshape(1, 1, 3, 2)) and layer.get_seq_length() == expected.shape[2]
+        assert layer.get_seq_length() == expected.shape[2]
+    assert torch.equal(shared, torch.arange(12.0).reshape(2, 1, 3, 2))
 
 
 def test_a_prefix_read_token_by_token_is_that_of_the_whole_sequence(any_model, few_rows):
