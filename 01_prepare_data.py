@@ -2,17 +2,19 @@
 
     python 01_prepare_data.py --task gsm8k                      # from the hub
     python 01_prepare_data.py --task bbh --source path/to/data  # the paper's 21 BBH tasks, from the authors' files
+    python 01_prepare_data.py --task mmlu                       # the 57 subjects; one: mmlu/anatomy
     python 01_prepare_data.py --task my.jsonl --extractor "So the answer is"
 
 The same input gives the same bytes on every run. The counts are checked and printed; a BBH task of 250 rows gives
-50 train, 100 dev, 100 test; gsm8k 100, 100, 1319; folio 100, 100, 204 (203 from the hub); demo 200, 100, 400.
+50 train, 100 dev, 100 test; gsm8k 100, 100, 1319; folio 100, 100, 204 (203 from the hub); multiarith 50, 50, 500;
+aqua 100, 100, 254; wsc 100, 100, 104; an MMLU subject 6 to 87 train, 7 to 88 dev, 100 to 1534 test; demo 200, 100, 400.
 """
 
 import json
 from dataclasses import dataclass
 
 from settings import TaskFlags, parse_flags, run_script
-from tasks import PAPER_BBH, SPLITS, get_task, prepare
+from tasks import GROUPS, SPLITS, get_task, prepare
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Flags(TaskFlags):
 def main():
     flags = parse_flags(Flags, __doc__.splitlines()[0])
     own_rows = flags.task if flags.task.endswith(".jsonl") else ""
-    for name in PAPER_BBH if flags.task == "bbh" else [flags.task]:
+    for name in GROUPS.get(flags.task, [flags.task]):
         task = get_task(name, flags.extractor, flags.kind, flags.template)
         folder = prepare(task, flags.data_dir, flags.source, own_rows)
         counts = json.loads((folder / "task.json").read_text())["counts"]

@@ -5,13 +5,15 @@ they load anything heavy. The order follows the data: the table of tasks, readin
 the files between the stages, reading an answer out of text, grading it.
 """
 
+import csv
 import difflib
 import hashlib
 import json
 import os
 import re
 import string
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
@@ -43,6 +45,7 @@ class Task:
     choices: tuple[str, ...] = ()  # the only possible answers of kind choice and boolean
     template: str = "{question}\nUse {prompt}"  # "Use" is fixed; the searched tokens start after it
     initial_prompt: str = "proper logical reasoning and think step by step. Finally give the actual correct answer."
+    chain_of_thought: str = "Let's think step by step."  # the standard baseline, a sentence of its own
     hub: tuple[str, str] = ("", "")  # (dataset, configuration) on the hub
     split_rule: str = ""
     defaults: dict = field(default_factory=dict)  # flags whose default differs from the paper's
@@ -52,6 +55,17 @@ class Task:
         """What stands between extractor and answer: a number follows a sign at once ("$8"), a word after a space."""
         last = self.extractor[-1]
         return "" if last.isspace() or (self.kind == "number" and not last.isalnum()) else " "
+
+    @property
+    def bare(self):
+        """The task without the fixed words before the prompt: for prompts that are sentences of their own, or empty."""
+        head, between = self.template.removesuffix("{prompt}").split("{question}")
+        space = "\n" if "\n" in between else " "
+        return replace(self, template=f"{head}{{question}}{space}{{prompt}}")
+
+    def user_turn(self, question, prompt):
+        """What the user says: the question with the prompt's text in its place."""
+        return (self.template.removesuffix("{prompt}").replace("{question}", question) + prompt.strip()).rstrip()
 
 
 def ask(what):
@@ -115,6 +129,36 @@ def bbh_tasks():
         yield Task(f"bbh/{name}", kind, extractor, choices, hub=("SaylorTwift/bbh", name), split_rule=BBH_RULE)
 
 
+# Subject, rows of its val file, rows of its test file: 1531 and 14042 in all. Every dev file has 5.
+MMLU_TABLE = """
+abstract_algebra 11 100, anatomy 14 135, astronomy 16 152, business_ethics 11 100, clinical_knowledge 29 265,
+college_biology 16 144, college_chemistry 8 100, college_computer_science 11 100, college_mathematics 11 100,
+college_medicine 22 173, college_physics 11 102, computer_security 11 100, conceptual_physics 26 235,
+econometrics 12 114, electrical_engineering 16 145, elementary_mathematics 41 378, formal_logic 14 126,
+global_facts 10 100, high_school_biology 32 310, high_school_chemistry 22 203, high_school_computer_science 9 100,
+high_school_european_history 18 165, high_school_geography 22 198, high_school_government_and_politics 21 193,
+high_school_macroeconomics 43 390, high_school_mathematics 29 270, high_school_microeconomics 26 238,
+high_school_physics 17 151, high_school_psychology 60 545, high_school_statistics 23 216, high_school_us_history 22 204,
+high_school_world_history 26 237, human_aging 23 223, human_sexuality 12 131, international_law 13 121,
+jurisprudence 11 108, logical_fallacies 18 163, machine_learning 11 112, management 11 103, marketing 25 234,
+medical_genetics 11 100, miscellaneous 86 783, moral_disputes 38 346, moral_scenarios 100 895, nutrition 33 306,
+philosophy 34 311, prehistory 35 324, professional_accounting 31 282, professional_law 170 1534,
+professional_medicine 31 272, professional_psychology 69 612, public_relations 12 110, security_studies 27 245,
+sociology 22 201, us_foreign_policy 11 100, virology 18 166, world_religions 19 171
+"""
+MMLU_SIZES = {name: (int(val), int(test)) for name, val, test in map(str.split, MMLU_TABLE.split(","))}
+MMLU_RULE = "the dev file's rows and then the val file's: the first half train, the rest dev; the whole test file test"
+
+
+def mmlu_tasks():
+    for name, (val, _) in MMLU_SIZES.items():
+        few = {"train_rows": min(50, (5 + val) // 2)}  # most subjects have fewer rows to train on than the paper took
+        hub = ("cais/mmlu", name)
+        yield Task(
+            f"mmlu/{name}", "choice", ask_choice("ABCD"), tuple("ABCD"), hub=hub, split_rule=MMLU_RULE, defaults=few
+        )
+
+
 TASKS = {
     task.name: task
     for task in (
@@ -124,6 +168,7 @@ TASKS = {
             "so the answer is",
             template="{question} please {prompt}",
             initial_prompt="read the problem here and find the answer now .",
+            chain_of_thought="show each step .",
             split_rule="file rows 0-199 train, 200-299 dev, the rest test",
             defaults={
                 "model": "demo/model",
@@ -149,10 +194,37 @@ TASKS = {
             hub=("tasksource/folio", ""),
             split_rule="rows 0-99 of the training file train, 100-199 dev, the whole validation file test",
         ),
+        Task(
+            "multiarith",
+            "number",
+            INTEGER,
+            hub=("ChilleD/MultiArith", ""),
+            split_rule="every 12th row from row 0 train, every 12th from row 6 dev, the other 500 test",
+        ),
+        Task(
+            "aqua",
+            "choice",
+            ask_choice("ABCDE"),
+            choices=tuple("ABCDE"),
+            hub=("deepmind/aqua_rat", "raw"),
+            split_rule="rows 0-99 of the training file train, 0-99 of the dev file dev, the whole test file test",
+        ),
+        # The Winograd schemas in SuperGLUE's form. It has a labelled training file beside the labelled rows for
+        # testing; the original 273 are one file without parts. "Fixed" mends spans that do not occur in their text.
+        Task(
+            "wsc",
+            "boolean",
+            ask_choice(("Yes", "No")),
+            choices=("Yes", "No"),
+            hub=("aps/super_glue", "wsc.fixed"),
+            split_rule="rows 0-99 of the training file train, its last 100 dev, the whole validation file test",
+        ),
         *bbh_tasks(),
+        *mmlu_tasks(),
     )
 }
 PAPER_BBH = [name for name in TASKS if name.startswith("bbh/") and name[4:] not in NOT_IN_PAPER]
+GROUPS = {"bbh": PAPER_BBH, "mmlu": [name for name in TASKS if name.startswith("mmlu/")]}
 
 
 def get_task(name, extractor="", kind="", template=""):
@@ -172,10 +244,11 @@ def get_task(name, extractor="", kind="", template=""):
         return check_template(Task(f"own/{Path(name).stem}", kind, extractor, choices, split_rule=rule, **own))
     if name not in TASKS:
         require(not Path(name).exists() and "." not in name, f"--task {name}: your own rows must be a .jsonl file")
-        near = difflib.get_close_matches(name, [*TASKS, *(n[4:] for n in TASKS if n[:4] == "bbh/")], n=1, cutoff=0.4)
-        near = [n if n in TASKS else f"bbh/{n}" for n in near]
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"unknown task {name!r}.{hint} Known: {', '.join(TASKS)}, or the path of your own .jsonl file")
+        short = {n.partition("/")[2]: n for n in TASKS if "/" in n}
+        near = difflib.get_close_matches(name, [*TASKS, *short], n=1, cutoff=0.4)
+        hint = f" Did you mean {short.get(near[0], near[0])}?" if near else ""
+        known = ", ".join(dict.fromkeys(re.sub("/.*", "/NAME", n) for n in TASKS))
+        raise UserError(f"unknown task {name!r}.{hint} Known: {known}, or the path of your own .jsonl file")
     if extractor or kind or template:
         raise UserError(f"--extractor, --kind and --template are for your own rows; {name} has its own")
     return TASKS[name]
@@ -245,34 +318,59 @@ def as_text(value):
     return "" if any("\ud800" <= c <= "\udfff" for c in text) else text
 
 
-def load_raw(task, source):
-    """The records of a task as its authors publish them: {file's name: [record]}.
+def read_json(path):
+    """The records of one JSON file: a list, or BBH's object with the list in "examples"."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        records = content["examples"] if isinstance(content, dict) else content
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read {path} as a JSON file of records: {error!r}") from None
+    require(isinstance(records, list), f"{path}: not a list of records")
+    return records
 
-    From `source`, a folder laid out as gsm8k/{train,test}.jsonl, bbh/NAME.json and
-    folio/folio-{train,validation}.jsonl, or from the hub through `datasets` when it is empty.
+
+def read_mmlu(path):
+    """The records of a file with the columns question, A, B, C, D, letter and no header, with the hub's names."""
+    records = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file)
+            for line in filter(None, lines):
+                if len(line) != 6:
+                    raise UserError(
+                        f"{path}, line {lines.line_num}: {len(line)} columns, not question, A, B, C, D and the letter"
+                    )
+                records.append({"question": line[0], "choices": line[1:5], "answer": line[5]})
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return records
+
+
+def load_raw(task, source):
+    """The records of a task as its authors publish them: {part: [record]}.
+
+    From the files in the folder `source`, or from the hub through `datasets` when it is empty.
     """
-    family, _, name = task.name.partition("/")
+    published = PUBLISHED[task.name]
     if source:
-        folder = Path(source) / family
-        if family == "bbh":
-            path = folder / f"{name}.json"
-            try:
-                return {"test": json.loads(path.read_text(encoding="utf-8"))["examples"]}
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"cannot read {path} as a BBH file: {error}") from None
-        parts = {"gsm8k": ("train", "test"), "folio": ("train", "validation")}[family]
-        prefix = "folio-" if family == "folio" else ""
-        return {part: read_jsonl(folder / f"{prefix}{part}.jsonl") for part in parts}
+        return {name: published.read(Path(source) / part.file) for name, part in published.parts.items()}
     import datasets  # only here: it takes a second to import
 
     try:
         loaded = datasets.load_dataset(task.hub[0], task.hub[1] or None)
     except Exception as error:  # the hub's errors have no common class
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise UserError(
             f"cannot load {task.hub[0]} from the hub ({reason}); --source DIR reads the authors' files"
         ) from None
-    return {part: list(records) for part, records in loaded.items()}
+    return {
+        name: [record for hub_part in (part.hub or name).split("+") for record in loaded.get(hub_part, ())]
+        for name, part in published.parts.items()
+    }
+
+
+def gsm8k_row(record):
+    return record["question"].strip(), record["answer"].split("####")[-1].strip().replace(",", "")
 
 
 def bbh_answer(record):
@@ -293,25 +391,157 @@ def bbh_answer(record):
     return target
 
 
+def bbh_row(record):
+    return record["input"].strip(), bbh_answer(record)
+
+
 FOLIO_LABELS = {"True": "A", "False": "B", "Uncertain": "C", "Unknown": "C"}
 
 
-def folio_question(record):
+def folio_row(record):
     premises = record["premises"]
     lines = premises if isinstance(premises, list) else premises.splitlines()
-    return (
+    question = (
         "Premises:\n" + "\n".join(line.strip() for line in lines) + f"\nConclusion: {record['conclusion'].strip()}\n"
         "Is the conclusion true, false or uncertain, given the premises?\nOptions:\n(A) True\n(B) False\n(C) Uncertain"
     )
+    return question, FOLIO_LABELS[record["label"].strip()]
+
+
+def multiarith_row(record):
+    """The file's answers are lists of one number (9.0), the hub's are texts."""
+    if "final_ans" in record:
+        question, answer = record["question"], record["final_ans"]
+    else:
+        question, [answer] = record["sQuestion"], record["lSolutions"]
+    return question.strip(), as_text(answer)
+
+
+def with_options(question, letters, options):
+    """The question and its options, one a line as in BBH, where the `harness` reading looks for them."""
+    lines = [f"({letter}) {' '.join(option.split())}" for letter, option in zip(letters, options, strict=True)]
+    return question.strip() and "\n".join([question.strip(), "Options:", *lines])
+
+
+def aqua_row(record):
+    """An option brings its letter along: "A)21"."""
+    options = [o.strip().removeprefix(f"{letter})") for letter, o in zip("ABCDE", record["options"], strict=True)]
+    return with_options(record["question"], "ABCDE", options), record["correct"].strip()
+
+
+def mmlu_row(record):
+    """The file's answers are letters, the hub's are 0 to 3."""
+    answer = dict(enumerate("ABCD")).get(record["answer"], str(record["answer"]).strip())
+    return with_options(record["question"], "ABCD", record["choices"]), answer
+
+
+def wsc_row(record):
+    """Span 1 is the noun, span 2 the pronoun; the file nests them in "target". Stars mark the pronoun where it stands
+    at its word's number, since the same word may stand elsewhere in the text."""
+    spans, text = record.get("target", record), record["text"].strip()
+    noun, pronoun, index = spans["span1_text"].strip(), spans["span2_text"].strip(), int(spans["span2_index"])
+    place = rf"\A((?:\S+\s+){{{index}}}[^\w\s]*)({re.escape(pronoun)})\b"
+    marked = re.sub(place, r"\1*\2*", text)
+    question = f'{marked}\nIn the text above, does the pronoun "{pronoun}" refer to "{noun}"?'
+    return question, {True: "Yes", False: "No"}.get(record["label"], str(record["label"]))
+
+
+@dataclass(frozen=True)
+class Part:
+    file: str  # under --source
+    sizes: set[int]  # how many records it may have
+    hub: str = ""  # its name on the hub, if another; "a+b" for two parts, one after the other
+
+
+@dataclass(frozen=True)
+class Published:
+    """The records of a task as they are published, and what is made of them."""
+
+    parts: dict[str, Part]
+    row: Callable  # record -> (question, answer)
+    split: Callable  # {part: records} -> (train, dev, test)
+    read: Callable = read_jsonl  # path -> records
+
+
+def split_bbh(parts):
+    rows = parts["test"]
+    dev = 100 if len(rows) == 250 else (len(rows) - 50) // 2
+    return rows[:50], rows[50 : 50 + dev], rows[50 + dev :]
+
+
+def split_multiarith(parts):
+    """There is no published split, and the file is sorted by the operations that a question needs."""
+    rows = parts["all"]
+    return rows[::12], rows[6::12], [row for i, row in enumerate(rows) if i % 6]
+
+
+def split_mmlu(parts):
+    rows = parts["dev"] + parts["val"]
+    return rows[: len(rows) // 2], rows[len(rows) // 2 :], parts["test"]
+
+
+def published_bbh(name):
+    size = {"bbh/causal_judgement": 187, "bbh/penguins_in_a_table": 146, "bbh/snarks": 178}.get(name, 250)
+    return Published({"test": Part(f"{name}.json", {size})}, bbh_row, split_bbh, read_json)
+
+
+def published_mmlu(subject, val, test):
+    parts = {
+        "dev": Part(f"mmlu/dev/{subject}_dev.csv", {5}),
+        "val": Part(f"mmlu/val/{subject}_val.csv", {val}, "validation"),
+        "test": Part(f"mmlu/test/{subject}_test.csv", {test}),
+    }
+    return Published(parts, mmlu_row, split_mmlu, read_mmlu)
+
+
+PUBLISHED = {
+    "gsm8k": Published(
+        {"train": Part("gsm8k/train.jsonl", {7473}), "test": Part("gsm8k/test.jsonl", {1319})},
+        gsm8k_row,
+        lambda parts: (parts["train"][:100], parts["train"][100:200], parts["test"]),
+    ),
+    "folio": Published(
+        # the authors' files and the newer version on the hub differ by a few corrected stories
+        {
+            "train": Part("folio/folio-train.jsonl", {1004, 1001, 1003}),
+            "validation": Part("folio/folio-validation.jsonl", {204, 203}),
+        },
+        folio_row,
+        lambda parts: (parts["train"][:100], parts["train"][100:200], parts["validation"]),
+    ),
+    "multiarith": Published(
+        # the hub holds the 600 as two parts, so its rows need not fall into the same splits as the file's
+        {"all": Part("multiarith/MultiArith.json", {600}, "train+test")},
+        multiarith_row,
+        split_multiarith,
+        read_json,
+    ),
+    "aqua": Published(
+        {
+            "train": Part("aqua/train.json", {97467}),
+            "dev": Part("aqua/dev.json", {254}, "validation"),
+            "test": Part("aqua/test.json", {254}),
+        },
+        aqua_row,
+        lambda parts: (parts["train"][:100], parts["dev"][:100], parts["test"]),
+    ),
+    "wsc": Published(
+        {"train": Part("wsc/train.jsonl", {554}), "val": Part("wsc/val.jsonl", {104}, "validation")},
+        wsc_row,
+        # neighbours often share a text, so the dev rows are taken far from the training rows
+        lambda parts: (parts["train"][:100], parts["train"][-100:], parts["val"]),
+    ),
+    **{name: published_bbh(name) for name in TASKS if name.startswith("bbh/")},
+    **{f"mmlu/{subject}": published_mmlu(subject, *sizes) for subject, sizes in MMLU_SIZES.items()},
+}
 
 
 def make_row(task, record):
     """(question, answer) of a published record."""
-    if task.name == "gsm8k":
-        return record["question"].strip(), record["answer"].split("####")[-1].strip().replace(",", "")
-    if task.name == "folio":
-        return folio_question(record), FOLIO_LABELS[record["label"].strip()]
-    return record["input"].strip(), bbh_answer(record)
+    return PUBLISHED[task.name].row(record)
+
+
+AS_PUBLISHED = "take the file as its authors publish it"
 
 
 def split_rows(task, source=""):
@@ -319,40 +549,29 @@ def split_rows(task, source=""):
 
     Errors: UserError when a file has another size than the published one, or a gold answer is not a possible one.
     """
-    family = task.name.partition("/")[0]
-    if family == "demo":
+    if task.name == "demo":
         rows = read_rows(ROOT / "demo" / "rows.jsonl")
         return {"train": rows[:200], "dev": rows[200:300], "test": rows[300:]}
-    raw = load_raw(task, source)
-    expected = {
-        "gsm8k": {"train": {7473}, "test": {1319}},
-        # the authors' files and the newer version on the hub differ by a few corrected stories
-        "folio": {"train": {1004, 1001, 1003}, "validation": {204, 203}},
-        "bbh": {"test": {{"causal_judgement": 187, "penguins_in_a_table": 146, "snarks": 178}.get(task.name[4:], 250)}},
-    }[family]
-    rows = {}
-    for part, sizes in expected.items():
-        if len(raw.get(part, ())) not in sizes:
-            raise UserError(f"{task.name}: {part} has {len(raw.get(part, ()))} rows, expected {sorted(sizes)}")
-        try:
-            pairs = [make_row(task, record) for record in raw[part]]
-        except (KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{task.name}: a record of {part} lacks a field or has another form: {error!r}") from None
-        rows[part] = [
-            {"id": f"{task.name}-{part}-{i}", "question": question, "answer": answer}
-            for i, (question, answer) in enumerate(pairs)
-        ]
-    if family == "bbh":
-        dev = 100 if len(rows["test"]) == 250 else (len(rows["test"]) - 50) // 2
-        rows = rows["test"]
-        splits = {"train": rows[:50], "dev": rows[50 : 50 + dev], "test": rows[50 + dev :]}
-    else:
-        held_out = rows["test"] if family == "gsm8k" else rows["validation"]
-        splits = {"train": rows["train"][:100], "dev": rows["train"][100:200], "test": held_out}
-    for row in sum(splits.values(), []):
-        if not row["question"] or not gold_is_possible(task, row["answer"]):
-            raise UserError(f"{task.name}: row {row['id']} has no question or an impossible answer {row['answer']!r}")
-    return splits
+    published, parts = PUBLISHED[task.name], {}
+    for part, records in load_raw(task, source).items():
+        file, sizes = published.parts[part].file, published.parts[part].sizes
+        place = f"{Path(source) / file}" if source else f"{task.hub[0]}, {part}"
+        require(len(records) in sizes, f"{place} has {len(records)} rows, expected {sorted(sizes)}; {AS_PUBLISHED}")
+        parts[part] = [(f"{task.name}-{part}-{i}", f"{place}, record {i + 1}", r) for i, r in enumerate(records)]
+    return {
+        split: [checked_row(task, *numbered) for numbered in chosen]
+        for split, chosen in zip(SPLITS, published.split(parts))
+    }
+
+
+def checked_row(task, row_id, place, record):
+    try:
+        question, answer = make_row(task, record)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{place}: a field is missing or has another form ({error!r}); {AS_PUBLISHED}") from None
+    if not question or not gold_is_possible(task, answer):
+        raise UserError(f"{place}: it has no question or the impossible answer {answer!r}; {AS_PUBLISHED}")
+    return {"id": row_id, "question": question, "answer": answer}
 
 
 def gold_is_possible(task, answer):
@@ -376,10 +595,10 @@ def write_json(path, record):
     os.replace(temporary, path)
 
 
-def append_jsonl(path, record):
-    """Append one object and see it on disk, so that a killed run loses at most the line it was writing."""
+def append_jsonl(path, *records):
+    """Append objects and see them on disk, so that a killed run loses at most what it was writing."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         file.flush()
         os.fsync(file.fileno())
 
