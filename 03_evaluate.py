@@ -137,7 +137,8 @@ def report(results, rows, run_dir, flags):
 
     labels = [r.get("name", r["role"]) for r in results]
     if labels.count("given") > 1:
-        labels = [f"given {i}" if label == "given" else label for i, label in enumerate(labels, 1)]
+        first = labels.index("given")
+        labels = labels[:first] + [f"given {i}" for i in range(1, len(labels) - first + 1)]  # they come last
     width = max(8, *map(len, labels))
     print(f"\n{'':{width}s}  {'paper':>15s}  {'harness':>15s}  {'unread':>6s}  {'cut':>6s}  {'tokens':>6s}  prompt")
     for label, r in zip(labels, results):
