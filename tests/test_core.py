@@ -102,13 +102,8 @@ def test_reading_in_pieces_is_reading_in_one_and_leaves_the_pieces_as_they_were(
     core.read(any_model, pieces, ones[:, :20], ids[:, :20], last)
     for rows in ([0, 1, 2], [2, 0], [1, 1, 1]):  # from the same pieces
         for kind in (core.Picked, core.Growing):
-            layers = [
-                kind(
-                    [(p.keys[:, :, :7], p.values[:, :, :7]), (p.keys[:, :, 7:], p.values[:, :, 7:])],
-                    lambda states: states[rows],
-                )
-                for p in pieces
-            ]
+            cut = [[(p.keys[:, :, part], p.values[:, :, part]) for part in (slice(7), slice(7, 20))] for p in pieces]
+            layers = [kind(parts, lambda states, rows=rows: states[rows]) for parts in cut]
             logits = core.read(any_model, layers, ones[rows], ids[rows, 20:], last[rows])
             torch.testing.assert_close(logits, whole[torch.tensor(rows)[:, None], 20 + last[rows]])
             assert pieces[0].keys.shape[2] == 20
