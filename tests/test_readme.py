@@ -37,20 +37,33 @@ def test_the_set_up_lines_make_and_enter_a_virtual_environment():
 
 def test_the_commands_run_in_order_and_leave_what_the_readme_says(copy):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-    ran = []
+    ran = {}
     for command in commands("bash"):
         if command == "python -m pytest":  # that is us
             continue
         words = [sys.executable if word == "python" else word for word in shlex.split(command)]
         done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
-        ran.append(done.stdout)
-    initial, best = (float(re.search(rf"^{r} .*% +([\d.]+) ± ", ran[0], re.M).group(1)) for r in ("initial", "best"))
+        ran[command] = done.stdout
+    first = ran["python 02_optimize.py --task demo"]
+    initial, best = (float(re.search(rf"^{r} .*% +([\d.]+) ± ", first, re.M).group(1)) for r in ("initial", "best"))
     assert 25 < initial < 45 and best >= 90
     # The README shows what the first command prints at its end.
     shown = re.search(r"^```text\n +dev accuracy.*?^```$", README, re.M | re.S).group().splitlines()[1:4]
-    assert [line.split() for line in shown] == [line.split() for line in ran[0].splitlines() if line in shown]
-    assert (copy / "runs" / "demo-seed1" / "predictions.jsonl").exists()
+    assert [line.split() for line in shown] == [line.split() for line in first.splitlines() if line in shown]
+    runs = copy / "runs"
+    assert (runs / "demo-seed1" / "predictions.jsonl").exists()
+    # The tables on baselines and transfer are what the commands print.
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.startswith("| ")]
+    evaluated = ran["python 03_evaluate.py --run-dir runs/demo-seed0 --baselines"]
+    for label in ("empty", "zero-shot chain of thought", "initial", "best"):
+        table = next(row for row in rows if len(row) == 6 and row[0].startswith(label))
+        line = re.search(rf"^{label} +\d.*$", evaluated, re.M).group()
+        assert re.findall(r"[\d.]+\d", " ".join(table[1:])) == re.findall(r"[\d.]+\d", line)
+    matrix = {"| " + " | ".join(row) + " |" for row in rows if row[0] == "demo"}
+    assert len(matrix) == 3 and matrix <= set("\n".join(ran.values()).splitlines())
+    for picture in (ROOT / "demo" / "pictures").iterdir():
+        assert list(runs.glob(f"**/{picture.name}")) and f"](demo/pictures/{picture.name})" in README
 
 
 @pytest.mark.parametrize(
@@ -58,8 +71,8 @@ def test_the_commands_run_in_order_and_leave_what_the_readme_says(copy):
 )
 def test_every_flag_in_a_command_is_one_of_its_script(command):
     words = shlex.split(command)
-    assert words[0] == "python"
-    if words[1] == "-m":
+    assert words[0] in ("python", "vllm")
+    if words[0] == "vllm" or words[1] == "-m":  # not ours
         return
     script = ROOT / words[1]
     assert script.exists()
