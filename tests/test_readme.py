@@ -52,7 +52,7 @@ def test_the_commands_run_in_order_and_leave_what_the_readme_says(copy):
     shown = re.search(r"^```text\n +dev accuracy.*?^```$", README, re.M | re.S).group().splitlines()[1:4]
     assert [line.split() for line in shown] == [line.split() for line in first.splitlines() if line in shown]
     runs = copy / "runs"
-    assert (runs / "demo-seed1" / "predictions.jsonl").exists()
+    assert (runs / "demo-small-seed0" / "predictions.jsonl").exists()
     # The tables on baselines and transfer are what the commands print.
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.startswith("| ")]
     evaluated = ran["python 03_evaluate.py --run-dir runs/demo-seed0 --baselines"]
