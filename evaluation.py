@@ -141,7 +141,7 @@ def rows_hash(rows):
 
 def evaluate_once(answerer, task, rows, prompt, settings, run_dir, role, split, name=None):
     """The results record of a prompt on a split; taken from run_dir/results.jsonl if it is there, else evaluated
-    and appended there, with its predictions in predictions.jsonl.
+    and appended there, with its predictions in predictions.jsonl. Its minutes are those of this call alone.
 
     Errors: UserError if predictions.jsonl holds an unfinished evaluation of the prompt with another model, other rows
     or settings, rows of other data, or another version's grades.

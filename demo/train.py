@@ -1,6 +1,7 @@
 """Train the demo model: a word-level Llama of 0.87 million weights that does arithmetic aloud.
 
     python demo/train.py                     # 10 to 15 minutes on 2 CPU cores, writes demo/model and demo/rows.jsonl
+    python demo/train.py --size small        # the smaller model to transfer prompts to, demo/small
     python demo/train.py --evaluate          # only the table of accuracy by instruction quality
 
 The world is built so that a better instruction gives better answers by degrees, and does so through
