@@ -4,6 +4,8 @@
     python benchmarks/step_cost.py --rows 8 --reasoning 64         # every reasoning 64 tokens
     python benchmarks/step_cost.py --shape 8b --rows 50            # a GPU
     python benchmarks/step_cost.py --sweep question                # how the cost grows
+    python benchmarks/step_cost.py --variant generate_batch        # our decoding against transformers' own
+    python benchmarks/step_cost.py --profile                       # where the time of a step goes
 
 Random weights never stop by themselves, so each row is given a length: drawn log-normal with median 150 and 95th
 percentile 600, at most 1024 tokens, or --reasoning. Questions have GSM8K's lengths (median 60 tokens here). A line of
@@ -25,12 +27,14 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import greater_core as core
 from settings import SearchSettings
+from tasks import get_task, split_rows
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary, tied embeddings
 SHAPES = {
@@ -39,7 +43,7 @@ SHAPES = {
     "1b": (2048, 8192, 16, 32, 8, 128256, True),
     "8b": (4096, 14336, 32, 32, 8, 128256, False),
 }
-PROMPT, BETWEEN, EXTRACTOR, ANSWER = 16, 8, 36, 1  # tokens, as in the released golden example
+BETWEEN, EXTRACTOR, ANSWER = 8, 36, 1  # tokens, as in the released golden example
 END = 2
 
 
@@ -93,14 +97,14 @@ def make_rows(flags, rng, vocabulary):
     between, extractor = ids(BETWEEN), ids(EXTRACTOR)
     drawn = [max(20, min(250, round(rng.lognormvariate(math.log(60), 0.4)))) for _ in range(flags.rows)]
     sizes = [flags.question or size for size in drawn]
-    return [core.Row(ids(size), between, extractor, ids(ANSWER)) for size in sizes], tuple(ids(PROMPT))
+    return [core.Row(ids(size), between, extractor, ids(ANSWER)) for size in sizes], tuple(ids(flags.prompt))
 
 
 def problem(flags, model):
     """(rows, prompt, position, candidates, {(n, i): length}) with everything drawn from one seed."""
     rng, vocabulary = random.Random(flags.seed), SHAPES[flags.shape][5]
     rows, prompt = make_rows(flags, rng, vocabulary)
-    position = PROMPT // 2
+    position = flags.prompt // 2
     others = [t for t in rng.sample(range(3, vocabulary), flags.candidates + 1) if t != prompt[position]]
     lengths = draw_lengths(flags.rows * (flags.mu + 1), flags, rng)
     jobs = [(n, i) for n in range(flags.mu + 1) for i in range(flags.rows)]
@@ -185,6 +189,45 @@ def plain_step(model, flags):
     return dict(zip(("propose", "reason", "gradient", "select"), (b - a for a, b in zip(times, times[1:])))), {}
 
 
+def generate_batch_step(model, flags):
+    """The generations of a step, and nothing else, by transformers' continuous batching; its start is not counted."""
+    rows, prompt, position, candidates, lengths = problem(flags, model)
+    config = GenerationConfig(do_sample=False, eos_token_id=[END], pad_token_id=0, max_new_tokens=1024)
+    with model.continuous_batching_context_manager(generation_config=config, block=True, timeout=5) as manager:
+
+        def generate(jobs):
+            for (n, i), length in jobs:
+                tried = (*prompt[:position], candidates[n], *prompt[position + 1 :])
+                manager.add_request(rows[i].before + list(tried) + rows[i].between, max_new_tokens=length)
+            left = len(jobs)
+            while left:
+                result = manager.get_result(timeout=1)
+                if result is not None and result.error:
+                    sys.exit(f"generate_batch failed: {result.error}")
+                left -= result is not None and result.is_finished()
+                if left and not manager.is_running():
+                    sys.exit("generate_batch ended before its work was done")
+
+        generate([((0, 0), 2)])
+        started = clock(model.device.type)
+        generate([(job, length) for job, length in lengths.items() if job[0] < flags.mu])
+        return {"generate": clock(model.device.type) - started}, {}
+
+
+def first_step(device):
+    """Seconds from the loaded demo model to the record of the first step: the start prompt's score and one step."""
+    task = get_task("demo")
+    model, tokenizer = core.load_model(str(ROOT / "demo" / "model"), device)
+    data = split_rows(task)["train"]
+    started = clock(model.device.type)
+    settings = SearchSettings(**{n: v for n, v in task.defaults.items() if n in vars(SearchSettings())})
+    rows = [core.splice(tokenizer, task, row) for row in data[: settings.train_rows]]
+    prompt = core.encode_in_place(tokenizer, task, data[0]["question"], task.initial_prompt)[1]
+    records = core.optimize(model, tokenizer, rows, prompt, settings)
+    next(records), next(records)
+    return clock(model.device.type) - started
+
+
 def measure_hardware(model, flags):
     """(bytes per second, floating-point operations per second), measured on this machine now."""
     device, dtype = model.device.type, model.dtype
@@ -216,8 +259,10 @@ def floor(model, flags, bandwidth, rate):
     size = model.dtype.itemsize
     config = model.config
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-    jobs = [(len(rows[i].before) + PROMPT + BETWEEN, length, i) for (n, i), length in lengths.items() if n < flags.mu]
-    behind = PROMPT - position + BETWEEN
+    jobs = [
+        (len(rows[i].before) + flags.prompt + BETWEEN, length, i) for (n, i), length in lengths.items() if n < flags.mu
+    ]
+    behind = flags.prompt - position + BETWEEN
     gradient_tokens = sum(behind + lengths[flags.mu, i] + EXTRACTOR + ANSWER for i in range(len(rows)))
     read_tokens = sum(behind + EXTRACTOR + ANSWER for _ in jobs)
 
@@ -243,14 +288,19 @@ def peak_memory(device):
 
 def measure(flags):
     model = make_model(flags.shape, flags.device)
-    step = {"ours": our_step, "plain": plain_step}[flags.variant]
+    step = {"ours": our_step, "plain": plain_step, "generate_batch": generate_batch_step}[flags.variant]
+    if flags.profile:
+        activities = [getattr(ProfilerActivity, "CUDA" if flags.device == "cuda" else "CPU")]
+        with profile(activities=activities) as found:
+            step(model, flags)
+        return {"profile": found.key_averages().table(sort_by=f"self_{flags.device}_time_total", row_limit=25)}
     if flags.device == "cuda":
         step(model, flags)  # compiles and caches kernels
         torch.cuda.reset_peak_memory_stats()
     runs = [step(model, flags) for _ in range(flags.repeats)]
     stages, counts = min(runs, key=lambda run: sum(run[0].values()))
     record = {
-        name: getattr(flags, name) for name in ("variant", "shape", "rows", "question", "reasoning", "mu", "candidates")
+        name: getattr(flags, name) for name in "variant shape rows question prompt reasoning mu candidates".split()
     }
     record |= {
         "stages": stages,
@@ -269,6 +319,8 @@ def measure(flags):
         }
         generated = sum(length for (n, _), length in problem(flags, model)[4].items() if n < flags.mu)
         record["tokens_per_s"] = generated / stages["select"]
+        if flags.shape == "demo":
+            record["first_step"] = first_step(flags.device)
     return record
 
 
@@ -276,9 +328,9 @@ def run_apart(flags, **changes):
     """The record of a measurement in a process of its own, so that peak memory is its own."""
     values = {**vars(flags), **changes}
     names = (
-        "variant shape rows question reasoning mu candidates seed batch_size gradient_batch_size repeats device".split()
-    )
-    command = [sys.executable, __file__, "--child"]
+        "variant shape rows question prompt reasoning mu candidates seed batch_size gradient_batch_size repeats device"
+    ).split()
+    command = [sys.executable, __file__, "--child", *(["--profile"] if flags.profile else [])]
     for name in names:
         command += [f"--{name.replace('_', '-')}", str(values[name])]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -297,6 +349,7 @@ def report(record):
 SWEEPS = {
     "rows": [4, 8, 16, 32],
     "question": [50, 100, 200, 400],
+    "prompt": [8, 16, 32, 64],
     "reasoning": [32, 64, 128, 256],
     "candidates": [8, 16, 64, 256],
     "mu": [1, 2, 3, 6],
@@ -327,27 +380,33 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, default="110m")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--question", type=int, default=0, help="tokens of every question; 0: drawn")
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of the prompt; its middle one is searched")
     parser.add_argument("--reasoning", type=int, default=0, help="tokens of every reasoning; 0: drawn")
     parser.add_argument("--mu", type=int, default=3)
     parser.add_argument("--candidates", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--gradient-batch-size", type=int, default=4)
+    parser.add_argument("--gradient-batch-size", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=1, help="the fastest of so many steps counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--variant", choices=("both", "ours", "plain"), default="both")
+    parser.add_argument("--variant", choices=("both", "ours", "plain", "generate_batch"), default="both")
     parser.add_argument("--sweep", choices=SWEEPS, help="vary one size")
+    parser.add_argument("--profile", action="store_true", help="print the profiler's table of one of our steps")
     parser.add_argument("--out", type=Path, default=Path("runs/step_cost"))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
         print(json.dumps(measure(flags)))
         return
+    if flags.profile:
+        print(run_apart(flags, variant="ours")["profile"])
+        return
     flags.out.mkdir(parents=True, exist_ok=True)
     records = []
-    variants = (
-        ("ours", "plain") if flags.variant == "both" and not flags.sweep else (flags.variant.replace("both", "ours"),)
+    variants = {"both": ("ours", "plain"), "generate_batch": ("ours", "generate_batch")}.get(
+        flags.variant, (flags.variant,)
     )
+    variants = variants[:1] if flags.sweep else variants
     for value in SWEEPS[flags.sweep] if flags.sweep else [None]:
         for variant in variants:
             record = run_apart(flags, variant=variant, **({flags.sweep: value} if flags.sweep else {}))
@@ -358,11 +417,18 @@ def main():
             with open(flags.out / "step_cost.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
     ours = records[0]
+    if ours["variant"] != "ours":
+        return
     share = 100 * ours["floor"] / ours["seconds"]
     print(f"measured {ours['gflops']:.0f} GFLOP/s and {ours['gb_per_s']:.1f} GB/s; {ours['tokens_per_s']:.0f} tokens/s")
     print(f"floor {ours['floor']:.2f} s: the step runs at {share:.0f} % of what the hardware allows")
-    if len(variants) == 2:
+    if flags.variant == "both" and not flags.sweep:
         print(f"{records[1]['seconds'] / ours['seconds']:.1f} times as fast as the plain implementation")
+    if flags.variant == "generate_batch":
+        ratio = records[1]["stages"]["generate"] / ours["stages"]["select"]
+        print(f"our selection, which also scores, takes 1 part of time where generate_batch takes {ratio:.2f}")
+    if "first_step" in ours:
+        print(f"demo: {ours['first_step']:.2f} s from the loaded model to the first step's record")
     if flags.sweep:
         draw(records, flags.sweep, flags.out / f"{flags.sweep}.png")
     print(f"105 such steps: {105 * ours['seconds'] / 60:.1f} minutes  -> {flags.out}")

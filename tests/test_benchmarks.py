@@ -21,6 +21,7 @@ def test_step_cost_measures_both_implementations_on_the_same_lengths(tmp_path):
     assert "times as fast as the plain implementation" in printed and "of what the hardware allows" in printed
     ours, plain = map(json.loads, (tmp_path / "runs/step_cost/step_cost.jsonl").read_text().splitlines())
     assert (ours["variant"], plain["variant"]) == ("ours", "plain")
+    assert "from the loaded model to the first step's record" in printed and 0 < ours["first_step"] < 60
     assert 0 < ours["floor"] < ours["seconds"] and set(ours["stages"]) == {"propose", "gradient", "select"}
     # 3 tokens extend the prefix; 3 rows of 8 prompt tokens, 8 between, 7 reasoning, 37 behind go forward and back;
     # 9 jobs read 8 + 8 tokens, generate 7 and read the last of these and 37 behind it.
@@ -37,6 +38,12 @@ def test_a_sweep_draws_a_picture(tmp_path):
     printed = run("step_cost.py", *flags, folder=tmp_path)
     assert printed.count("ours") == 4
     assert (tmp_path / "runs/step_cost/mu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_decoding_is_compared_with_continuous_batching_and_profiled(tmp_path):
+    flags = ["--shape", "demo", "--rows", 2, "--device", "cpu", "--reasoning", 5]
+    assert "where generate_batch takes" in run("step_cost.py", *flags, "--variant", "generate_batch", folder=tmp_path)
+    assert "aten::" in run("step_cost.py", *flags, "--profile", folder=tmp_path)
 
 
 @pytest.mark.parametrize("budget", [300])
