@@ -602,7 +602,7 @@ def answer_loss(model, rows, prompt_ids, reasoning, settings):
         part = [rows[i] for i in batch], questions.take(batch), prompt_ids, [reasoning[i] for i in batch]
         return sequence_losses(model, *part, settings.loss_temperature)
 
-    parts = in_batches(run, range(len(rows)), "loss", settings.gradient_batch_size, work)
+    parts = in_batches(run, range(len(rows)), "loss", settings.batch_size, work)
     return tuple(torch.cat(values) for values in zip(*parts))
 
 
@@ -673,12 +673,22 @@ def candidate_gradients(model, rows, prefix, prompt_ids, candidates, reasoning, 
 
     # Rows of like length share a batch, so that little of it is padding.
     order = sorted(range(len(rows)), key=lambda i: (-len(reasoning[i]), i))
-    parts = in_batches(run, order, "gradient", settings.gradient_batch_size, work)
-    tokens = sum(len(prompt_ids) - len(prefix.tokens) + len(r.between) + len(r.extractor + r.answer) for r in rows)
-    tokens += sum(map(len, reasoning))
-    work.counts.update(forward_tokens=tokens, backward_tokens=tokens)
+    rest = len(prompt_ids) - len(prefix.tokens)
+    lengths = [rest + len(r.between + r.extractor + r.answer) + len(text) for r, text in zip(rows, reasoning)]
+    size = settings.gradient_batch_size or rows_for_backward(model, max(lengths))
+    parts = in_batches(run, order, "gradient", size, work)
+    work.counts.update(forward_tokens=sum(lengths), backward_tokens=sum(lengths))
     back = torch.tensor(order, device=model.device).argsort()
     return tuple(torch.cat(values)[back] for values in list(zip(*parts))[1:])
+
+
+def rows_for_backward(model, tokens):
+    """How many rows of so many tokens to read forward and back at once. Activations, mostly the linear layers'
+    outputs, live from the one to the other. A CPU is as fast with a few hundred tokens as with thousands."""
+    cuda = model.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(model.device).total_memory // 8 if cuda else 2**27
+    outputs = sum(layer.out_features for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    return max(1, memory // int(1.5 * model.dtype.itemsize * outputs * tokens))
 
 
 # --- Selection and the walk (Alg. 1) ----------------------------------------------------------------------

@@ -78,14 +78,15 @@ class SearchSettings(GenerationSettings):
     force_sentence_end: bool = flag(False, "take a shortlisted full stop at once in the prompt's second half")
     choose_on: str = flag("dev", "rows that choose the final prompt among the best of the run: dev or train")
     max_prompt_tokens: int = flag(64, "a prompt stops growing at this length")
-    gradient_batch_size: int = flag(8, "rows in one forward and backward pass; halved when CUDA memory runs out")
+    gradient_batch_size: int = flag(0, "rows in one forward and backward pass; 0: by the model's size")
     seed: int = flag(0, "draws the training rows and the sampled rows of each step")
 
     def __post_init__(self):
         super().__post_init__()
         counts = "train_rows top_k sampled_rows intersections min_candidates shortlist_size"
-        for name in [*counts.split(), "gradient_batch_size", "max_prompt_tokens"]:
+        for name in [*counts.split(), "max_prompt_tokens"]:
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+        require(self.gradient_batch_size >= 0, "--gradient-batch-size must not be negative")
         require(self.steps >= 0, "--steps must not be negative")
         require(self.fluency_weight >= 0, "--lambda must be a number not below 0")
         require(self.loss_temperature > 0, "--loss-temperature must be above 0")

@@ -536,6 +536,24 @@ def test_the_ablation_without_reasoning_drops_it_from_the_gradient_alone(llama, 
     assert gradients(reasoning, shortlist="random") == {}
 
 
+def test_rows_of_the_backward_pass_follow_the_model_s_size_and_change_nothing(llama, few_rows, monkeypatch):
+    rows, prompt = few_rows
+    outputs = 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32) + len(llama.get_input_embeddings().weight)
+    assert core.rows_for_backward(llama, 60) == 2**27 // int(1.5 * 8 * outputs * 60)
+    assert core.rows_for_backward(llama, 10**9) == 1
+    prefix, choices = prefix_of(llama, rows, prompt[:2]), [60, 75, prompt[2]]
+    reasoning = [[30 + n] * 4 * n for n in range(5)]
+
+    def gradients(size):
+        config = settings(gradient_batch_size=size)
+        return core.candidate_gradients(llama, rows, prefix, prompt, choices, reasoning, config, core.Work())
+
+    expected = gradients(1)
+    for count in (1, 2, 100):
+        monkeypatch.setattr(core, "rows_for_backward", lambda model, tokens, count=count: count)
+        torch.testing.assert_close(gradients(0), expected)
+
+
 # --- Selection and the walk ---------------------------------------------------------------------------------
 
 
