@@ -14,7 +14,8 @@ import json
 from dataclasses import dataclass
 
 from settings import TaskFlags, parse_flags, run_script
-from tasks import GROUPS, SPLITS, get_task, prepare
+from sources import prepare
+from tasks import GROUPS, SPLITS, get_task
 
 
 @dataclass

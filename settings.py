@@ -8,7 +8,8 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from tasks import ROOT, SPLITS, TASKS, UserError, get_task, is_prepared, load_split, prepare, require
+from sources import is_prepared, load_split, prepare
+from tasks import ROOT, SPLITS, TASKS, UserError, get_task, require
 
 # --- Generation and search: the defaults are the paper's -----------------------------------------------------
 

@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 import greater_core as core
 from evaluation import accuracy, evaluate, local_answerer
 from settings import SearchSettings
-from tasks import get_task, split_rows
+from sources import split_rows
+from tasks import get_task
 
 ARMS = {
     "full method": {},

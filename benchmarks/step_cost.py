@@ -34,7 +34,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import greater_core as core
 from settings import SearchSettings
-from tasks import get_task, split_rows
+from sources import split_rows
+from tasks import get_task
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary, tied embeddings
 SHAPES = {

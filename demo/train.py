@@ -229,7 +229,8 @@ def print_table(folder, instructions=5):
     from evaluation import accuracy, evaluate, local_answerer
     from greater_core import load_model
     from settings import GenerationSettings
-    from tasks import get_task, split_rows
+    from sources import split_rows
+    from tasks import get_task
 
     model, tokenizer = load_model(str(folder))
     task, rng = get_task("demo"), random.Random(0)

@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from greater_core import encode_in_place, freeze, load_model, splice  # noqa: E402
 from settings import SearchSettings  # noqa: E402
-from tasks import Task, get_task, split_rows  # noqa: E402
+from sources import split_rows  # noqa: E402
+from tasks import Task, get_task  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models run no faster on more, and two processes would wait for each other
 FAMILIES = ("llama", "llama-tied", "gemma2", "qwen3")

@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT, settings
 
 import greater_core as core
-from tasks import get_task, split_rows
+from sources import split_rows
+from tasks import get_task
 
 FILE = Path(__file__).parent / "golden.json"
 

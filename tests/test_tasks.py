@@ -8,6 +8,7 @@ import datasets
 import pytest
 from conftest import ROOT, own_task, settings
 
+import sources
 import tasks
 from settings import PRESETS, SearchSettings
 from tasks import TASKS, UserError, get_task, grade, grade_harness, read_answer, read_answer_harness
@@ -21,7 +22,7 @@ def test_the_table_holds_all_27_bbh_tasks_and_the_paper_s_21_all_57_mmlu_subject
     subjects = tasks.GROUPS["mmlu"]
     assert len(subjects) == 57 and subjects == sorted(subjects)
     assert {"demo", "gsm8k", "folio", "multiarith", "aqua", "wsc"} == set(TASKS) - set(names) - set(subjects)
-    assert tasks.PUBLISHED.keys() == TASKS.keys() - {"demo"}
+    assert sources.PUBLISHED.keys() == TASKS.keys() - {"demo"}
     choices = {name[4:]: TASKS[name].choices for name in tasks.PAPER_BBH}
     last = {name: letters[-1] for name, letters in choices.items() if letters and len(letters[0]) == 1}
     assert last == {
@@ -169,7 +170,7 @@ def bbh_file(folder, name, count, target="(A)", question="Which?\nOptions:\n(A) 
 )
 def test_bbh_splits_follow_the_file_s_order_and_halve_what_is_short(tmp_path, name, count, sizes):
     bbh_file(tmp_path, name, count)
-    splits = tasks.split_rows(TASKS[f"bbh/{name}"], tmp_path)
+    splits = sources.split_rows(TASKS[f"bbh/{name}"], tmp_path)
     assert tuple(map(len, splits.values())) == sizes
     assert [row["question"].split(".")[0] for rows in splits.values() for row in rows] == list(map(str, range(count)))
     assert {row["answer"] for row in splits["train"]} == {"Yes" if name == "causal_judgement" else "A"}
@@ -180,7 +181,7 @@ def test_gsm8k_and_folio_splits_come_from_their_files(tmp_path):
     record = {"question": "Q?", "answer": "Because.\n#### 1,234"}
     tasks.write_jsonl(tmp_path / "gsm8k" / "train.jsonl", [record] * 7473)
     tasks.write_jsonl(tmp_path / "gsm8k" / "test.jsonl", [record] * 1319)
-    splits = tasks.split_rows(TASKS["gsm8k"], tmp_path)
+    splits = sources.split_rows(TASKS["gsm8k"], tmp_path)
     assert [len(rows) for rows in splits.values()] == [100, 100, 1319]
     assert splits["dev"][0] == {"id": "gsm8k-train-100", "question": "Q?", "answer": "1234"}
     (tmp_path / "folio").mkdir()
@@ -188,7 +189,7 @@ def test_gsm8k_and_folio_splits_come_from_their_files(tmp_path):
     tasks.write_jsonl(tmp_path / "folio" / "folio-train.jsonl", [record] * 1004)
     text = record | {"premises": "All cats purr.\nTom is a cat.", "label": "Uncertain"}
     tasks.write_jsonl(tmp_path / "folio" / "folio-validation.jsonl", [text] * 204)
-    splits = tasks.split_rows(TASKS["folio"], tmp_path)
+    splits = sources.split_rows(TASKS["folio"], tmp_path)
     assert [len(rows) for rows in splits.values()] == [100, 100, 204]
     row = splits["train"][0]
     assert row["answer"] == splits["test"][0]["answer"] == "C"
@@ -199,12 +200,12 @@ def test_gsm8k_and_folio_splits_come_from_their_files(tmp_path):
 def test_a_file_of_another_size_or_an_impossible_answer_is_an_error(tmp_path):
     bbh_file(tmp_path, "hyperbaton", 249)
     with pytest.raises(UserError, match="has 249 rows, expected \\[250\\]"):
-        tasks.split_rows(TASKS["bbh/hyperbaton"], tmp_path)
+        sources.split_rows(TASKS["bbh/hyperbaton"], tmp_path)
     bbh_file(tmp_path, "hyperbaton", 250, target="(C)")
     with pytest.raises(UserError, match="impossible answer 'C'"):
-        tasks.split_rows(TASKS["bbh/hyperbaton"], tmp_path)
+        sources.split_rows(TASKS["bbh/hyperbaton"], tmp_path)
     with pytest.raises(UserError, match="cannot read.*snarks.json"):
-        tasks.split_rows(TASKS["bbh/snarks"], tmp_path)
+        sources.split_rows(TASKS["bbh/snarks"], tmp_path)
 
 
 # Invented records in the form of the authors' files and in that of the hub: (files, what `load_dataset` returns).
@@ -305,7 +306,7 @@ def write_files(folder, files):
 def test_files_and_hub_give_the_same_rows(tmp_path, monkeypatch, name, sizes, first_ids, question, answer):
     files, hub = MADE[name]()
     write_files(tmp_path, files)
-    splits = tasks.split_rows(TASKS[name], tmp_path)
+    splits = sources.split_rows(TASKS[name], tmp_path)
     assert tuple(map(len, splits.values())) == sizes
     assert tuple(rows[0]["id"] for rows in splits.values()) == tuple(f"{name}-{i}" for i in first_ids)
     assert splits["test"][0] == {"id": f"{name}-{first_ids[2]}", "question": question, "answer": answer}
@@ -313,7 +314,7 @@ def test_files_and_hub_give_the_same_rows(tmp_path, monkeypatch, name, sizes, fi
     parts = {part: datasets.Dataset.from_list(records) for part, records in hub.items()}
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or datasets.DatasetDict(parts))
-    assert tasks.split_rows(TASKS[name]) == splits
+    assert sources.split_rows(TASKS[name]) == splits
     assert asked == [(TASKS[name].hub[0], TASKS[name].hub[1] or None)]
 
 
@@ -323,10 +324,10 @@ def test_the_hub_s_failures_are_user_errors_even_without_a_message(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match="cannot load cais/mmlu from the hub .*--source DIR"):
-        tasks.split_rows(TASKS["mmlu/anatomy"])
+        sources.split_rows(TASKS["mmlu/anatomy"])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict())
     with pytest.raises(UserError, match="cais/mmlu, dev has 0 rows, expected \\[5\\]"):
-        tasks.split_rows(TASKS["mmlu/anatomy"])
+        sources.split_rows(TASKS["mmlu/anatomy"])
 
 
 def test_every_mmlu_subject_is_prepared_with_enough_rows_to_search_on(tmp_path, monkeypatch, capsys):
@@ -363,7 +364,7 @@ def test_a_record_of_another_form_is_named_with_its_file(tmp_path, monkeypatch, 
     files[file][number - 1] = files[file][number - 1] | change
     write_files(tmp_path, files)
     with pytest.raises(UserError, match=f"^{tmp_path}/{file}, {message}.*as its authors publish it$"):
-        tasks.split_rows(TASKS[name], tmp_path)
+        sources.split_rows(TASKS[name], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -378,12 +379,12 @@ def test_a_record_of_another_form_is_named_with_its_file(tmp_path, monkeypatch, 
 )
 def test_a_question_without_its_options_or_text_is_refused(change, message):
     record = {"question": "q", "options": list("12345"), "correct": "A"}
-    assert tasks.checked_row(TASKS["aqua"], "id", "place", record)["answer"] == "A"
+    assert sources.checked_row(TASKS["aqua"], "id", "place", record)["answer"] == "A"
     with pytest.raises(UserError, match=f"place: {message}"):
-        tasks.checked_row(TASKS["aqua"], "id", "place", record | change)
+        sources.checked_row(TASKS["aqua"], "id", "place", record | change)
     with pytest.raises(UserError, match="place: a field.*ValueError"):
         three = {"question": "q", "choices": list("123"), "answer": 0}
-        tasks.checked_row(TASKS["mmlu/anatomy"], "id", "place", three)
+        sources.checked_row(TASKS["mmlu/anatomy"], "id", "place", three)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +401,7 @@ def test_a_line_of_an_mmlu_file_that_is_no_question_is_named(tmp_path, number, l
     files["mmlu/test/anatomy_test.csv"][number - 1] = line
     write_files(tmp_path, files)
     with pytest.raises(UserError, match=message):
-        tasks.split_rows(TASKS["mmlu/anatomy"], tmp_path)
+        sources.split_rows(TASKS["mmlu/anatomy"], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -420,16 +421,16 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, file, content, mess
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=message):
-        tasks.split_rows(TASKS[name], tmp_path)
+        sources.split_rows(TASKS[name], tmp_path)
 
 
 @pytest.mark.parametrize("label", [-1, 4, None, "E"])
 def test_a_hub_label_outside_the_choices_is_an_impossible_answer(label):
-    _, answer = tasks.make_row(TASKS["mmlu/anatomy"], {"question": "q", "choices": list("wxyz"), "answer": label})
-    assert not tasks.gold_is_possible(TASKS["mmlu/anatomy"], answer)
+    _, answer = sources.make_row(TASKS["mmlu/anatomy"], {"question": "q", "choices": list("wxyz"), "answer": label})
+    assert not sources.gold_is_possible(TASKS["mmlu/anatomy"], answer)
     spans = {"span1_text": "Ann", "span2_text": "she", "span2_index": 1}
-    _, answer = tasks.make_row(TASKS["wsc"], spans | {"text": "Ann she", "label": label})
-    assert not tasks.gold_is_possible(TASKS["wsc"], answer)
+    _, answer = sources.make_row(TASKS["wsc"], spans | {"text": "Ann she", "label": label})
+    assert not sources.gold_is_possible(TASKS["wsc"], answer)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +445,7 @@ def test_a_hub_label_outside_the_choices_is_an_impossible_answer(label):
 )
 def test_only_the_pronoun_at_its_place_is_marked(text, index, marked):
     record = {"text": text, "span1_text": "rock", "span2_text": "it", "span2_index": index, "label": 1}
-    question, answer = tasks.make_row(TASKS["wsc"], record)
+    question, answer = sources.make_row(TASKS["wsc"], record)
     assert question.split("\n")[0] == marked and answer == "Yes"
 
 
@@ -453,15 +454,15 @@ def test_the_harness_reading_finds_an_option_s_text_in_the_question_we_make(name
     record = {"aqua": {"question": "q", "options": ["A)1", "B)two cm", "C)3", "D)4", "E)5"], "correct": "B"}}.get(
         name, {"question": "q", "choices": ["1", "2", "two cm", "4"], "answer": 2}
     )
-    question, answer = tasks.make_row(TASKS[name], record)
+    question, answer = sources.make_row(TASKS[name], record)
     assert answer == gold == read_answer_harness(TASKS[name], question, "It must be the two cm, I think")
 
 
 def test_a_gold_text_cut_into_several_options_becomes_the_letter_where_it_begins():
     question = "Similar?\nOptions:\n(A) Shrek\n(B) Monsters\n(C) Inc\n(D) Up"
-    assert tasks.bbh_answer({"input": question, "target": "Monsters, Inc"}) == "B"
-    assert tasks.bbh_answer({"input": question, "target": "(D)"}) == "D"
-    assert tasks.bbh_answer({"input": "Sort", "target": "a b"}) == "a b"
+    assert sources.bbh_answer({"input": question, "target": "Monsters, Inc"}) == "B"
+    assert sources.bbh_answer({"input": question, "target": "(D)"}) == "D"
+    assert sources.bbh_answer({"input": "Sort", "target": "a b"}) == "a b"
 
 
 def test_prepared_files_have_the_same_bytes_every_time_and_task_json_comes_last(tmp_path, monkeypatch):
@@ -469,8 +470,8 @@ def test_prepared_files_have_the_same_bytes_every_time_and_task_json_comes_last(
         return {p.name: p.read_bytes() for p in folder.iterdir()}
 
     task = get_task("demo")
-    first = contents(tasks.prepare(task, tmp_path))
-    assert contents(tasks.prepare(task, tmp_path)) == first
+    first = contents(sources.prepare(task, tmp_path))
+    assert contents(sources.prepare(task, tmp_path)) == first
     assert set(first) == {"train.jsonl", "dev.jsonl", "test.jsonl", "task.json"}
     record = json.loads(first["task.json"])
     assert record["counts"] == {"train": 200, "dev": 100, "test": 400}
@@ -479,10 +480,10 @@ def test_prepared_files_have_the_same_bytes_every_time_and_task_json_comes_last(
     def fail(path, rows):
         raise OSError("disk full")
 
-    monkeypatch.setattr(tasks, "write_jsonl", fail)
+    monkeypatch.setattr(sources, "write_jsonl", fail)
     with pytest.raises(OSError):
-        tasks.prepare(task, tmp_path)
-    assert not tasks.is_prepared(task, tmp_path)
+        sources.prepare(task, tmp_path)
+    assert not sources.is_prepared(task, tmp_path)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -518,56 +519,56 @@ def test_models_are_told_apart_by_their_weights(tmp_path, demo_model):
 @pytest.mark.parametrize("split", tasks.SPLITS)
 def test_every_split_is_checked_and_an_older_grader_is_refused(tmp_path, split):
     task = get_task("demo")
-    folder = tasks.prepare(task, tmp_path)
+    folder = sources.prepare(task, tmp_path)
     (folder / f"{split}.jsonl").write_text('{"question": "1?", "answer": "1"}\n')
     with pytest.raises(UserError, match="changed since"):
-        tasks.load_split(task, tmp_path, split)
-    tasks.prepare(task, tmp_path)
+        sources.load_split(task, tmp_path, split)
+    sources.prepare(task, tmp_path)
     record = json.loads((folder / "task.json").read_text())
     (folder / "task.json").write_text(json.dumps(record | {"grader_version": 0}))
     with pytest.raises(UserError, match="grader version"):
-        tasks.load_split(task, tmp_path, split)
+        sources.load_split(task, tmp_path, split)
 
 
 @pytest.mark.parametrize(("label", "letter"), [("True", "A"), ("False", "B"), ("Uncertain", "C"), ("Unknown", "C")])
 def test_folio_s_labels_are_the_options_of_its_question(label, letter):
     record = {"premises": "P.", "conclusion": "C.", "label": label}
-    question, answer = tasks.make_row(TASKS["folio"], record)
+    question, answer = sources.make_row(TASKS["folio"], record)
     option = {"Unknown": "Uncertain"}.get(label, label)
     assert answer == letter and f"({letter}) {option}" in question
 
 
 def test_gsm8k_s_answer_is_behind_the_last_marker_and_must_be_a_number(tmp_path):
-    assert tasks.make_row(TASKS["gsm8k"], {"question": " q ", "answer": "#### 1 ####  2,000 "}) == ("q", "2000")
+    assert sources.make_row(TASKS["gsm8k"], {"question": " q ", "answer": "#### 1 ####  2,000 "}) == ("q", "2000")
     (tmp_path / "gsm8k").mkdir()
     records = [{"question": "Q?", "answer": "#### x"}]
     tasks.write_jsonl(tmp_path / "gsm8k" / "train.jsonl", records * 7473)
     tasks.write_jsonl(tmp_path / "gsm8k" / "test.jsonl", records * 1319)
     with pytest.raises(UserError, match="impossible answer 'x'"):
-        tasks.split_rows(TASKS["gsm8k"], tmp_path)
+        sources.split_rows(TASKS["gsm8k"], tmp_path)
 
 
 def test_a_split_that_changed_since_stage_01_is_refused(tmp_path):
     task = get_task("demo")
-    folder = tasks.prepare(task, tmp_path)
-    assert len(tasks.load_split(task, tmp_path, "dev")) == 100
+    folder = sources.prepare(task, tmp_path)
+    assert len(sources.load_split(task, tmp_path, "dev")) == 100
     path = folder / "dev.jsonl"
     path.write_text(path.read_text().replace("apples", "pears"))
     with pytest.raises(UserError, match="changed since stage 01"):
-        tasks.load_split(task, tmp_path, "dev")
+        sources.load_split(task, tmp_path, "dev")
     with pytest.raises(UserError, match="01_prepare_data.py"):
-        tasks.load_split(task, tmp_path / "nowhere", "dev")
+        sources.load_split(task, tmp_path / "nowhere", "dev")
 
 
 def test_own_rows_are_halved_and_quartered_and_an_empty_split_is_an_error(tmp_path):
     path = tmp_path / "mine.jsonl"
     tasks.write_jsonl(path, [{"question": f"{n}?", "answer": str(n)} for n in range(8)])
     task = get_task(str(path), "So it is")
-    folder = tasks.prepare(task, tmp_path / "data", own_rows=str(path))
+    folder = sources.prepare(task, tmp_path / "data", own_rows=str(path))
     assert json.loads((folder / "task.json").read_text())["counts"] == {"train": 4, "dev": 2, "test": 2}
     tasks.write_jsonl(path, [{"question": "1?", "answer": "1"}])
     with pytest.raises(UserError, match="the train split is empty"):
-        tasks.prepare(task, tmp_path / "data", own_rows=str(path))
+        sources.prepare(task, tmp_path / "data", own_rows=str(path))
 
 
 def test_a_line_cut_short_by_a_kill_is_removed_and_the_rest_kept(tmp_path):

@@ -1,0 +1,348 @@
+"""Sources: the files as a task's authors publish them, or the hub -> rows, splits, and data/<task>/.
+
+Everything here works without torch. The order follows the data: reading files, a function per family that makes a
+row of a record, the table of what is published, splits, and the prepared task that stage 01 writes and the others read.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tasks import (
+    GRADER_VERSION,
+    MMLU_SIZES,
+    ROOT,
+    SPLITS,
+    TASKS,
+    UserError,
+    as_text,
+    canonical,
+    read_jsonl,
+    read_rows,
+    require,
+    sha256,
+    write_json,
+    write_jsonl,
+)
+
+# --- Reading what is published ----------------------------------------------------------------------------
+
+
+def read_json(path):
+    """The records of one JSON file: a list, or BBH's object with the list in "examples"."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        records = content["examples"] if isinstance(content, dict) else content
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read {path} as a JSON file of records: {error!r}") from None
+    require(isinstance(records, list), f"{path}: not a list of records")
+    return records
+
+
+def read_mmlu(path):
+    """The records of a file with the columns question, A, B, C, D, letter and no header, with the hub's names."""
+    records = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file)
+            for line in filter(None, lines):
+                if len(line) != 6:
+                    raise UserError(
+                        f"{path}, line {lines.line_num}: {len(line)} columns, not question, A, B, C, D and the letter"
+                    )
+                records.append({"question": line[0], "choices": line[1:5], "answer": line[5]})
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return records
+
+
+def load_raw(task, source):
+    """The records of a task as its authors publish them: {part: [record]}.
+
+    From the files in the folder `source`, or from the hub through `datasets` when it is empty.
+    """
+    published = PUBLISHED[task.name]
+    if source:
+        return {name: published.read(Path(source) / part.file) for name, part in published.parts.items()}
+    import datasets  # only here: it takes a second to import
+
+    try:
+        loaded = datasets.load_dataset(task.hub[0], task.hub[1] or None)
+    except Exception as error:  # the hub's errors have no common class
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(
+            f"cannot load {task.hub[0]} from the hub ({reason}); --source DIR reads the authors' files"
+        ) from None
+    return {
+        name: [record for hub_part in (part.hub or name).split("+") for record in loaded.get(hub_part, ())]
+        for name, part in published.parts.items()
+    }
+
+
+# --- A row of a record ------------------------------------------------------------------------------------
+
+
+def gsm8k_row(record):
+    return record["question"].strip(), record["answer"].split("####")[-1].strip().replace(",", "")
+
+
+def bbh_answer(record):
+    """The gold answer; option letters lose their parentheses.
+
+    Three gold answers in the published files are a text instead of a letter, because the option's own commas
+    cut it into several options ("Monsters, Inc" became (A) Monsters, (B) Inc). They become the letter of
+    the option where that text begins.
+    """
+    target = record["target"].strip()
+    if re.fullmatch(r"\([A-Z]\)", target):
+        return target[1]
+    options = re.findall(r"^\(([A-Z])\) (.*)$", record["input"], re.M)
+    for first in range(len(options)):
+        for last in range(first + 1, len(options) + 1):
+            if ", ".join(text for _, text in options[first:last]) == target:
+                return options[first][0]
+    return target
+
+
+def bbh_row(record):
+    return record["input"].strip(), bbh_answer(record)
+
+
+FOLIO_LABELS = {"True": "A", "False": "B", "Uncertain": "C", "Unknown": "C"}
+
+
+def folio_row(record):
+    premises = record["premises"]
+    lines = premises if isinstance(premises, list) else premises.splitlines()
+    question = (
+        "Premises:\n" + "\n".join(line.strip() for line in lines) + f"\nConclusion: {record['conclusion'].strip()}\n"
+        "Is the conclusion true, false or uncertain, given the premises?\nOptions:\n(A) True\n(B) False\n(C) Uncertain"
+    )
+    return question, FOLIO_LABELS[record["label"].strip()]
+
+
+def multiarith_row(record):
+    """The file's answers are lists of one number (9.0), the hub's are texts."""
+    if "final_ans" in record:
+        question, answer = record["question"], record["final_ans"]
+    else:
+        question, [answer] = record["sQuestion"], record["lSolutions"]
+    return question.strip(), as_text(answer)
+
+
+def with_options(question, letters, options):
+    """The question and its options, one a line as in BBH, where the `harness` reading looks for them."""
+    lines = [f"({letter}) {' '.join(option.split())}" for letter, option in zip(letters, options, strict=True)]
+    return question.strip() and "\n".join([question.strip(), "Options:", *lines])
+
+
+def aqua_row(record):
+    """An option brings its letter along: "A)21"."""
+    options = [o.strip().removeprefix(f"{letter})") for letter, o in zip("ABCDE", record["options"], strict=True)]
+    return with_options(record["question"], "ABCDE", options), record["correct"].strip()
+
+
+def mmlu_row(record):
+    """The file's answers are letters, the hub's are 0 to 3."""
+    answer = dict(enumerate("ABCD")).get(record["answer"], str(record["answer"]).strip())
+    return with_options(record["question"], "ABCD", record["choices"]), answer
+
+
+def wsc_row(record):
+    """Span 1 is the noun, span 2 the pronoun; the file nests them in "target". Stars mark the pronoun where it stands
+    at its word's number, since the same word may stand elsewhere in the text."""
+    spans, text = record.get("target", record), record["text"].strip()
+    noun, pronoun, index = spans["span1_text"].strip(), spans["span2_text"].strip(), int(spans["span2_index"])
+    place = rf"\A((?:\S+\s+){{{index}}}[^\w\s]*)({re.escape(pronoun)})\b"
+    marked = re.sub(place, r"\1*\2*", text)
+    question = f'{marked}\nIn the text above, does the pronoun "{pronoun}" refer to "{noun}"?'
+    return question, {True: "Yes", False: "No"}.get(record["label"], str(record["label"]))
+
+
+# --- The table of what is published -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    file: str  # under --source
+    sizes: set[int]  # how many records it may have
+    hub: str = ""  # its name on the hub, if another; "a+b" for two parts, one after the other
+
+
+@dataclass(frozen=True)
+class Published:
+    """The records of a task as they are published, and what is made of them."""
+
+    parts: dict[str, Part]
+    row: Callable  # record -> (question, answer)
+    split: Callable  # {part: records} -> (train, dev, test)
+    read: Callable = read_jsonl  # path -> records
+
+
+def split_bbh(parts):
+    rows = parts["test"]
+    dev = 100 if len(rows) == 250 else (len(rows) - 50) // 2
+    return rows[:50], rows[50 : 50 + dev], rows[50 + dev :]
+
+
+def split_multiarith(parts):
+    """There is no published split, and the file is sorted by the operations that a question needs."""
+    rows = parts["all"]
+    return rows[::12], rows[6::12], [row for i, row in enumerate(rows) if i % 6]
+
+
+def split_mmlu(parts):
+    rows = parts["dev"] + parts["val"]
+    return rows[: len(rows) // 2], rows[len(rows) // 2 :], parts["test"]
+
+
+def published_bbh(name):
+    size = {"bbh/causal_judgement": 187, "bbh/penguins_in_a_table": 146, "bbh/snarks": 178}.get(name, 250)
+    return Published({"test": Part(f"{name}.json", {size})}, bbh_row, split_bbh, read_json)
+
+
+def published_mmlu(subject, val, test):
+    parts = {
+        "dev": Part(f"mmlu/dev/{subject}_dev.csv", {5}),
+        "val": Part(f"mmlu/val/{subject}_val.csv", {val}, "validation"),
+        "test": Part(f"mmlu/test/{subject}_test.csv", {test}),
+    }
+    return Published(parts, mmlu_row, split_mmlu, read_mmlu)
+
+
+PUBLISHED = {
+    "gsm8k": Published(
+        {"train": Part("gsm8k/train.jsonl", {7473}), "test": Part("gsm8k/test.jsonl", {1319})},
+        gsm8k_row,
+        lambda parts: (parts["train"][:100], parts["train"][100:200], parts["test"]),
+    ),
+    "folio": Published(
+        # the authors' files and the newer version on the hub differ by a few corrected stories
+        {
+            "train": Part("folio/folio-train.jsonl", {1004, 1001, 1003}),
+            "validation": Part("folio/folio-validation.jsonl", {204, 203}),
+        },
+        folio_row,
+        lambda parts: (parts["train"][:100], parts["train"][100:200], parts["validation"]),
+    ),
+    "multiarith": Published(
+        # the hub holds the 600 as two parts, so its rows need not fall into the same splits as the file's
+        {"all": Part("multiarith/MultiArith.json", {600}, "train+test")},
+        multiarith_row,
+        split_multiarith,
+        read_json,
+    ),
+    "aqua": Published(
+        {
+            "train": Part("aqua/train.json", {97467}),
+            "dev": Part("aqua/dev.json", {254}, "validation"),
+            "test": Part("aqua/test.json", {254}),
+        },
+        aqua_row,
+        lambda parts: (parts["train"][:100], parts["dev"][:100], parts["test"]),
+    ),
+    "wsc": Published(
+        {"train": Part("wsc/train.jsonl", {554}), "val": Part("wsc/val.jsonl", {104}, "validation")},
+        wsc_row,
+        # neighbours often share a text, so the dev rows are taken far from the training rows
+        lambda parts: (parts["train"][:100], parts["train"][-100:], parts["val"]),
+    ),
+    **{name: published_bbh(name) for name in TASKS if name.startswith("bbh/")},
+    **{f"mmlu/{subject}": published_mmlu(subject, *sizes) for subject, sizes in MMLU_SIZES.items()},
+}
+
+
+def make_row(task, record):
+    """(question, answer) of a published record."""
+    return PUBLISHED[task.name].row(record)
+
+
+# --- Splits, and the prepared task ------------------------------------------------------------------------
+
+AS_PUBLISHED = "take the file as its authors publish it"
+
+
+def split_rows(task, source=""):
+    """{"train", "dev", "test"}: rows of a task by its split rule.
+
+    Errors: UserError when a file has another size than the published one, or a gold answer is not a possible one.
+    """
+    if task.name == "demo":
+        rows = read_rows(ROOT / "demo" / "rows.jsonl")
+        return {"train": rows[:200], "dev": rows[200:300], "test": rows[300:]}
+    published, parts = PUBLISHED[task.name], {}
+    for part, records in load_raw(task, source).items():
+        file, sizes = published.parts[part].file, published.parts[part].sizes
+        place = f"{Path(source) / file}" if source else f"{task.hub[0]}, {part}"
+        require(len(records) in sizes, f"{place} has {len(records)} rows, expected {sorted(sizes)}; {AS_PUBLISHED}")
+        parts[part] = [(f"{task.name}-{part}-{i}", f"{place}, record {i + 1}", r) for i, r in enumerate(records)]
+    return {
+        split: [checked_row(task, *numbered) for numbered in chosen]
+        for split, chosen in zip(SPLITS, published.split(parts))
+    }
+
+
+def checked_row(task, row_id, place, record):
+    try:
+        question, answer = make_row(task, record)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{place}: a field is missing or has another form ({error!r}); {AS_PUBLISHED}") from None
+    if not question or not gold_is_possible(task, answer):
+        raise UserError(f"{place}: it has no question or the impossible answer {answer!r}; {AS_PUBLISHED}")
+    return {"id": row_id, "question": question, "answer": answer}
+
+
+def gold_is_possible(task, answer):
+    return answer in task.choices if task.choices else canonical(task, answer) is not None
+
+
+def split_own_rows(path):
+    rows = read_rows(path)
+    half, three_quarters = len(rows) // 2, len(rows) * 3 // 4
+    return {"train": rows[:half], "dev": rows[half:three_quarters], "test": rows[three_quarters:]}
+
+
+def prepare(task, data_dir, source="", own_rows=""):
+    """Write data_dir/<task>/{train,dev,test}.jsonl, then task.json; the same bytes on every run. Returns the folder."""
+    splits = split_own_rows(own_rows) if own_rows else split_rows(task, source)
+    for split, rows in splits.items():
+        if not rows:
+            raise UserError(f"{task.name}: the {split} split is empty; give more rows")
+    folder = Path(data_dir) / task.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "task.json").unlink(missing_ok=True)  # its presence says that the rows beside it are whole
+    for split, rows in splits.items():
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    record = asdict(task) | {
+        "answer_prefix": task.answer_prefix,
+        "counts": {split: len(rows) for split, rows in splits.items()},
+        "source": own_rows or source or task.hub[0] or "demo/rows.jsonl",
+        "sha256": {split: sha256(folder / f"{split}.jsonl") for split in splits},
+        "grader_version": GRADER_VERSION,
+    }
+    write_json(folder / "task.json", record)
+    return folder
+
+
+def load_split(task, data_dir, split):
+    """Rows of a prepared split. Errors: UserError if its bytes are not those that stage 01 wrote."""
+    folder = Path(data_dir) / task.name
+    path = folder / f"{split}.jsonl"
+    try:
+        record = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+        expected = record["sha256"][split]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder} holds no prepared task: run python 01_prepare_data.py --task {task.name}") from None
+    rows = read_rows(path)
+    if sha256(path) != expected:
+        raise UserError(f"{path} changed since stage 01 wrote it: run python 01_prepare_data.py --task {task.name}")
+    if record["grader_version"] != GRADER_VERSION:
+        raise UserError(f"{folder} is of another grader version: run python 01_prepare_data.py --task {task.name}")
+    return rows
+
+
+def is_prepared(task, data_dir):
+    return (Path(data_dir) / task.name / "task.json").exists()
