@@ -348,7 +348,7 @@ class Growing(Picked):
 
     def keep(self, rows):
         """Drop all but some rows. The next token copies these, a layer at a time."""
-        self.pick, self.room = lambda states: states[rows], 0
+        self.pick, self.room = lambda states: states.index_select(0, rows), 0
 
 
 @dataclass
@@ -378,7 +378,8 @@ class Prefix:
         return Prefix(self.tokens, past, *rows)
 
     def layers(self, kind):
-        return [kind(pieces, lambda states: states[self.index]) for pieces in self.past]
+        # Several times as fast on a CPU as states[index].
+        return [kind(pieces, lambda states: states.index_select(0, self.index)) for pieces in self.past]
 
 
 @torch.no_grad()
@@ -471,9 +472,10 @@ def decode(model, layers, mask, token, limits, finish):
                     finish(places[some].tolist(), texts, (first < limits)[some].tolist(), unread, *aligned)
                 if over.all():
                     return
+                rest = (~over).nonzero()[:, 0]
                 for layer in layers:
-                    layer.keep(~over)
-                places, new, mask, column, limits = (t[~over] for t in (places, new, mask, column, limits))
+                    layer.keep(rest)
+                places, new, mask, column, limits = (t[rest] for t in (places, new, mask, column, limits))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = read(model, layers, mask, new[:, -1:], column)
         new = torch.cat([new, logits[:, 0].argmax(-1, keepdim=True)], 1)

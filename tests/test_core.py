@@ -125,7 +125,7 @@ def test_growing_keys_and_values_are_those_that_were_put_in_and_leave_the_shared
     layer, expected = core.Growing([(shared, -shared)], lambda states: states[[1, 0, 1]]), shared[[1, 0, 1]]
     for n in range(100):
         if n in (50, 51, 90):
-            layer.keep(torch.tensor([True] * (len(expected) - 1) + [False]))
+            layer.keep(torch.arange(len(expected) - 1))
             expected = expected[:-1]
             if not len(expected):
                 break
