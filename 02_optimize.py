@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from settings import ModelFlags, SearchSettings, TaskFlags, flag, parse_flags, run_script
-from tasks import ROOT, UserError, append_jsonl, read_appended, require, weights_hash, write_json, write_jsonl
+from tasks import ROOT, UserError, alone_in, append_jsonl, read_appended, require, weights_hash, write_json, write_jsonl
 
 
 @dataclass
@@ -42,7 +42,12 @@ def main():
     )
     train = random.Random(f"{flags.seed}/rows").sample(splits["train"], flags.train_rows)
     run_dir = open_run(flags, task, train)
+    with alone_in(run_dir):
+        search(flags, task, splits, train, run_dir)
 
+
+def search(flags, task, splits, train, run_dir):
+    """The search, its finalists on dev rows, and the initial and the best prompt on test rows."""
     # They import torch, so only after everything that can be wrong without it.
     from tqdm import tqdm
 

@@ -12,12 +12,11 @@ flexible extraction from the reasoning itself). The last prompt is compared with
 evaluated with the same model, rows, extractor and settings is not run again; a killed evaluation goes on where it was.
 """
 
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
-from tasks import UserError, read_jsonl, require
+from tasks import alone_in, is_text, read_jsonl, read_run, require, require_fields
 
 
 @dataclass
@@ -57,7 +56,9 @@ def main():
     default_dir = Path("runs") / f"evaluate-{task.name.replace('/', '-')}-{Path(flags.model).name}"
     run_dir = Path(flags.run_dir) if flags.run_dir else default_dir
     if flags.regrade:
-        regrade(run_dir, task, splits)
+        require(run_dir.is_dir(), f"{run_dir} holds no evaluation")
+        with alone_in(run_dir):
+            regrade(run_dir, task, splits)
         return
     rows = splits[flags.split][: flags.eval_rows or None]
     prompts = chosen_prompts(flags, run_dir, task)
@@ -68,22 +69,19 @@ def main():
     from evaluation import evaluate_once, open_answerer
 
     answerer = open_answerer(flags, flags.model, flags.endpoint)  # imports torch only where a model is loaded here
-    results = [
-        evaluate_once(answerer, framed, rows, prompt, flags, run_dir, role, flags.split, name)
-        for role, name, framed, prompt in tqdm(prompts, desc="prompts", unit="prompt")
-    ]
-    report(results, rows, run_dir, flags)
+    with alone_in(run_dir):
+        results = [
+            evaluate_once(answerer, framed, rows, prompt, flags, run_dir, role, flags.split, name)
+            for role, name, framed, prompt in tqdm(prompts, desc="prompts", unit="prompt")
+        ]
+        report(results, rows, run_dir, flags)
 
 
 def run_defaults(early):
     """The configuration of the run in --run-dir, as defaults of this script's flags."""
-    path = Path(early.run_dir) / "run.json"
-    if not early.run_dir or not path.exists():
+    if not early.run_dir or not (Path(early.run_dir) / "run.json").exists():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))["config"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not the record of a run") from None
+    config = read_run(early.run_dir, task=str)["config"]
     require(early.task in ("", config["task"]), f"--task {early.task}: {early.run_dir} is a run of {config['task']}")
     names = {f.name for f in fields(GenerationSettings) + fields(ModelFlags) + fields(TaskFlags)}
     return {name: value for name, value in config.items() if name in names}
@@ -97,14 +95,13 @@ def chosen_prompts(flags, run_dir, task):
         chosen += [("baseline", name, task.bare, prompt) for name, prompt in named]
     initial = task.initial_prompt
     if flags.prompt:
-        require(
-            all(prompt.strip() for prompt in flags.prompt), "--prompt must not be empty (--baselines has no prompt)"
-        )
+        good = all(prompt.strip() and is_text(prompt) for prompt in flags.prompt)
+        require(good, "--prompt must not be empty (--baselines evaluates no prompt) and must be readable text")
         found = [("given", None, task, prompt.strip()) for prompt in flags.prompt]
     elif flags.prompts or flags.run_dir:
         path = Path(flags.prompts or run_dir / "prompts.jsonl")
-        records = read_jsonl(path)
-        require(records and all("prompt" in r for r in records), f"{path} holds no prompts")
+        records = require_fields(read_jsonl(path), path, prompt=str)
+        require(records and all(r["prompt"].strip() for r in records), f"{path} holds no prompts, or an empty one")
         for number, r in enumerate(records, 1):
             other = r.get("task", task.name)
             require(other == task.name, f"{path}, line {number}: a prompt of the task {other}, not of {task.name}")

@@ -12,8 +12,9 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from evaluation import evaluate_once, open_answerer, rows_hash, short_name
 from settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
-from tasks import UserError, read_jsonl, require, write_jsonl
+from tasks import alone_in, read_jsonl, read_run, require, require_fields, write_jsonl
 
 
 @dataclass
@@ -53,23 +54,29 @@ def main():
     require(flags.runs, "say which prompts: --runs with folders of stage 02")
     require(flags.targets, "say on which models: --targets")
     targets = [as_target(text, flags) for text in flags.targets]
-    jobs = {}
-    for folder in flags.runs:
-        for job in open_run(Path(folder), flags):
-            # Runs of one task share their initial prompt; it is evaluated once.
-            jobs.setdefault((job.task.name, job.prompt, job.source, job.run), job)
+    names = [short_name(model) for model, _ in targets]
+    for name in names:
+        require(names.count(name) == 1, f"--targets: two are called {name}, so the table could not tell them apart")
+    jobs = distinct_jobs(job for folder in flags.runs for job in open_run(Path(folder), flags))
+    out = Path(flags.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out):
+        transfer(flags, targets, jobs, out)
 
+
+def transfer(flags, targets, jobs, out):
     from tqdm import tqdm
 
-    from evaluation import evaluate_once, open_answerer
     from report import transfer_picture, transfer_table
 
-    out, records = Path(flags.out), []
+    records = []
+    # A server that is not there shall be noticed before any long work.
+    servers = {name: open_answerer(flags, name, endpoint) for name, endpoint in targets if endpoint}
     bar = tqdm(total=len(targets) * len(jobs), unit="prompt")
-    for model, endpoint in targets:
+    for model, _ in targets:
         answerer = None  # so that the last model is gone before the next is loaded
-        answerer = open_answerer(flags, model, endpoint)
-        for job in jobs.values():
+        answerer = servers.get(model) or open_answerer(flags, model)
+        for job in jobs:
             folder = out / job.task.name.replace("/", "-") / answerer.name.replace("/", "-")
             folder.mkdir(parents=True, exist_ok=True)
             name = " ".join((job.method, job.source, job.run))
@@ -89,11 +96,26 @@ def main():
     print("\n".join(f"  {out / name}" for name in ("transfer.md", "transfer.png", "transfer.jsonl")))
 
 
+def distinct_jobs(jobs):
+    """The jobs without repetitions: runs of one task share their initial prompt, and a run may be named twice.
+
+    Errors: UserError if two runs call different rows by one name, which their rows in the table could not tell apart.
+    """
+    kept, rows = {}, {}
+    for job in jobs:
+        own = rows_hash(job.rows), job.task.extractor, job.task.template
+        same = rows.setdefault(job.task.name, own) == own
+        require(same, f"two runs of the task {job.task.name} are on other rows or questions: transfer them one by one")
+        kept.setdefault((job.task.name, job.settings.max_new_tokens, job.prompt, job.source, job.run), job)
+    return list(kept.values())
+
+
 def as_target(text, flags):
     """(model, endpoint or "") of a --targets entry. Errors: UserError for a folder that holds no model."""
     model, at, url = text.partition("@")
     if at and url.startswith(("http://", "https://")):
-        return model, url
+        require(model.strip(), f"--targets {text}: say which model, NAME{text}")
+        return model.strip(), url
     return ModelFlags(text, flags.device, flags.dtype).model_path(), ""
 
 
@@ -102,24 +124,18 @@ def open_run(folder, flags):
 
     Errors: UserError if the run is not there or not finished, or if its task's data is not what it was searched with.
     """
-    from evaluation import short_name
-
-    path = folder / "run.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        config, hashes = record["config"], record["task"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not the record of a run of stage 02") from None
+    texts = [*(f.name for f in fields(TaskFlags)), "model", "initial_prompt"]
+    record = read_run(folder, **dict.fromkeys(texts, str), max_new_tokens=int, batch_size=int)
+    config = record["config"]
     asked = {f.name: config[f.name] for f in fields(TaskFlags)}
     asked |= {name: value for name in ("data_dir", "source") if (value := getattr(flags, name))}
     task, splits = TaskFlags(**asked).resolve()
     now = json.loads((Path(asked["data_dir"]) / task.name / "task.json").read_text(encoding="utf-8"))
-    require(
-        now["sha256"] == hashes, f"{folder} was searched with other rows of {task.name} than {asked['data_dir']} holds"
-    )
+    same = now["sha256"] == record["task"]["sha256"]
+    require(same, f"{folder} was searched with other rows of {task.name} than {asked['data_dir']} holds")
     require((folder / "prompts.jsonl").exists(), f"{folder} is not finished: no prompts.jsonl; run its stage 02 again")
-    prompts = read_jsonl(folder / "prompts.jsonl")
-    require(prompts and all("prompt" in p for p in prompts), f"{folder / 'prompts.jsonl'} holds no prompts")
+    prompts = require_fields(read_jsonl(folder / "prompts.jsonl"), folder / "prompts.jsonl", prompt=str)
+    require(prompts, f"{folder / 'prompts.jsonl'} holds no prompts")
     limits = [getattr(flags, name) or config[name] for name in ("max_new_tokens", "batch_size")]
     job = Job(
         replace(task, initial_prompt=config["initial_prompt"]),

@@ -29,6 +29,7 @@ from tasks import (
     read_answer_harness,
     read_appended,
     require,
+    require_fields,
     text_hash,
     weights_hash,
     write_jsonl,
@@ -46,6 +47,7 @@ class Answerer:
     name: str  # as tables show it
     identity: tuple  # what tells its texts from those of another: part of the evaluation's key
     generate: Callable
+    endpoint: str = ""  # of a server, which is known by its model's name wherever it runs
 
 
 def open_answerer(flags, model, endpoint=""):
@@ -152,7 +154,7 @@ def evaluate_once(answerer, task, rows, prompt, settings, run_dir, role, split, 
         "prompt_hash": text_hash(prompt),
         "evaluation": evaluation_key(answerer, task, rows, settings),
     }
-    finished = read_appended(results)
+    finished = read_results(results)
     require_this_grader(finished, results)
     known = [record for record in finished if triple.items() <= record.items()]
     for record in known:
@@ -164,7 +166,7 @@ def evaluate_once(answerer, task, rows, prompt, settings, run_dir, role, split, 
     else:
         started = time.perf_counter()
         new = resumed(answerer, task, rows, prompt, settings, predictions, triple, finished)
-        record = labels | {"task": task.name, "model": answerer.name} | triple
+        record = labels | {"task": task.name, "model": answerer.name, "endpoint": answerer.endpoint} | triple
         record |= {"rows": rows_hash(rows), "prompt": prompt, "max_new_tokens": settings.max_new_tokens}
         record |= summarize(new) | {"minutes": (time.perf_counter() - started) / 60}
     append_jsonl(results, record)
@@ -177,8 +179,8 @@ def resumed(answerer, task, rows, prompt, settings, path, triple, finished):
 
     whole = {tuple(record[key] for key in triple) for record in finished}
     kept = {}
-    for p in read_appended(path):
-        own = tuple(p.get(key) for key in triple)
+    for p in read_kept(path):
+        own = tuple(p[key] for key in triple)
         if own == tuple(triple.values()):
             require(p["id"] not in kept, f"{path}: two predictions of row {p['id']} for one prompt; remove one")
             kept[p["id"]] = p
@@ -200,6 +202,19 @@ def resumed(answerer, task, rows, prompt, settings, path, triple, finished):
     return [kept[row["id"]] for row in rows]
 
 
+def read_results(path):
+    texts = "role split prompt_hash evaluation prompt".split()
+    numbers = "accuracy stderr harness_accuracy harness_stderr unread truncated mean_tokens minutes".split()
+    kinds = dict.fromkeys(texts, str) | dict.fromkeys(numbers, (float, int))
+    return require_fields(read_appended(path), path, **kinds, n=int, max_new_tokens=int)
+
+
+def read_kept(path):
+    texts = dict.fromkeys(("split", "prompt_hash", "evaluation", "id", "text", "reply"), str)
+    outcomes = dict.fromkeys(("truncated", "correct", "harness_correct"), bool)
+    return require_fields(read_appended(path), path, **texts, **outcomes, tokens=int)
+
+
 def require_this_grader(records, path):
     versions = {record.get("grader_version") for record in records} - {GRADER_VERSION}
     if versions:
@@ -213,7 +228,7 @@ def read_predictions(run_dir, result, rows):
     """The predictions behind a results record, in the order of `rows`."""
     same = {key: result[key] for key in ("split", "prompt_hash", "evaluation")}.items()
     path = Path(run_dir) / "predictions.jsonl"
-    found = {p["id"]: p for p in read_appended(path) if same <= p.items()}
+    found = {p["id"]: p for p in read_kept(path) if same <= p.items()}
     missing = [row["id"] for row in rows if row["id"] not in found]
     require(not missing, f"{path} lacks row {missing[:1]} of an evaluation that results.jsonl counts as finished")
     return [found[row["id"]] for row in rows]
@@ -230,25 +245,22 @@ def regrade(run_dir, task, splits):
     )
     rows = {(split, row["id"]): row for split in splits for row in splits[split]}
     groups, graded = defaultdict(list), []
-    for number, p in enumerate(read_appended(predictions), 1):
-        row = rows.get((p.get("split"), p.get("id")))
-        where = f"{predictions}, line {number}"
-        require(row, f"{where}: {p.get('id')!r} is no row of {task.name}'s {p.get('split')} split")
-        require(isinstance(p.get("text"), str) and isinstance(p.get("reply"), str), f"{where}: no text or no reply")
+    for number, p in enumerate(read_kept(predictions), 1):
+        row = rows.get((p["split"], p["id"]))
+        require(row, f"{predictions}, line {number}: {p['id']} is no row of {task.name}'s {p['split']} split")
         graded.append(p | readings(task, row, p["text"], p["reply"]))
-        groups[p["split"], p.get("prompt_hash"), p.get("evaluation")].append(graded[-1])
+        groups[p["split"], p["prompt_hash"], p["evaluation"]].append(graded[-1])
     changes = []
-    for number, old in enumerate(read_appended(results), 1):
+    for number, old in enumerate(read_results(results), 1):
         where = f"{results}, line {number}"
         require(old.get("task") == task.name, f"{where} is of the task {old.get('task')}, not {task.name}")
         own = groups[old["split"], old["prompt_hash"], old["evaluation"]]
         ids = {p["id"] for p in own}
-        used = [row for row in splits[old["split"]] if row["id"] in ids]
-        complete = len(ids) == len(own) == old["n"]
-        require(
-            complete, f"{where} counts {old['n']} rows, {predictions} has {len(own)} predictions of {len(ids)} rows"
-        )
-        require(rows_hash(used) == old["rows"], f"{where} was evaluated on other questions or answers of the same ids")
+        used = [row for row in splits.get(old["split"], []) if row["id"] in ids]
+        found = f"{predictions} has {len(own)} predictions of {len(ids)}"
+        require(len(ids) == len(own) == old["n"], f"{where} counts {old['n']} rows, {found}")
+        same = rows_hash(used) == old.get("rows")
+        require(same, f"{where} was evaluated on other questions or answers of the same ids")
         changes.append((old, old | summarize(own)))
     write_jsonl(predictions, graded)
     write_jsonl(results, [new for _, new in changes])

@@ -11,7 +11,7 @@ import random
 import urllib.parse
 from dataclasses import dataclass
 
-from evaluation import Answerer
+from evaluation import Answerer, short_name
 from tasks import UserError, require
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries
@@ -59,7 +59,7 @@ def server_answerer(flags, endpoint, model):
         except ServerError as error:
             raise UserError(f"{error}; what was answered is on disk, and the same command goes on from there") from None
 
-    return Answerer(model, ("server", model, flags.answer_turn), generate)
+    return Answerer(short_name(model), ("server", model, flags.answer_turn), generate, endpoint)
 
 
 def answer_turns(answer_turn, turns, reasoning, extractor):
@@ -80,6 +80,7 @@ def check_server(flags, endpoint, model):
     A server that continues an assistant's message reads fewer prompt tokens than one that closes it and opens
     another; one that ignores the fields that ask for it reads as many.
     """
+    server_key(flags)
     address = urllib.parse.urlsplit(endpoint)
     valid = address.scheme in ("http", "https") and address.hostname
     require(valid, f"--endpoint {endpoint!r} is no URL such as http://localhost:8000/v1")
@@ -113,7 +114,7 @@ def in_parallel(flags, endpoint, ask, items):
     from huggingface_hub import AsyncInferenceClient
 
     # Without a key of its own the client would send the user's token for the hub to whatever server this is.
-    key = os.environ.get(flags.key_variable) or "none"
+    key = server_key(flags) or "none"
     waiting, running, failure = list(reversed(items)), set(), None
     with asyncio.Runner() as runner:
         some = range(0, flags.concurrency, CONNECTIONS)
@@ -130,9 +131,17 @@ def in_parallel(flags, endpoint, ask, items):
         for client in clients:
             runner.run(client.close())
     if isinstance(failure, ServerError):
-        raise ServerError(f"--endpoint {endpoint}: {failure}".replace(key, "***"), failure.status)
+        raise ServerError(f"--endpoint {endpoint}: {failure}", failure.status)
     if failure:
         raise failure
+
+
+def server_key(flags):
+    """The server's key, "" for none. Errors: UserError, without the key, if it cannot stand in a header."""
+    key = os.environ.get(flags.key_variable, "").strip()
+    good = key.isascii() and key.isprintable() and " " not in key
+    require(good, f"{flags.key_variable} does not hold a key: it has spaces or other odd characters")
+    return key
 
 
 async def chat(client, flags, model, turns, max_tokens, fields=None, tries=None):
@@ -161,12 +170,17 @@ def as_reply(output):
 
 def explain(error, flags, model):
     """(what went wrong in a few words, HTTP status or None, seconds that the server asks to wait)."""
+
+    def in_short(text):
+        key = server_key(flags)
+        return " ".join((text.replace(key, "***") if key else text).split())[:200]
+
     if isinstance(error, TimeoutError):
         return f"no answer in {flags.request_timeout:g} s (--request-timeout)", None, 0.0
     response = getattr(error, "response", None)
     if response is None:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'no reply'}", None, 0.0
-    status, said = response.status_code, " ".join(response.text.split())[:200]
+        return f"{type(error).__name__}: {in_short(str(error)) or 'no reply'}", None, 0.0
+    status, said = response.status_code, in_short(response.text)
     hint = {401: f"; its key belongs in {flags.key_variable}", 404: f"; does it have --model {model}?"}.get(status, "")
     asked = response.headers.get("retry-after", "")
     return f"HTTP {status} {said}{hint}", status, float(asked) if asked.isdigit() else 0.0

@@ -174,10 +174,10 @@ def parse_flags(flags_class, description, more_defaults=lambda known: {}):
         first.add_argument(*names, default=default, nargs="?", const="")  # the real parser says what is missing
     early = first.parse_known_args()[0]
     defaults = more_defaults(early)
-    task = TASKS.get(early.task or defaults.get("task", "demo"))
+    names = {f.name for f in fields(flags_class)}
+    task = TASKS.get(early.task or defaults.get("task", "demo")) if "task" in names else None
     defaults = (task.defaults if task else {}) | PRESETS.get(early.preset, {}) | defaults
     parser = HfArgumentParser(flags_class, description=description, allow_abbrev=False)
-    names = {f.name for f in fields(flags_class)}
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in names})
     return flags_class(**vars(parser.parse_args()))
 

@@ -11,9 +11,12 @@ import json
 import os
 import re
 import string
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).parent
 GRADER_VERSION = 1  # raise it whenever an answer could be read or graded differently
@@ -313,7 +316,12 @@ def as_text(value):
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value).strip() if isinstance(value, (str, int, float)) else ""
-    return "" if any("\ud800" <= c <= "\udfff" for c in text) else text
+    return text if is_text(text) else ""
+
+
+def is_text(text):
+    """Whether it can be written as UTF-8: no half of a surrogate pair."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 # --- The files between the stages ---------------------------------------------------------------------
@@ -342,15 +350,57 @@ def append_jsonl(path, *records):
 
 
 def read_appended(path):
-    """The objects of a file that grows line by line; [] if none. A last line cut short is removed."""
+    """The objects of a file that grows line by line; [] if none. A last line cut short is removed, and one that only
+    lacks its newline gets it."""
     path = Path(path)
     if not path.exists():
         return []
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        os.truncate(path, len(whole))
+    whole = content.rfind(b"\n") + 1
+    if last := content[whole:]:
+        try:
+            json.loads(last)
+        except ValueError:
+            os.truncate(path, whole)
+        else:
+            with open(path, "ab") as file:
+                file.write(b"\n")
     return read_jsonl(path)
+
+
+def require_fields(records, path, **kinds):
+    """The records, if each has these fields, of these types. Errors: UserError that names file, line and field."""
+    for number, record in enumerate(records, 1):
+        for name, kind in kinds.items():
+            good = isinstance(record.get(name), kind) and (kind is not str or is_text(record[name]))
+            require(good, f"{path}, line {number}: no {name}, or another type than stage 02 or 03 writes")
+    return records
+
+
+def read_run(folder, **kinds):
+    """The record run.json of a run whose configuration has these settings, of these types. Errors: UserError."""
+    path = Path(folder) / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        good = all(isinstance(record["config"][name], kind) for name, kind in kinds.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        good = False
+    require(good, f"{path} is not the record of a run of stage 02")
+    return record
+
+
+@contextmanager
+def alone_in(folder):
+    """Keeps two processes from writing into one folder. Errors: UserError if another is at work there."""
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is at work in {folder}: wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sha256(path):

@@ -13,7 +13,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from tasks import read_jsonl, write_jsonl
+from tasks import read_jsonl, text_hash, write_jsonl
 
 QUICK = ["--steps", "2", "--train-rows", "6", "--eval-rows", "20", "--finalists", "2"]
 
@@ -142,12 +142,35 @@ def test_stage_3_evaluates_the_baselines_and_compares_the_best_prompt_with_each(
     printed = good("03_evaluate.py", *flags, folder=finished[0])
     order = ["empty", "zero-shot chain of thought", "initial", "rank 2", "best"]
     assert re.findall(r"^(\S.*?) +[\d.]+ ± .* %  ", printed, re.M) == order
-    results = [r for r in read_jsonl(finished[0] / "runs/demo-seed0/results.jsonl") if r["role"] == "baseline"]
+    every = read_jsonl(finished[0] / "runs/demo-seed0/results.jsonl")
+    results = [r for r in every if r["role"] == "baseline"]
     assert [(r["name"], r["prompt"]) for r in results] == [(order[0], ""), (order[1], "show each step .")]
+    framed = {r["evaluation"] for r in every if r["role"] == "initial" and r["n"] == 20 and r["split"] == "test"}
+    assert len(framed) == 1 and not framed & {r["evaluation"] for r in results}  # without the fixed word
     compared = re.findall(r"^(\S.*?) +(paper|harness) +([+-][\d.]+) % +.* to +\S+ +(\d+) +(\d+)  \S+$", printed, re.M)
     assert [row[:2] for row in compared] == [(label, r) for label in order[:-1] for r in ("paper", "harness")]
     for _, _, difference, gained, lost in compared:
         assert float(difference) == pytest.approx(100 * (int(gained) - int(lost)) / 20)
+
+
+def test_both_readings_and_the_comparison_are_those_of_the_predictions(finished, tmp_path):
+    prompts = ["check every number slowly .", "guess now ."]  # cut short, so that the two readings differ
+    flags = ["--prompt", prompts[0], "--prompt", prompts[1], "--split", "dev", "--max-new-tokens", "9"]
+    printed = good("03_evaluate.py", *flags, "--run-dir", "r", folder=tmp_path)
+    found = {}
+    for p in read_jsonl(tmp_path / "r" / "predictions.jsonl"):
+        found.setdefault(p["prompt_hash"], {})[p["id"]] = p["correct"], p["harness_correct"]
+    first, second = (found[text_hash(prompt)] for prompt in prompts)
+    for which, reading in enumerate(("paper", "harness")):
+        change = [second[i][which] - first[i][which] for i in first]
+        line = rf"^given 1 +{reading} +([+-][\d.]+) % .* (\d+) +(\d+)  \S+$"
+        difference, gained, lost = re.search(line, printed, re.M).groups()
+        assert (int(gained), int(lost)) == (change.count(1), change.count(-1)) and float(difference) == sum(change)
+        assert sum(change) < 0
+        for label, outcomes in (("given 1", first), ("given 2", second)):
+            shown = re.search(rf"^{label} +([\d.]+) ± +\S+ % +([\d.]+) ±", printed, re.M).groups()
+            assert float(shown[which]) == sum(o[which] for o in outcomes.values())  # of 100 rows
+    assert any(paper != harness for paper, harness in first.values())
 
 
 def test_stage_3_grades_the_kept_texts_again_without_loading_a_model(finished, tmp_path):
@@ -201,6 +224,40 @@ def test_stage_4_writes_the_matrix_of_prompts_and_models_and_runs_nothing_twice(
     before = [path.read_bytes() for path in files]
     assert good("04_transfer.py", *flags, folder=folder) == printed
     assert [path.read_bytes() for path in files] == before and len(files) == 2
+
+
+def test_stage_4_keeps_each_run_s_own_limit_and_initial_prompt(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    path = tmp_path / "copy" / "runs" / "demo-seed0" / "run.json"
+    record = json.loads(path.read_text())
+    record["config"] |= {"max_new_tokens": 7, "batch_size": 3, "initial_prompt": "tell the sum ."}
+    path.write_text(json.dumps(record))
+    flags = ["--runs", "runs/demo-seed0", "runs/demo-seed0", "--targets", "demo/small", "--eval-rows", "5"]
+    good("04_transfer.py", *flags, "--out", "own", folder=tmp_path / "copy")
+    records = read_jsonl(tmp_path / "copy" / "own" / "transfer.jsonl")  # a run named twice counts once
+    assert [r["max_new_tokens"] for r in records] == [7, 7] and records[0]["prompt"] == "tell the sum ."
+    good("04_transfer.py", *flags, "--out", "asked", "--max-new-tokens", "9", folder=tmp_path / "copy")
+    records = read_jsonl(tmp_path / "copy" / "asked" / "transfer.jsonl")
+    assert [r["max_new_tokens"] for r in records] == [9, 9]
+
+
+def test_stage_4_does_not_call_different_rows_or_models_by_one_name(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    folder = tmp_path / "copy"
+    for name, shift in (("a", 0), ("b", 1)):
+        (folder / name).mkdir()
+        rows = [{"question": f"tom has {n} pens . how many pens ?", "answer": n + shift} for n in range(1, 9)]
+        write_jsonl(folder / name / "my.jsonl", rows)
+        own = ["--task", f"{name}/my.jsonl", "--extractor", "so the answer is", "--data-dir", f"data-{name}"]
+        own += ["--template", "{question} please {prompt}", "--model", ROOT / "demo/model", "--max-new-tokens", "9"]
+        search = ["--initial-prompt", "tell the sum .", "--steps", "0", "--train-rows", "4", "--run-dir", f"run-{name}"]
+        good("02_optimize.py", *own, *search, folder=folder)
+    done = run("04_transfer.py", "--runs", "run-a", "run-b", "--targets", "demo/small", folder=folder)
+    assert done.returncode == 2 and "own/my are on other rows or questions" in done.stderr
+    assert "on demo/small" in good("04_transfer.py", "--runs", "run-a", "--targets", "demo/small", folder=folder)
+    same = ["--targets", "demo/small", ROOT / "demo/small"]
+    done = run("04_transfer.py", "--runs", "run-a", *same, folder=folder)
+    assert done.returncode == 2 and "--targets: two are called demo/small" in done.stderr
 
 
 def test_stage_4_refuses_an_unfinished_run_and_a_run_on_other_rows(finished, tmp_path):
@@ -267,7 +324,11 @@ def write_bad_files(folder):
     write_jsonl(folder / "gap.jsonl", [{"question": "a", "answer": "b"}, {"question": "a"}])
     write_jsonl(folder / "words.jsonl", [{"question": f"is {n} big ?", "answer": "no"} for n in range(8)])
     write_jsonl(folder / "other.jsonl", [{"prompt": "check ."}, {"prompt": "check .", "task": "gsm8k"}])
-    (folder / "broken-run").mkdir()
+    write_jsonl(folder / "number.jsonl", [{"prompt": 5}])
+    (folder / "half.jsonl").write_text('{"prompt": "\\ud800 check"}\n')
+    for name in ("broken-run", "empty-run"):
+        (folder / name).mkdir()
+    (folder / "empty-run" / "run.json").write_text('{"config": {}}')
     (folder / "broken-run" / "run.json").write_text("[]")
     (folder / "mute").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -309,7 +370,7 @@ BAD = [
     ("03_evaluate.py --run-dir nowhere", "cannot read nowhere/prompts.jsonl"),
     ("03_evaluate.py --prompt x --split train", "--split must be dev or test"),
     ("03_evaluate.py --prompts other.jsonl", "other.jsonl, line 2: a prompt of the task gsm8k, not of demo"),
-    ("03_evaluate.py --prompts one.jsonl", "one.jsonl holds no prompts"),
+    ("03_evaluate.py --prompts one.jsonl", "one.jsonl, line 1: no prompt"),
     ("03_evaluate.py --prompt x --top 0", "--top must be at least 1"),
     ("03_evaluate.py --run-dir nowhere --regrade", "nowhere holds no evaluation"),
     ("03_evaluate.py --report nowhere", "nowhere"),
@@ -317,6 +378,11 @@ BAD = [
     ("03_evaluate.py --prompt x --answer-turn later", "--answer-turn must be one of continue, prefill, ask"),
     ("03_evaluate.py --prompt x --concurrency 0", "--concurrency must be at least 1"),
     ("03_evaluate.py --prompt x --request-timeout 0", "--request-timeout must be above 0"),
+    ("03_evaluate.py --run-dir empty-run", "empty-run/run.json is not the record of a run"),
+    ("03_evaluate.py --prompts number.jsonl", "number.jsonl, line 1: no prompt"),
+    ("03_evaluate.py --prompts half.jsonl", "half.jsonl, line 1: no prompt"),
+    ("04_transfer.py --runs empty-run --targets demo/small", "empty-run/run.json is not the record of a run"),
+    ("04_transfer.py --runs empty-run --targets @http://localhost:9/v1", "say which model"),
     ("04_transfer.py --targets demo/small", "--runs"),
     ("04_transfer.py --runs broken-run", "--targets"),
     ("04_transfer.py --runs broken-run --targets demo/small", "broken-run/run.json is not the record of a run"),

@@ -1,5 +1,6 @@
 """Evaluation through a server: a real one with the demo's model, and one that misbehaves in every way we know."""
 
+import asyncio
 import json
 import os
 import re
@@ -78,6 +79,7 @@ def serving(behave):
             pass
 
     lock = threading.Lock()
+    ThreadingHTTPServer.request_queue_size = 256  # connections that wait to be accepted
     web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     web.daemon_threads = True
     web.requests, web.seen, web.under_way, web.most = [], Counter(), 0, 0
@@ -266,13 +268,12 @@ def test_each_way_to_ask_for_the_answer_sends_its_own_messages(rows):
     task, sent = own_task(extractor="The answer is $"), {}
     for way in ("continue", "prefill", "ask"):
         with serving(behave) as web:
-            found = evaluate(
-                server_answerer(flags(answer_turn=way), web.url, "m"), task, rows[:1], "think.", settings()
-            )
+            limits = settings(max_new_tokens=9)
+            found = evaluate(server_answerer(flags(answer_turn=way), web.url, "m"), task, rows[:1], "think.", limits)
         reasoning, sent[way] = (body for body, _ in web.requests[-2:])
         assert found[0]["text"] == "0 + 1 = 1" and found[0]["answer"] == "1"
         assert reasoning["temperature"] == 0 and reasoning["model"] == "m"
-        assert (reasoning["max_tokens"], sent[way]["max_tokens"]) == (12, 12)
+        assert (reasoning["max_tokens"], sent[way]["max_tokens"]) == (9, 12)
         assert reasoning["messages"] == [{"role": "user", "content": "0 + 1\nUse think."}]
         assert sent[way]["messages"][0] == reasoning["messages"][0]
     goes_on = {"role": "assistant", "content": "0 + 1 = 1 The answer is $"}
@@ -282,6 +283,96 @@ def test_each_way_to_ask_for_the_answer_sends_its_own_messages(rows):
         {"role": "assistant", "content": "0 + 1 = 1"},
         {"role": "user", "content": "The answer is $"},
     ]
+
+
+def test_each_way_to_ask_is_an_evaluation_of_its_own_and_an_endpoint_is_not(rows):
+    with serving(behave_well) as web, serving(behave_well) as other:
+        answerers = [server_answerer(flags(answer_turn=way), web.url, "a/b/m") for way in ("prefill", "ask")]
+        moved = server_answerer(flags(), other.url, "a/b/m")
+    assert answerers[0].identity != answerers[1].identity and moved.identity == answerers[0].identity
+    assert moved.endpoint == other.url and moved.name == "b/m"
+
+
+def test_without_reasoning_the_answer_is_asked_for_without_a_space_before_it(rows):
+    def behave(handler, body, before):
+        handler.say(200, completion("" if len(body["messages"]) == 1 else "1"))
+
+    with serving(behave) as web:
+        evaluate(server_answerer(flags(), web.url, "m"), own_task(extractor="So: "), rows[:1], "think.", settings())
+    assert web.requests[-1][0]["messages"][-1]["content"] == "So:"
+
+
+def test_when_one_request_fails_for_good_those_under_way_are_waited_for(tmp_path, rows):
+    def behave(handler, body, before):
+        if "7 + 1" in body["messages"][0]["content"]:
+            handler.say(400, {"error": "too long"})
+        else:
+            time.sleep(0.3)
+            behave_well(handler, body, before)
+
+    with serving(behave) as web:
+        answerer = server_answerer(flags(concurrency=12), web.url, "m")
+        with pytest.raises(UserError, match="too long.* on disk"):
+            evaluate_once(answerer, own_task(), rows, "think.", settings(), tmp_path, "given", "dev")
+    assert len(read_jsonl(tmp_path / "predictions.jsonl")) == 11
+
+
+def test_more_requests_than_one_client_has_connections_are_under_way_at_once():
+    rows = [{"id": str(i), "question": f"{i} + 1", "answer": str(i + 1)} for i in range(115)]
+    full = threading.Barrier(115)
+
+    def behave(handler, body, before):
+        if len(body["messages"]) == 1 and "+" in body["messages"][0]["content"]:
+            full.wait(timeout=30)  # broken, hence an error, unless all are there at once
+        behave_well(handler, body, before)
+
+    with serving(behave) as web:
+        answerer = server_answerer(flags(concurrency=115, request_timeout=60.0, tries=1), web.url, "m")
+        assert len(evaluate(answerer, own_task(), rows, "think.", settings())) == 115
+
+
+def test_the_pause_doubles_with_each_try_up_to_a_minute(monkeypatch):
+    pauses, sleep, limits = [], asyncio.sleep, flags(tries=9)
+
+    async def no_sleep(seconds):
+        pauses.append(seconds)
+        await sleep(0)
+
+    def ask(client, turns):
+        return server.chat(client, limits, "m", turns, 1)
+
+    monkeypatch.setattr(server, "FIRST_PAUSE", 1.0)
+    monkeypatch.setattr(server.asyncio, "sleep", no_sleep)
+    with serving(lambda handler, body, before: handler.say(503, {})) as web:
+        with pytest.raises(UserError, match="9 tries"):
+            list(server.in_parallel(limits, web.url, ask, [[]]))
+    expected = [1, 2, 4, 8, 16, 32, 60, 60]
+    assert len(pauses) == 8 and all(p <= pause <= 1.3 * p for p, pause in zip(expected, pauses))
+
+
+@pytest.mark.parametrize("key", ["sk-two words", "sk-tab\tinside", "sk-ümlaut"])
+def test_a_key_that_cannot_stand_in_a_header_is_refused_and_not_shown(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="OPENAI_API_KEY does not hold a key") as error:
+        server_answerer(flags(), "http://127.0.0.1:9/v1", "m")
+    assert "sk-" not in str(error.value)
+
+
+@pytest.mark.parametrize("before_it", [0, 170, 195, 199])
+def test_a_key_read_with_its_newline_is_sent_without_and_no_part_of_it_is_shown(monkeypatch, before_it):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-abcdefghijklmnopqrstuvwxyz\n")
+    said = "x" * before_it + "sk-abcdefghijklmnopqrstuvwxyz"
+    with serving(lambda handler, body, before: handler.say(401, said.encode())) as web:
+        with pytest.raises(UserError) as error:
+            server_answerer(flags(), web.url, "m")
+    assert web.requests[0][1]["authorization"] == "Bearer sk-abcdefghijklmnopqrstuvwxyz"
+    assert "sk-a" not in str(error.value)
+
+
+def test_without_a_key_nothing_of_a_message_is_hidden():
+    with serving(lambda handler, body, before: handler.say(404, b"none of the models fits")) as web:
+        with pytest.raises(UserError, match="none of the models fits"):
+            server_answerer(flags(), web.url, "m")
 
 
 def test_a_server_that_does_not_continue_a_message_is_found_out_before_any_work():

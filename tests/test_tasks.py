@@ -3,6 +3,8 @@
 import csv
 import json
 import runpy
+import subprocess
+import sys
 
 import datasets
 import pytest
@@ -581,6 +583,19 @@ def test_a_line_cut_short_by_a_kill_is_removed_and_the_rest_kept(tmp_path):
     tasks.append_jsonl(path, {"step": 2})
     assert [r["step"] for r in tasks.read_jsonl(path)] == [0, 1, 2]
     assert tasks.read_appended(tmp_path / "none.jsonl") == []
+    path.write_text(path.read_text()[:-1])  # whole but for its newline: an editor's doing
+    assert [r["step"] for r in tasks.read_appended(path)] == [0, 1, 2]
+    tasks.append_jsonl(path, {"step": 3})
+    assert [r["step"] for r in tasks.read_jsonl(path)] == [0, 1, 2, 3]
+
+
+def test_only_one_process_at_a_time_writes_into_a_folder(tmp_path):
+    code = f"import tasks\nwith tasks.alone_in({str(tmp_path)!r}): pass"
+    other = [sys.executable, "-c", code]
+    with tasks.alone_in(tmp_path):
+        done = subprocess.run(other, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode and "another process is at work in" in done.stderr
+    assert subprocess.run(other, cwd=ROOT, capture_output=True).returncode == 0
 
 
 # --- Reading and grading ------------------------------------------------------------------------------------
