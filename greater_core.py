@@ -378,7 +378,6 @@ class Prefix:
         return Prefix(self.tokens, past, *rows)
 
     def layers(self, kind):
-        # Several times as fast on a CPU as states[index].
         return [kind(pieces, lambda states: states.index_select(0, self.index)) for pieces in self.past]
 
 
@@ -434,12 +433,8 @@ def prefix_at(model, questions, tokens, work, known=None):
 
 # --- Reasoning (Sec. 3.2) -------------------------------------------------------------------------------
 
-CHECK_EVERY = {
-    "cpu": 1,
-    "cuda": 8,
-}  # decoding steps between looks at which rows have ended: a look waits for the device
-
-
+# Decoding steps between looks at which rows have ended: a look waits for the device.
+CHECK_EVERY = {"cpu": 1, "cuda": 8}
 FINISH_AT_ONCE = 8  # rows that leave the batch together, so that the copy of what was read of them stays small
 
 
@@ -462,7 +457,7 @@ def decode(model, layers, mask, token, limits, finish):
             ended = torch.isin(new, ends)
             first = torch.where(ended.any(1), ended.int().argmax(1), length)  # the first end token
             over = (first < length) | (limits <= length)
-            if over.float().mean() >= 0.25 or length >= longest:  # fewer are not worth the copying
+            if over.float().mean() >= 0.125 or length >= longest:  # fewer are not worth the copying
                 for some in over.nonzero()[:, 0].split(FINISH_AT_ONCE):
                     counts = torch.minimum(first, limits)[some]
                     valid = counts.clamp(max=length - 1)  # the last token has not been read
