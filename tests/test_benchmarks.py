@@ -1,6 +1,7 @@
 """The benchmarks run and say what they measured; how fast this machine is, is not a test."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ from conftest import ROOT
 
 def run(script, *arguments, folder):
     command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # other tests run beside it
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
