@@ -112,8 +112,10 @@ def open_run(flags, task, train):
     path = run_dir / "run.json"
     if path.exists():
         other = differences(path, record)
-        require(not other, f"{run_dir} holds a run with other {', '.join(other)}: choose another --run-dir")
-        return run_dir
+        begun = (run_dir / "steps.jsonl").exists()  # one that ended before its first step may be begun otherwise
+        require(not (other and begun), f"{run_dir} holds a run with other {', '.join(other)}: choose another --run-dir")
+        if not other:
+            return run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
     return run_dir

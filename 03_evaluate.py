@@ -122,8 +122,8 @@ def regrade(run_dir, task, splits):
 
     for old, new in regrade(run_dir, task, splits):
         paper, harness = (
-            f"{reading.split('_')[0]} {100 * old[reading]:5.1f} -> {100 * new[reading]:5.1f} %"
-            for reading in ("accuracy", "harness_accuracy")
+            f"{reading} {100 * old[key]:5.1f} -> {100 * new[key]:5.1f} %"
+            for reading, key in (("paper", "accuracy"), ("harness", "harness_accuracy"))
         )
         print(f"{new['role']:9s}  {new['split']:4s}  {paper}  {harness}  {new['prompt'] or '(no prompt)'}")
     print(f"  {run_dir / 'results.jsonl'}\n  {run_dir / 'predictions.jsonl'}")

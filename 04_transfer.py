@@ -29,7 +29,7 @@ class Flags(ServerFlags):
     source: str = flag("", "folder of the authors' data files, for tasks that are not prepared; empty: the hub")
     device: str = flag("auto", "cpu, cuda or cuda:N")
     dtype: str = flag("auto", "auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16 or float16")
-    out: str = flag("runs/transfer", "folder of the matrix and of the predictions behind it")
+    out: str = flag("runs/transfer", "folder of the predictions and of the last call's matrix")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def transfer(flags, targets, jobs, out):
             )
             labels = {"task": job.task.name, "method": job.method, "source": job.source, "run": job.run}
             kept = "split n accuracy stderr harness_accuracy harness_stderr unread truncated mean_tokens max_new_tokens"
-            records.append(labels | {"target": answerer.name} | {key: done[key] for key in [*kept.split(), "prompt"]})
+            target = answerer.name + " (server)" * bool(answerer.endpoint)
+            records.append(labels | {"target": target} | {key: done[key] for key in [*kept.split(), "prompt"]})
             bar.update()
     bar.close()
     write_jsonl(out / "transfer.jsonl", records)
@@ -116,6 +117,7 @@ def as_target(text, flags):
     if at and url.startswith(("http://", "https://")):
         require(model.strip(), f"--targets {text}: say which model, NAME{text}")
         return model.strip(), url
+    require(not at or Path(text).exists(), f"--targets {text}: a server is NAME@http://HOST:PORT/v1")
     return ModelFlags(text, flags.device, flags.dtype).model_path(), ""
 
 

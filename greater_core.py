@@ -187,7 +187,7 @@ def encode_in_place(tokenizer, task, question, prompt):
     start = end - len(prompt) - 1  # the space before the prompt belongs to it: " proper" is one token
     ids = continuation(tokenizer, chat[:start], chat[start:end])
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        raise UserError(f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
+        raise UserError(f"the model's tokenizer does not know all of the prompt {prompt!r}: give another")
     return encode(tokenizer, chat[:start]), ids, continuation(tokenizer, chat[:end], chat[end:])
 
 

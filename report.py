@@ -11,6 +11,7 @@ a run are only read.
 import json
 import math
 import statistics
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -198,7 +199,8 @@ def table_records(runs):
             if role == "best":
                 searched.append(record)
                 continue
-            key = (run.task, run.model, method, record["prompt"])
+            frame = [run.config.get(name) for name in ("extractor", "template", "max_new_tokens")]
+            key = (run.task, run.model, method, record["prompt"], *frame)
             fixed[key] = max(fixed.get(key, record), record, key=lambda r: r["n"])
     order = ("initial", "baseline", "best")
     return sorted([*fixed.values(), *searched], key=lambda r: (r["model"], order.index(r["role"])))
@@ -505,7 +507,9 @@ def draw_evolution(run, path):
     ruler = panel(left, 45, 560, 14, yticks=[])
     ruler.imshow(colors[None], aspect="auto", extent=(-0.5, last + 0.5, 0, 1))
     ruler.xaxis.get_major_locator().set_params(integer=True)
-    ruler.set_xlabel(f"step at which the {unit} was set (white: at the start; red frame: the new {unit}; ·: a space)")
+    ruler.set_xlabel(
+        f"step at which the {unit} was set (white: at the start; orange frame: the new {unit}; ·: a space)"
+    )
     notes = [] if gap is None else [f"{len(rows) - 1} of {len(every) - 1} changes shown"]
     notes += [] if kind == "tokens" else ["words of the text, since the tokens are not known here"]
     figure.suptitle("; ".join([run.title, *notes]), y=1 - 20 / height)
@@ -562,7 +566,9 @@ def draw_accuracy(records, path):
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     known = [method for method in methods if method in bars]
-    figure.legend([bars[m] for m in known], known, loc="outside lower center", ncols=4)
+    labels = [textwrap.fill(m, 60) for m in known]  # those with settings are long
+    columns = 4 if max(map(len, labels)) < 30 else 2
+    figure.legend([bars[m] for m in known], labels, loc="outside lower center", ncols=columns)
     figure.suptitle("Accuracy by task and model")
     figure.savefig(path)
 

@@ -121,6 +121,14 @@ def test_another_configuration_in_the_same_folder_is_refused(finished):
     assert done.returncode == 2 and "other fluency_weight: choose another --run-dir" in done.stderr
 
 
+def test_a_search_that_failed_before_its_first_step_may_be_begun_otherwise(tmp_path):
+    flags = ["--steps", "0", "--train-rows", "5", "--eval-rows", "5", "--run-dir", "r"]
+    done = run("02_optimize.py", *flags, "--initial-prompt", "rhubarb", folder=tmp_path)
+    assert done.returncode == 2 and (tmp_path / "r" / "run.json").exists()
+    good("02_optimize.py", *flags, "--initial-prompt", "tell the sum .", folder=tmp_path)
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["config"]["initial_prompt"] == "tell the sum ."
+
+
 def test_stage_3_reads_finished_results_and_evaluates_new_prompts(finished):
     folder = finished[0]
     path = folder / "runs" / "demo-seed0" / "predictions.jsonl"
@@ -180,7 +188,7 @@ def test_stage_3_grades_the_kept_texts_again_without_loading_a_model(finished, t
     write_jsonl(run_dir / "results.jsonl", [r | {"accuracy": 0.0} for r in read_jsonl(run_dir / "results.jsonl")])
     flags = ["--run-dir", "runs/demo-seed0", "--regrade", "--model", "no/such-model"]
     printed = good("03_evaluate.py", *flags, folder=tmp_path / "copy")
-    assert re.search(r"^best +test  accuracy   0\.0 ->  +[\d.]+ %", printed, re.M)
+    assert re.search(r"^best +test  paper   0\.0 ->  +[\d.]+ %", printed, re.M)
     assert (run_dir / "results.jsonl").read_text() == truth
 
 
@@ -383,6 +391,7 @@ BAD = [
     ("03_evaluate.py --prompts half.jsonl", "half.jsonl, line 1: no prompt"),
     ("04_transfer.py --runs empty-run --targets demo/small", "empty-run/run.json is not the record of a run"),
     ("04_transfer.py --runs empty-run --targets @http://localhost:9/v1", "say which model"),
+    ("04_transfer.py --runs empty-run --targets m@localhost:9/v1", "a server is NAME@http://HOST:PORT/v1"),
     ("04_transfer.py --targets demo/small", "--runs"),
     ("04_transfer.py --runs broken-run", "--targets"),
     ("04_transfer.py --runs broken-run --targets demo/small", "broken-run/run.json is not the record of a run"),
