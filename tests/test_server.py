@@ -468,6 +468,21 @@ def test_stage_3_evaluates_on_a_real_server_without_importing_torch(real_server,
     assert "error: --endpoint" in unknown.stderr and "no/such-model" in unknown.stderr
 
 
+def test_stage_4_sets_a_server_beside_a_model_loaded_here(real_server, tmp_path):
+    url, name = real_server
+    search = ["--steps", "0", "--train-rows", "5", "--eval-rows", "5"]
+    assert script("02_optimize.py", *search, folder=tmp_path).returncode == 0
+    targets = ["--targets", "demo/model", f"{name}@{url}", "--answer-turn", "prefill", "--eval-rows", "8"]
+    done = script("04_transfer.py", "--runs", "runs/demo-seed0", *targets, folder=tmp_path)
+    assert done.returncode == 2 and "--targets: two are called demo/model" in done.stderr
+    targets[1] = "demo/small"
+    done = script("04_transfer.py", "--runs", "runs/demo-seed0", *targets, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = read_jsonl(tmp_path / "runs/transfer/transfer.jsonl")
+    assert [r["target"] for r in records] == ["demo/small"] * 2 + ["demo/model (server)"] * 2
+    assert all(r["n"] == 8 and r["accuracy"] == records[0]["accuracy"] for r in records)
+
+
 def test_stage_3_says_in_one_line_that_no_server_is_there(tmp_path):
     arguments = ["--task", "demo", "--prompt", "check .", "--endpoint", "http://127.0.0.1:9/v1", "--model", "m"]
     done = script("03_evaluate.py", *arguments, folder=tmp_path)
