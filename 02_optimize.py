@@ -53,8 +53,9 @@ def search(flags, task, splits, train, run_dir):
 
     import greater_core as core
     from evaluation import evaluate_once, local_answerer
+    from frozen_model import load_model
 
-    model, tokenizer = core.load_model(flags.model, flags.device, flags.dtype)
+    model, tokenizer = load_model(flags.model, flags.device, flags.dtype)
     rows = [core.splice(tokenizer, task, row) for row in train]
     start = core.encode_in_place(tokenizer, task, train[0]["question"], task.initial_prompt)[1]
     history = read_appended(run_dir / "steps.jsonl")

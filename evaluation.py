@@ -56,7 +56,7 @@ def open_answerer(flags, model, endpoint=""):
         from server import server_answerer
 
         return server_answerer(flags, endpoint, model)
-    from greater_core import load_model
+    from frozen_model import load_model
 
     return local_answerer(*load_model(model, flags.device, flags.dtype), model)
 

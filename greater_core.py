@@ -35,109 +35,21 @@ Deliberate deviations (the README has them as a table, `--preset released` undoe
 - The final prompt is chosen on dev rows among prompts that end a sentence. Released: the ten best on training rows.
 """
 
-import logging
 import math
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from tasks import UserError, require
+from frozen_model import Growing, Picked, SharedQuestions, Work, empty, in_batches, pad, read
+from tasks import UserError
 
 SENTENCE_ENDS = (".", "!", "?")
 PUNCTUATION = (*SENTENCE_ENDS, ",", ";", ":")
-
-
-# --- The model ------------------------------------------------------------------------------------
-
-
-def load_model(name, device="auto", dtype="auto"):
-    """(model, tokenizer) from a hub name or a local folder; the model frozen, in eval mode, decoding greedily.
-
-    Only safetensors are read and no code from the model's folder is run. `dtype` "auto" means bfloat16 on CUDA
-    and float32 on the CPU. Errors: UserError when the model is not there, gated, or has no chat template.
-    """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
-    dtype = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}.get(dtype) or getattr(torch, dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if tokenizer.chat_template is None:
-            raise UserError(f"--model {name} has no chat template: choose an instruction-tuned model")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"cannot load --model {name} ({reason}). Ways out: `hf auth login` for a gated model, "
-            "an open model by its hub name, a local folder, or --task demo, whose model is included"
-        ) from None
-    return freeze(model.to(device), tokenizer), tokenizer
-
-
-def freeze(model, tokenizer):
-    """The model without weight gradients or dropout, and with greedy decoding in place of its own sampling settings.
-
-    Errors: UserError if its layers keep something else than attention's keys and values, or it never stops.
-    """
-    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if others := layers - {"full_attention", "sliding_attention", "chunked_attention"}:
-        raise UserError(f"--model has layers of type {', '.join(sorted(others))}: only attention can be shared here")
-    multiply_faster(model.requires_grad_(False).eval())
-    own = model.generation_config
-    ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
-    if not ends:
-        raise UserError("the model names no end-of-sequence token, so its reasoning would never stop")
-    # Padding is masked everywhere, so any id serves; an end token is always in the vocabulary.
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
-    return model
-
-
-def multiply_faster(model):
-    """The same model with its linear layers in oneDNN, where they are float32 on a CPU: PyTorch's own way is MKL.
-
-    Decoding multiplies few rows by large matrices, where oneDNN is the faster of the two.
-    """
-    usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    for layer in model.modules():
-        if usable and type(layer) is torch.nn.Linear and (layer.weight.dtype, layer.weight.device.type) == FASTER_FOR:
-            layer.__class__ = OneDnnLinear
-            if layer.weight is not model.get_input_embeddings().weight:  # whose rows are looked up
-                # The same numbers, in the order in which oneDNN reads them.
-                layer.weight.data = layer.weight.data.t().contiguous().t()
-    return model
-
-
-FASTER_FOR = (torch.float32, "cpu")
-
-
-class OneDnnLinear(torch.nn.Linear):
-    def forward(self, inputs):
-        return OneDnnProduct.apply(inputs, self.weight, self.bias)
-
-
-class OneDnnProduct(torch.autograd.Function):
-    """F.linear with frozen weights, by an operator that PyTorch has for its compiler, without a derivative."""
-
-    @staticmethod
-    def forward(ctx, inputs, weight, bias):
-        ctx.save_for_backward(weight)
-        return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (weight,) = ctx.saved_tensors
-        return torch.ops.mkldnn._linear_pointwise(gradient.contiguous(), weight.t(), None, "none", [], ""), None, None
 
 
 # --- A row's token ids, in parts (Eq. 1-2) ----------------------------------------------------------
@@ -229,126 +141,7 @@ def survives_encoding(tokenizer, row, prompt_ids):
     return encode(tokenizer, before + text + after) == row.before + list(prompt_ids) + row.between
 
 
-# --- Reading: keys and values once, logits only where they are needed ------------------------------------
-
-
-@dataclass
-class Work:
-    """What a run has done, in tokens read forward, backward and generated, and the batch sizes that fit:
-    {stage: size}, lowered when CUDA memory runs out."""
-
-    counts: Counter = field(default_factory=Counter)
-    sizes: dict = field(default_factory=dict)
-
-
-def in_batches(function, items, stage, size, work):
-    """[function(items[a:b]), ...] over batches; on CUDA out-of-memory the stage's size halves and the work goes on."""
-    results, start = [], 0
-    while start < len(items):
-        size, full = work.sizes.get(stage, size), False
-        try:
-            results.append(function(items[start : start + size]))
-            start += size
-        except torch.OutOfMemoryError:
-            full = True
-        if full:  # not in the except block, where the error still holds the batch's tensors
-            require(size > 1, "out of memory with a single row: use a smaller model or fewer tokens")
-            torch.cuda.empty_cache()
-            work.sizes[stage] = (min(size, len(items)) + 1) // 2
-            logging.getLogger(__name__).warning("out of memory: %s in batches of %d", stage, work.sizes[stage])
-    return results
-
-
-def pad(sequences, device, left=False):
-    """(ids [B, T], mask [B, T]) of lists of ids, padded on one side. Padding is id 0, masked everywhere."""
-    longest = max(map(len, sequences))
-    gaps = [[0] * (longest - len(s)) for s in sequences]
-    ids = [g + s if left else s + g for s, g in zip(sequences, gaps)]
-    ones = [[1] * len(s) for s in sequences]
-    mask = [g + o if left else o + g for o, g in zip(ones, gaps)]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def logits_at(model, columns, **inputs):
-    """Logits [B, L, V], float32 or better, at `columns` [B, L] of each row, never for the whole sequence.
-
-    The output embedding is applied to the chosen hidden states only; whatever the model does to its logits
-    afterwards (Gemma-2 caps them) it does to these.
-    """
-    rows = torch.arange(len(columns), device=columns.device)[:, None]
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][rows, columns],))
-    try:
-        logits = model(**inputs).logits
-    finally:
-        hook.remove()
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def read(model, layers, mask, tokens, columns):
-    """Read new tokens behind the keys and values in `layers`: logits [B, L, V] at `columns` of the new tokens.
-
-    layers: per layer of the model what holds its keys and values, `Picked`, `Growing` or transformers' own.
-    tokens: ids [B, S] or embeddings [B, S, H]. mask [B, C + S]: padding only before the first and behind the last
-    token of a row.
-    """
-    cache = DynamicCache()
-    cache.layers = layers
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-    name = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
-    inputs = {name: tokens, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-    return logits_at(model, columns, **inputs, use_cache=True)
-
-
-def empty(kind, model):
-    return [kind() for _ in range(model.config.get_text_config().num_hidden_layers)]
-
-
-class Picked(DynamicLayer):
-    """Keys and values that others use too. They are picked and joined with the new ones only while their layer is
-    read, so that the copy is one layer's and lives no longer.
-
-    pieces: [(keys, values), ...], each [rows, heads, columns, head size], one behind the other; pick(states) takes
-    some rows of these. Afterwards `keys` and `values` are the new ones alone.
-    """
-
-    def __init__(self, pieces=(), pick=None):
-        super().__init__()
-        self.pieces, self.pick, self.is_initialized = pieces, pick, True
-
-    def get_seq_length(self):
-        return sum(keys.shape[2] for keys, _ in self.pieces)
-
-    def update(self, keys, values, *args, **kwargs):
-        self.keys, self.values = keys, values
-        return self.join(0, keys), self.join(1, values)
-
-    def join(self, which, *behind):
-        return torch.cat([*(self.pick(piece[which]) for piece in self.pieces), *behind], 2)
-
-
-class Growing(Picked):
-    """Keys and values that grow in place, where DynamicLayer copies all of them for every decoded token. What they
-    begin with is copied at the first token."""
-
-    room = 0  # columns that the two tensors in `all` can hold
-
-    def update(self, keys, values, *args, **kwargs):
-        start, new = self.get_seq_length(), (keys, values)
-        end = start + keys.shape[2]
-        if end > self.room:
-            self.room = end + 64
-            more = keys.new_empty(*keys.shape[:2], self.room - start, keys.shape[3])
-            self.all = [self.join(n, more) for n in range(2)]
-        for whole, states in zip(self.all, new):
-            whole[:, :, start:end] = states
-        self.keys, self.values = (whole[:, :, :end] for whole in self.all)
-        self.pieces, self.pick = [(self.keys, self.values)], lambda states: states
-        return self.keys, self.values
-
-    def keep(self, rows):
-        """Drop all but some rows. The next token copies these, a layer at a time."""
-        self.pick, self.room = lambda states: states.index_select(0, rows), 0
+# --- Question and prompt, read once ----------------------------------------------------------------------
 
 
 @dataclass
@@ -376,6 +169,11 @@ class Prefix:
         starts = [self.starts[i] - first for i in indices]
         rows = self.mask[index, first:], starts, self.log_probs[index], self.nll[index], self.index[index]
         return Prefix(self.tokens, past, *rows)
+
+    def shared(self, kind):
+        """(the questions as `SharedQuestions`, layers of a kind that begin with the prompt)"""
+        shared = SharedQuestions([question for question, *_ in self.past], self.index.tolist())
+        return shared, [kind(prompt, lambda states: states.index_select(0, self.index)) for _, *prompt in self.past]
 
     def layers(self, kind):
         return [kind(pieces, lambda states: states.index_select(0, self.index)) for pieces in self.past]
@@ -438,8 +236,8 @@ CHECK_EVERY = {"cpu": 1, "cuda": 8}
 FINISH_AT_ONCE = 8  # rows that leave the batch together, so that the copy of what was read of them stays small
 
 
-@torch.no_grad()
-def decode(model, layers, mask, token, limits, finish):
+@torch.inference_mode()
+def decode(model, layers, mask, token, limits, finish, shared=None):
     """Greedy decoding of a batch behind `Growing` layers, whose first new token [B] is known, each row to an
     end token or its limit [B].
 
@@ -461,24 +259,27 @@ def decode(model, layers, mask, token, limits, finish):
                 for some in over.nonzero()[:, 0].split(FINISH_AT_ONCE):
                     counts = torch.minimum(first, limits)[some]
                     valid = counts.clamp(max=length - 1)  # the last token has not been read
-                    aligned = align_right(layers, mask, some, length - 1 - valid)
+                    part = shared and shared.keep(some.tolist(), copy=False)
+                    aligned = align_right(layers, mask, some, length - 1 - valid, shared.columns if shared else 0)
                     texts = [ids[:n] for ids, n in zip(new[some].tolist(), counts.tolist())]
                     unread = [ids[n:] for ids, n in zip(texts, valid.tolist())]
-                    finish(places[some].tolist(), texts, (first < limits)[some].tolist(), unread, *aligned)
+                    finish(places[some].tolist(), texts, (first < limits)[some].tolist(), unread, *aligned, part)
                 if over.all():
                     return
                 rest = (~over).nonzero()[:, 0]
                 for layer in layers:
                     layer.keep(rest)
+                shared = shared and shared.keep(rest.tolist())
                 places, new, mask, column, limits = (t[rest] for t in (places, new, mask, column, limits))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        logits = read(model, layers, mask, new[:, -1:], column)
+        logits = read(model, layers, mask, new[:, -1:], column, shared)
         new = torch.cat([new, logits[:, 0].argmax(-1, keepdim=True)], 1)
 
 
-def align_right(layers, mask, rows, shift):
+def align_right(layers, mask, rows, shift, front=0):
     """(`Picked` layers, mask) of some rows [b], each moved `shift` [b] columns to the right, so that it loses its
     last columns."""
+    before, mask = mask[rows, :front], mask[:, front:]
     source = torch.arange(mask.shape[1], device=mask.device) - shift[:, None]
     inside, source = source >= 0, source.clamp(min=0)
 
@@ -486,7 +287,7 @@ def align_right(layers, mask, rows, shift):
         return states.transpose(1, 2)[rows[:, None], source].transpose(1, 2)
 
     picked = [Picked([(layer.keys, layer.values)], pick) for layer in layers]
-    return picked, mask[rows].gather(1, source) * inside
+    return picked, torch.cat([before, mask[rows].gather(1, source) * inside], 1)
 
 
 def generate_greedily(model, contexts, max_new_tokens, batch_size, work=None):
@@ -498,14 +299,14 @@ def generate_greedily(model, contexts, max_new_tokens, batch_size, work=None):
     order = sorted(range(len(contexts)), key=lambda i: (-len(contexts[i]), i))
     done = {}
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(batch):
         ids, mask = pad([contexts[i] for i in batch], model.device, left=True)
         last = mask.new_full((len(batch), 1), ids.shape[1] - 1)
         layers = empty(Growing, model)
         logits = read(model, layers, mask, ids, last)
 
-        def finish(places, texts, stopped, unread, layers, mask):
+        def finish(places, texts, stopped, unread, layers, mask, shared):
             done.update({batch[n]: result for n, *result in zip(places, texts, stopped)})
 
         limits = mask.new_full((len(batch),), max_new_tokens)
@@ -723,27 +524,27 @@ def reason_and_score(model, rows, prefix, prompts, settings, work, limits=None):
     jobs = sorted(((n, i) for n in range(len(prompts)) for i in range(len(rows))), key=lambda job: -sizes[job[1]])
     done = {}
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(batch):
         part = prefix.take([i for _, i in batch])
-        layers = part.layers(Growing)
+        shared, layers = part.shared(Growing)
         tails = [rests[n] + rows[i].between for n, i in batch]
         tokens = torch.tensor(tails, device=model.device)
         mask = torch.cat([part.mask, torch.ones_like(tokens)], 1)
         # Columns that predict the prompt's tokens, and the last one, which predicts the first token of the reasoning.
         read_at = [*range(len(rests[0]) - 1), len(tails[0]) - 1]
         columns = torch.tensor(read_at, device=model.device).expand(len(batch), -1)
-        logits = read(model, layers, mask, tokens, columns)
+        logits = read(model, layers, mask, tokens, columns, shared)
         nll = prompt_nll(part, tokens[:, : len(rests[0])], logits[:, :-1])
 
-        def finish(places, texts, stopped, unread, layers, mask):
+        def finish(places, texts, stopped, unread, layers, mask, shared):
             ended = [rows[batch[place][1]] for place in places]
             tails = [rest + row.extractor + row.answer for row, rest in zip(ended, unread)]
             tokens, more = pad(tails, model.device)
             size = max(len(row.answer) for row in ended)
             columns = [answer_columns(tail, len(row.answer), size) for tail, row in zip(tails, ended)]
             columns = torch.tensor(columns, device=model.device)
-            logits = read(model, layers, torch.cat([mask, more], 1), tokens, columns)
+            logits = read(model, layers, torch.cat([mask, more], 1), tokens, columns, shared)
             losses = answer_cross_entropy(logits, ended, settings.loss_temperature)
             work.counts["forward_tokens"] += sum(map(len, tails))
             work.counts["generated_tokens"] += sum(map(len, texts)) + sum(stopped)
@@ -752,7 +553,7 @@ def reason_and_score(model, rows, prefix, prompts, settings, work, limits=None):
 
         work.counts["forward_tokens"] += tokens.numel()
         most = [(limits or {}).get(job, settings.max_new_tokens) for job in batch]
-        decode(model, layers, mask, logits[:, -1].argmax(-1), torch.tensor(most, device=model.device), finish)
+        decode(model, layers, mask, logits[:, -1].argmax(-1), torch.tensor(most, device=model.device), finish, shared)
 
     in_batches(run, jobs, "generation", settings.batch_size, work)
     return done

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import greater_core as core
 from evaluation import accuracy, evaluate, local_answerer
+from frozen_model import load_model
 from settings import SearchSettings
 from sources import split_rows
 from tasks import get_task
@@ -91,7 +92,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/claims"))
     flags = parser.parse_args()
     started, task = time.time(), get_task("demo")
-    model, tokenizer = core.load_model(str(ROOT / "demo" / "model"), "cpu", "float32")
+    model, tokenizer = load_model(str(ROOT / "demo" / "model"), "cpu", "float32")
     answerer = local_answerer(model, tokenizer, ROOT / "demo" / "model")
     data, known = split_rows(task), {}
 

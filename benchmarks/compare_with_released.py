@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import greater_core as core
+from frozen_model import load_model, logits_at
 
 TOLERANCE = 1e-4
 
@@ -145,7 +146,7 @@ def compare_tried(report, name, model, settings, config, step, rows, tried):
     nll = []
     for row, r in zip(scored, theirs):
         columns = torch.arange(len(prompt))[None] + len(row.before) - 1  # column c predicts token c + 1
-        logits = core.logits_at(model, columns, input_ids=torch.tensor([r["scored_ids"]]))
+        logits = logits_at(model, columns, input_ids=torch.tensor([r["scored_ids"]]))
         labels = torch.tensor(r["prompt_nll_labels"])
         nll.append(torch.nn.functional.cross_entropy(logits[0], labels, reduction="none").tolist())
     report.close(f"{name}: prompt nll on the released labels", nll, [r["prompt_nll"] for r in theirs])
@@ -165,7 +166,7 @@ def main():
         print(f"error: --golden {folder}: no object_counting.json and model/ there", file=sys.stderr)
         sys.exit(2)
     golden = json.loads((folder / "object_counting.json").read_text(encoding="utf-8"))
-    model, tokenizer = core.load_model(str(folder / "model"), "cpu", "float32")
+    model, tokenizer = load_model(str(folder / "model"), "cpu", "float32")
     report = Report()
     for step in golden["steps"]:
         compare_step(report, model, tokenizer, golden, step)

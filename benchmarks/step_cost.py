@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import greater_core as core
+from frozen_model import faster, load_model
 from settings import SearchSettings
 from sources import split_rows
 from tasks import get_task
@@ -120,7 +121,7 @@ def clock(device):
 
 def our_step(model, flags):
     """({stage: seconds} of a step, its token counts). What earlier steps left is made before the clock starts."""
-    core.multiply_faster(model)
+    faster(model)
     rows, prompt, position, candidates, lengths = problem(flags, model)
     settings = SearchSettings(batch_size=flags.batch_size, gradient_batch_size=flags.gradient_batch_size)
     setup, work, device = core.Work(), core.Work(), model.device.type
@@ -218,7 +219,7 @@ def generate_batch_step(model, flags):
 def first_step(device):
     """Seconds from the loaded demo model to the record of the first step: the start prompt's score and one step."""
     task = get_task("demo")
-    model, tokenizer = core.load_model(str(ROOT / "demo" / "model"), device)
+    model, tokenizer = load_model(str(ROOT / "demo" / "model"), device)
     data = split_rows(task)["train"]
     started = clock(model.device.type)
     settings = SearchSettings(**{n: v for n, v in task.defaults.items() if n in vars(SearchSettings())})

@@ -227,7 +227,7 @@ def print_table(folder, instructions=5):
     """Accuracy on the held-out test rows by instruction quality; `instructions` drawn for each level."""
     sys.path.insert(0, str(HERE.parent))
     from evaluation import accuracy, evaluate, local_answerer
-    from greater_core import load_model
+    from frozen_model import load_model
     from settings import GenerationSettings
     from sources import split_rows
     from tasks import get_task

@@ -20,7 +20,8 @@ from transformers.models.qwen3 import modeling_qwen3
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from greater_core import encode_in_place, freeze, load_model, splice  # noqa: E402
+from frozen_model import freeze, load_model  # noqa: E402
+from greater_core import encode_in_place, splice  # noqa: E402
 from settings import SearchSettings  # noqa: E402
 from sources import split_rows  # noqa: E402
 from tasks import Task, get_task  # noqa: E402

@@ -8,14 +8,14 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, gemma_like, own_task, settings, tiny_model
+from conftest import FAMILIES, gemma_like, own_task, settings, tiny_model
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from transformers import GenerationConfig
 
 import greater_core as core
+from frozen_model import freeze
 from tasks import UserError
 
 # --- Token ids in parts -----------------------------------------------------------------------------
@@ -84,29 +84,7 @@ def test_survives_encoding_refuses_what_reads_the_same_but_is_other_tokens(subwo
     assert not core.survives_encoding(subword_tokenizer, parts, letters)
 
 
-# --- Padding and logits --------------------------------------------------------------------------------
-
-
-def test_padding_stands_on_one_side_and_is_masked():
-    ids, mask = core.pad([[1, 2], [3], []], "cpu")
-    assert (ids.tolist(), mask.tolist()) == ([[1, 2], [3, 0], [0, 0]], [[1, 1], [1, 0], [0, 0]])
-    ids, mask = core.pad([[1, 2], [3]], "cpu", left=True)
-    assert (ids.tolist(), mask.tolist()) == ([[1, 2], [0, 3]], [[1, 1], [0, 1]])
-
-
-def test_reading_in_pieces_is_reading_in_one_and_leaves_the_pieces_as_they_were(any_model):
-    ids = torch.randint(6, 100, (3, 30))
-    ones, last = torch.ones(3, 30, dtype=torch.long), torch.tensor([[4, 9], [9, 0], [0, 3]])
-    whole = any_model(input_ids=ids).logits
-    pieces = core.empty(core.DynamicLayer, any_model)
-    core.read(any_model, pieces, ones[:, :20], ids[:, :20], last)
-    for rows in ([0, 1, 2], [2, 0], [1, 1, 1]):  # from the same pieces
-        for kind in (core.Picked, core.Growing):
-            cut = [[(p.keys[:, :, part], p.values[:, :, part]) for part in (slice(7), slice(7, 20))] for p in pieces]
-            layers = [kind(parts, lambda states, rows=rows: states[rows]) for parts in cut]
-            logits = core.read(any_model, layers, ones[rows], ids[rows, 20:], last[rows])
-            torch.testing.assert_close(logits, whole[torch.tensor(rows)[:, None], 20 + last[rows]])
-            assert pieces[0].keys.shape[2] == 20
+# --- Question and prompt, read once ------------------------------------------------------------------
 
 
 def test_align_right_moves_each_row_and_masks_what_comes_in():
@@ -118,23 +96,6 @@ def test_align_right_moves_each_row_and_masks_what_comes_in():
     keys, values = layer.update(*torch.full((2, 2, 1, 1, 1), 99.0))
     assert moved.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
     assert keys[0, 0, 2:, 0].tolist() == [1, 2, 99] and values[1, 0, 2:, 0].tolist() == [-8, -9, 99]
-
-
-def test_growing_keys_and_values_are_those_that_were_put_in_and_leave_the_shared_ones_alone():
-    shared = torch.arange(12.0).reshape(2, 1, 3, 2)
-    layer, expected = core.Growing([(shared, -shared)], lambda states: states[[1, 0, 1]]), shared[[1, 0, 1]]
-    for n in range(100):
-        if n in (50, 51, 90):
-            layer.keep(torch.arange(len(expected) - 1))
-            expected = expected[:-1]
-            if not len(expected):
-                break
-        new = torch.randn(len(expected), 1, 1 + n % 3, 2)
-        keys, values = layer.update(new, -new)
-        expected = torch.cat([expected, new], 2)
-        assert torch.equal(keys, expected) and torch.equal(values, -expected)
-        assert layer.get_seq_length() == expected.shape[2]
-    assert torch.equal(shared, torch.arange(12.0).reshape(2, 1, 3, 2))
 
 
 def test_a_prefix_read_token_by_token_is_that_of_the_whole_sequence(any_model, few_rows):
@@ -162,33 +123,8 @@ def test_a_known_prefix_is_used_only_if_it_leads_to_the_tokens(llama, few_rows):
     assert work.counts["forward_tokens"] - before == (1 + 0 + 2) * len(rows)
 
 
-def test_logits_at_are_those_of_the_whole_sequence(any_model):
-    ids = torch.randint(6, 100, (3, 20))
-    columns = torch.tensor([[0, 5], [19, 2], [7, 7]])
-    whole = any_model(input_ids=ids).logits
-    read = core.logits_at(any_model, columns, input_ids=ids)
-    torch.testing.assert_close(read, whole[torch.arange(3)[:, None], columns])
-
-
 def prefix_of(model, rows, tokens):
     return core.prefix_at(model, core.read_questions(model, rows, 2, core.Work()), tuple(tokens), core.Work())
-
-
-def test_in_batches_halves_the_size_when_memory_runs_out_keeps_it_and_loses_nothing():
-    sizes, state = [], core.Work()
-
-    def work(batch):
-        sizes.append(len(batch))
-        if len(batch) > 3:
-            raise torch.OutOfMemoryError("no")
-        return list(batch)
-
-    assert sum(core.in_batches(work, list(range(10)), "a", 8, state), []) == list(range(10))
-    assert sizes == [8, 4, 2, 2, 2, 2, 2]
-    core.in_batches(work, [1, 2, 3], "a", 8, state)
-    assert sizes[7:] == [2, 1]
-    with pytest.raises(UserError, match="single row"):
-        core.in_batches(lambda batch: work(range(9)), [1], "b", 1, core.Work())
 
 
 # --- Reasoning -----------------------------------------------------------------------------------------
@@ -270,44 +206,6 @@ def test_reasoning_ends_before_the_end_token_and_counts_it(demo_model, few_rows,
     assert cut == [(ids[:2], len(ids) < 2) for ids, _ in done]
 
 
-def test_freeze_replaces_the_model_s_own_sampling_settings(demo_tokenizer):
-    model = tiny_model("llama", demo_tokenizer)
-    model.generation_config = GenerationConfig(do_sample=True, repetition_penalty=1.7, eos_token_id=[3, 5])
-    core.freeze(model, demo_tokenizer)
-    assert model.generation_config.repetition_penalty in (None, 1.0) and not model.generation_config.do_sample
-    assert model.generation_config.eos_token_id == [3, 5]
-    assert not any(p.requires_grad for p in model.parameters()) and not model.training
-    model.generation_config.eos_token_id = 3
-    assert core.freeze(model.train(), demo_tokenizer).generation_config.eos_token_id == [3, demo_tokenizer.eos_token_id]
-    assert not model.training
-    model.generation_config.eos_token_id, nameless = None, copy.deepcopy(demo_tokenizer)
-    nameless.eos_token = None
-    with pytest.raises(UserError, match="no end-of-sequence token"):
-        core.freeze(model, nameless)
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_faster_products_are_the_same_products_and_have_the_same_gradient(demo_tokenizer, family):
-    model = tiny_model(family, demo_tokenizer, torch.float32)
-    plain = copy.deepcopy(model)
-    for layer in plain.modules():
-        layer.__class__ = torch.nn.Linear if type(layer) is core.OneDnnLinear else type(layer)
-    faster = sum(type(layer) is core.OneDnnLinear for layer in model.modules())
-    assert faster == sum(type(layer) is torch.nn.Linear for layer in plain.modules()) == 2 * 7 + 1
-    for count in (1, 3, 40):
-        embeddings = torch.randn(count, 5, 32, requires_grad=True)
-        found, expected = (m(inputs_embeds=embeddings).logits for m in (model, plain))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        gradients = [torch.autograd.grad(logits.square().sum(), embeddings)[0] for logits in (found, expected)]
-        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
-    layer, inputs = torch.nn.Linear(6, 4), torch.randn(2, 6, requires_grad=True)
-    expected = layer(inputs)
-    found = core.OneDnnProduct.apply(inputs, layer.weight.detach(), layer.bias.detach())
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(v.sum(), inputs)[0] for v in (found, expected)))
-
-
 # --- The loss --------------------------------------------------------------------------------------------
 
 
@@ -317,7 +215,7 @@ def constant_model(tokenizer, logits):
     model.lm_head = torch.nn.Linear(model.config.hidden_size, len(logits), dtype=torch.float64)
     torch.nn.init.zeros_(model.lm_head.weight)
     model.lm_head.bias.data = torch.tensor(logits, dtype=torch.float64)
-    return core.freeze(model, tokenizer)
+    return freeze(model, tokenizer)
 
 
 def test_the_loss_on_constant_logits_is_the_one_worked_out_by_hand(demo_tokenizer, few_rows):
@@ -836,35 +734,6 @@ def test_fifty_steps_keep_every_position_s_meaning_with_a_subword_tokenizer(subw
             assert core.encode_in_place(subword_tokenizer, task, row["question"], record["prompt"])[1] == ids
         before = ids
     assert before != start
-
-
-# --- Loading ---------------------------------------------------------------------------------------------------
-
-
-def test_a_model_that_is_not_there_or_cannot_chat_is_one_clear_error(tmp_path, demo_tokenizer, demo_model):
-    with pytest.raises(UserError, match="Ways out"):
-        core.load_model(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="--device teapot"):
-        core.load_model(str(ROOT / "demo" / "model"), device="teapot")
-    demo_model.save_pretrained(tmp_path)
-    mute = type(demo_tokenizer)(tokenizer_object=demo_tokenizer.backend_tokenizer, eos_token="<|end|>")
-    mute.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no chat template"):
-        core.load_model(str(tmp_path))
-    demo_tokenizer.save_pretrained(tmp_path)
-    assert core.load_model(str(tmp_path), "cpu")[0].dtype == torch.float32
-    assert core.load_model(str(tmp_path), "cpu", "bfloat16")[0].dtype == torch.bfloat16
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(demo_model.state_dict(), tmp_path / "pytorch_model.bin")  # would be a pickle
-    with pytest.raises(UserError, match="cannot load"):
-        core.load_model(str(tmp_path), "cpu")
-
-
-def test_a_model_whose_layers_are_not_all_attention_is_refused(demo_tokenizer):
-    model = tiny_model("qwen3", demo_tokenizer)
-    model.config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(UserError, match="layers of type linear_attention"):
-        core.freeze(model, demo_tokenizer)
 
 
 def test_a_loss_that_is_not_finite_stops_the_search(demo_tokenizer, few_rows):

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, settings
 
 import greater_core as core
+from frozen_model import load_model
 from sources import split_rows
 from tasks import get_task
 
@@ -211,5 +212,5 @@ def test_a_missing_golden_folder_is_one_line(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    values = quantities(*core.load_model(str(ROOT / "demo" / "model"), "cpu", "float32"))
+    values = quantities(*load_model(str(ROOT / "demo" / "model"), "cpu", "float32"))
     FILE.write_text(json.dumps(values) + "\n")

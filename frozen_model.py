@@ -1,0 +1,354 @@
+"""A frozen model, and how it reads: new tokens behind keys and values that are kept, and shared where rows agree.
+
+Nothing here is particular to the method. Every shortcut gives the logits of the plain forward pass; the tests say so.
+
+Shape letters: B rows, S new tokens, C columns of keys and values before them, H hidden size, N questions that rows
+share, D columns of a question, L positions whose logits are read, V vocabulary.
+"""
+
+import logging
+import platform
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from tasks import UserError, require
+
+# --- Loading ----------------------------------------------------------------------------------------
+
+
+def load_model(name, device="auto", dtype="auto"):
+    """(model, tokenizer) from a hub name or a local folder; the model frozen, in eval mode, decoding greedily.
+
+    Only safetensors are read and no code from the model's folder is run. `dtype` "auto" means bfloat16 on CUDA
+    and float32 on the CPU. Errors: UserError when the model is not there, gated, or has no chat template.
+    """
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    dtype = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}.get(dtype) or getattr(torch, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.chat_template is None:
+            raise UserError(f"--model {name} has no chat template: choose an instruction-tuned model")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot load --model {name} ({reason}). Ways out: `hf auth login` for a gated model, "
+            "an open model by its hub name, a local folder, or --task demo, whose model is included"
+        ) from None
+    return freeze(model.to(device), tokenizer), tokenizer
+
+
+def freeze(model, tokenizer):
+    """The model without weight gradients or dropout, and with greedy decoding in place of its own sampling settings.
+
+    Errors: UserError if its layers keep something else than attention's keys and values, or it never stops.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        raise UserError(f"--model has layers of type {', '.join(sorted(others))}: use one of full or sliding attention")
+    faster(model.requires_grad_(False).eval())
+    own = model.generation_config
+    ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
+    if not ends:
+        raise UserError("the model names no end-of-sequence token, so its reasoning would never stop")
+    # Padding is masked everywhere, so any id serves; an end token is always in the vocabulary.
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
+    return model
+
+
+# --- Linear layers on a CPU -----------------------------------------------------------------------------
+
+
+def faster(model):
+    """The same model with the attention below, and on a CPU, in float32, with its linear layers in oneDNN.
+
+    Decoding multiplies few rows by large matrices. PyTorch's own way, MKL, is slow there; oneDNN, which PyTorch
+    brings along, is faster, most of all with weights in its own order.
+    """
+    model.set_attn_implementation(ATTENTION)
+    usable = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+    if not usable or not all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+    ):
+        return model
+    for layer in model.modules():
+        weight = getattr(layer, "weight", None)
+        if type(layer) is torch.nn.Linear and (weight.dtype, weight.device.type) == (torch.float32, "cpu"):
+            layer.__class__ = OneDnnLinear
+            if weight is not model.get_input_embeddings().weight:  # whose rows are looked up
+                ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+                layer.weight = torch.nn.Parameter(ordered, requires_grad=False)
+    return model
+
+
+class OneDnnLinear(torch.nn.Linear):
+    def forward(self, inputs):
+        product = OneDnnProduct.apply if inputs.requires_grad else one_dnn_product
+        return product(inputs, self.weight, self.bias)
+
+
+def one_dnn_product(inputs, weight, bias=None):
+    """F.linear, by an operator that PyTorch has for its compiler, without a derivative."""
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+class OneDnnProduct(torch.autograd.Function):
+    """The same with its derivative; the weights are frozen."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight, bias):
+        ctx.weight = weight
+        return one_dnn_product(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # oneDNN's order serves one direction; a copy in the usual order costs little beside the product.
+        weight = ctx.weight.to_dense() if ctx.weight.is_mkldnn else ctx.weight
+        return one_dnn_product(gradient.contiguous(), weight.t()), None, None
+
+
+# --- Batches ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Work:
+    """What a run has done, in tokens read forward, backward and generated, and the batch sizes that fit:
+    {stage: size}, lowered when CUDA memory runs out."""
+
+    counts: Counter = field(default_factory=Counter)
+    sizes: dict = field(default_factory=dict)
+
+
+def in_batches(function, items, stage, size, work):
+    """[function(items[a:b]), ...] over batches; on CUDA out-of-memory the stage's size halves and the work goes on."""
+    results, start = [], 0
+    while start < len(items):
+        size, full = work.sizes.get(stage, size), False
+        try:
+            results.append(function(items[start : start + size]))
+            start += size
+        except torch.OutOfMemoryError:
+            full = True
+        if full:  # not in the except block, where the error still holds the batch's tensors
+            require(size > 1, "out of memory with a single row: use a smaller model or fewer tokens")
+            torch.cuda.empty_cache()
+            work.sizes[stage] = (min(size, len(items)) + 1) // 2
+            logging.getLogger(__name__).warning("out of memory: %s in batches of %d", stage, work.sizes[stage])
+    return results
+
+
+def pad(sequences, device, left=False):
+    """(ids [B, T], mask [B, T]) of lists of ids, padded on one side. Padding is id 0, masked everywhere."""
+    longest = max(map(len, sequences))
+    gaps = [[0] * (longest - len(s)) for s in sequences]
+    ids = [g + s if left else s + g for s, g in zip(sequences, gaps)]
+    ones = [[1] * len(s) for s in sequences]
+    mask = [g + o if left else o + g for o, g in zip(ones, gaps)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+# --- Reading --------------------------------------------------------------------------------------------
+
+
+def logits_at(model, columns, **inputs):
+    """Logits [B, L, V], float32 or better, at `columns` [B, L] of each row, never for the whole sequence.
+
+    The output embedding is applied to the chosen hidden states only; whatever the model does to its logits
+    afterwards (Gemma-2 caps them) it does to these.
+    """
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][rows, columns],))
+    try:
+        logits = model(**inputs).logits
+    finally:
+        hook.remove()
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def read(model, layers, mask, tokens, columns, shared=None):
+    """Read new tokens behind the keys and values in `layers`: logits [B, L, V] at `columns` of the new tokens.
+
+    layers: per layer of the model what holds its keys and values, `Picked`, `Growing` or transformers' own.
+    tokens: ids [B, S] or embeddings [B, S, H]. mask [B, C + S]: padding only before the first and behind the last
+    token of a row. With `shared` questions before the layers: mask [B, D + C + S], padding anywhere.
+    """
+    past = DynamicCache()
+    past.layers = layers
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    inputs = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens, "position_ids": positions}
+    if shared is not None:
+        inputs |= {"shared": shared, "visible": visible_columns(mask, tokens.shape[1], model.dtype)}
+        mask = mask[:, shared.columns :]
+    return logits_at(model, columns, **inputs, attention_mask=mask, past_key_values=past, use_cache=True)
+
+
+def visible_columns(mask, new, dtype):
+    """What the last `new` tokens of mask [B, C] see: a function of the sliding window (None: everything before them)
+    that gives [B, 1, 1, new, C], 0 for a visible column and a very negative number otherwise."""
+    places = mask.cumsum(1)
+    back = places[:, -new:, None] - places[:, None]  # columns of padding do not count
+
+    @cache  # once for all layers
+    def within(window):
+        seen = (back >= 0) & mask.bool()[:, None]
+        return hidden(seen if window is None else seen & (back < window), dtype)[:, None, None]
+
+    return within
+
+
+def hidden(seen, dtype):
+    """What is added to scores: 0 where seen, else a very negative number (an infinite one makes NaN of empty rows)."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+# --- Keys and values ---------------------------------------------------------------------------------------
+
+
+def empty(kind, model):
+    return [kind() for _ in range(model.config.get_text_config().num_hidden_layers)]
+
+
+class Picked(DynamicLayer):
+    """Keys and values that others use too. They are picked and joined with the new ones only while their layer is
+    read, so that the copy is one layer's and lives no longer.
+
+    pieces: [(keys, values), ...], each [rows, heads, columns, head size], one behind the other; pick(states) takes
+    some rows of these. Afterwards `keys` and `values` are the new ones alone.
+    """
+
+    def __init__(self, pieces=(), pick=None):
+        super().__init__()
+        self.pieces, self.pick, self.is_initialized = pieces, pick, True
+
+    def get_seq_length(self):
+        return sum(keys.shape[2] for keys, _ in self.pieces)
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys, self.values = keys, values
+        return self.join(0, keys), self.join(1, values)
+
+    def join(self, which, *behind):
+        return torch.cat([*(self.pick(piece[which]) for piece in self.pieces), *behind], 2)
+
+
+class Growing(Picked):
+    """Keys and values that grow in place, where DynamicLayer copies all of them for every decoded token. What they
+    begin with is copied at the first token."""
+
+    room = 0  # columns that the two tensors in `all` can hold
+
+    def update(self, keys, values, *args, **kwargs):
+        start, new = self.get_seq_length(), (keys, values)
+        end = start + keys.shape[2]
+        if end > self.room:
+            self.room = end + 64
+            more = keys.new_empty(*keys.shape[:2], self.room - start, keys.shape[3])
+            self.all = [self.join(n, more) for n in range(2)]
+        for whole, states in zip(self.all, new):
+            whole[:, :, start:end] = states
+        self.keys, self.values = (whole[:, :, :end] for whole in self.all)
+        self.pieces, self.pick = [(self.keys, self.values)], lambda states: states
+        return self.keys, self.values
+
+    def keep(self, rows):
+        """Drop all but some rows. The next token copies these, a layer at a time."""
+        self.pick, self.room = lambda states: states.index_select(0, rows), 0
+
+
+class SharedQuestions:
+    """Questions' keys and values, in front of what each row has of its own: one copy for all rows of a question.
+
+    past: per layer (keys, values), each [N, heads, D, head size]. of: the question of each row, a list [B] of numbers
+    below N. Questions without a row are left out: of a copy of the others, or with copy=False whenever a layer is read.
+    """
+
+    def __init__(self, past, of, copy=True):
+        used = sorted(set(of))
+        numbers = [used.index(question) for question in of]
+        if copy and len(used) < len(past[0][0]):
+            index = torch.tensor(used, device=past[0][0].device)
+            past, of, used = [tuple(states.index_select(0, index) for states in pair) for pair in past], numbers, None
+        self.past, self.of, self.columns, device = past, of, past[0][0].shape[2], past[0][0].device
+        self.used = None if used is None or len(used) == len(past[0][0]) else torch.tensor(used, device=device)
+        # The rows of a question stand side by side when they meet its keys, in as many slots as the fullest question
+        # has rows. An empty slot repeats row 0, and nobody reads what comes of it.
+        self.deep = max(Counter(numbers).values())
+        places = [numbers[:row].count(number) for row, number in enumerate(numbers)]
+        slots = [number * self.deep + place for number, place in zip(numbers, places)]
+        row_in = dict(zip(slots, range(len(slots))))
+        rows = [row_in.get(slot, 0) for slot in range(self.deep * (max(numbers) + 1))]
+        self.slots, self.rows = torch.tensor(slots, device=device), torch.tensor(rows, device=device)
+
+    def keep(self, rows, copy=True):
+        """The same for some of the rows, a list."""
+        return SharedQuestions(self.past, [self.of[row] for row in rows], copy)
+
+    def scores(self, query, layer):
+        """Products [B, heads, n, D] of queries [B, heads, n, head size] and the keys."""
+        return self.apart(self.together(query) @ self.states(layer, 0).transpose(2, 3))
+
+    def mix(self, weights, layer):
+        """Values [B, heads, n, head size], mixed by weights [B, heads, n, D]."""
+        return self.apart(self.together(weights) @ self.states(layer, 1))
+
+    def states(self, layer, which):
+        states = self.past[layer][which]
+        return states if self.used is None else states.index_select(0, self.used)
+
+    def together(self, states):
+        """[B, heads, n, x] as [N, heads, deep * n, x]"""
+        return states.index_select(0, self.rows).unflatten(0, (-1, self.deep)).transpose(1, 2).flatten(2, 3)
+
+    def apart(self, states):
+        """[N, heads, deep * n, x] as [B, heads, n, x]"""
+        return states.unflatten(2, (self.deep, -1)).transpose(1, 2).flatten(0, 1).index_select(0, self.slots)
+
+
+ATTENTION = "shared-questions"
+
+
+def attention(module, query, keys, values, mask, scaling, shared=None, visible=None, softcap=None, **kwargs):
+    """([B, S, heads, head size], None) for queries [B, heads, S, head size] behind keys and values [B, kv heads, C,
+    head size], and behind `shared` questions, if there are some: in the form of transformers' AttentionInterface.
+
+    mask: transformers' own, bool [B, 1, S, C]; behind questions `visible` says it. softcap: Gemma-2's bound on scores.
+    """
+    require(kwargs.get("s_aux") is None, "--model has attention sinks, which cannot be shared here: use another model")
+    if shared is None and softcap is None:
+        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling, **kwargs)
+    new, layer = query.shape[2], module.layer_idx
+    query = (query * scaling).reshape(len(query), keys.shape[1], -1, query.shape[3])  # heads of a key side by side
+    scores = query @ keys.transpose(2, 3)
+    if shared is not None:
+        scores = torch.cat([shared.scores(query, layer), scores], 3)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    bias = hidden(mask, scores.dtype)[:, :, None] if shared is None else visible(kwargs.get("sliding_window"))
+    scores = (scores.unflatten(2, (-1, new)) + bias).flatten(2, 3)
+    weights = scores.softmax(3, torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    if shared is None:
+        mixed = weights @ values
+    else:
+        mixed = shared.mix(weights[..., : shared.columns], layer) + weights[..., shared.columns :] @ values
+    return mixed.unflatten(2, (-1, new)).flatten(1, 2).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, attention)
+# A mask is always made: `attention` has no other way to know what is causal.
+AttentionMaskInterface.register(ATTENTION, lambda **sizes: sdpa_mask(**{**sizes, "allow_is_causal_skip": False}))
