@@ -66,6 +66,7 @@ def open_answerer(flags, model, endpoint=""):
 
 def local_answerer(model, tokenizer, path):
     """The Answerer that is the model loaded here from `path`."""
+    from frozen_model import rows_for_generation
     from greater_core import answer_ids, encode, generate_greedily
 
     def context_ids(task, row, prompt):
@@ -77,16 +78,18 @@ def local_answerer(model, tokenizer, path):
         require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
         contexts = {row["id"]: context_ids(task, row, prompt) for row in rows}
         ordered = sorted(rows, key=lambda row: len(contexts[row["id"]]))
+        columns = max(map(len, contexts.values())) + settings.max_new_tokens
+        size = settings.batch_size or rows_for_generation(model, columns)
         # A batch is whole or not there, so an evaluation that was killed goes on with the same batches.
-        for start in range(0, len(rows), settings.batch_size):
-            batch = ordered[start : start + settings.batch_size]
+        for start in range(0, len(rows), size):
+            batch = ordered[start : start + size]
             if done.issuperset(row["id"] for row in batch):
                 continue
             asked = [contexts[row["id"]] for row in batch]
-            reasoning = generate_greedily(model, asked, settings.max_new_tokens, settings.batch_size)
+            reasoning = generate_greedily(model, asked, settings.max_new_tokens, size)
             extractors = [answer_ids(tokenizer, task, row["answer"])[0] for row in batch]
             asked = [context + ids + more for context, (ids, _), more in zip(asked, reasoning, extractors)]
-            replies = generate_greedily(model, asked, settings.answer_tokens(task), settings.batch_size)
+            replies = generate_greedily(model, asked, settings.answer_tokens(task), size)
             yield [
                 (row, *(tokenizer.decode(part, skip_special_tokens=True) for part in (ids, reply)), len(ids), not ended)
                 for row, (ids, ended), (reply, _) in zip(batch, reasoning, replies)

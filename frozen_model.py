@@ -152,6 +152,29 @@ def in_batches(function, items, stage, size, work):
     return results
 
 
+def rows_for_generation(model, columns):
+    """How many rows of so many columns of keys and values to generate at once: as many as surely fit, so that a batch
+    size need not be given. The same on the same machine, so that a resumed run makes the same batches."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if model.device.type == "cuda":
+        weights = sum(weight.numel() * weight.dtype.itemsize for weight in model.parameters())
+        memory = torch.cuda.get_device_properties(model.device).total_memory * 4 // 5 - weights
+    else:
+        memory = 2**32  # a CPU gains little from more rows than these hold
+    return max(1, memory // (2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * columns))
+
+
+def rows_for_backward(model, tokens):
+    """How many rows of so many tokens to read forward and back at once. Activations, mostly the linear layers'
+    outputs, live from the one to the other. A CPU is as fast with a few hundred tokens as with thousands."""
+    cuda = model.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(model.device).total_memory // 8 if cuda else 3 * 2**26
+    outputs = sum(layer.out_features for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    return max(1, memory // int(1.5 * model.dtype.itemsize * outputs * tokens))
+
+
 def pad(sequences, device, left=False):
     """(ids [B, T], mask [B, T]) of lists of ids, padded on one side. Padding is id 0, masked everywhere."""
     longest = max(map(len, sequences))

@@ -45,7 +45,18 @@ import torch
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
-from frozen_model import Growing, Picked, SharedQuestions, Work, empty, in_batches, pad, read
+from frozen_model import (
+    Growing,
+    Picked,
+    SharedQuestions,
+    Work,
+    empty,
+    in_batches,
+    pad,
+    read,
+    rows_for_backward,
+    rows_for_generation,
+)
 from tasks import UserError
 
 SENTENCE_ENDS = (".", "!", "?")
@@ -190,7 +201,8 @@ def read_questions(model, rows, batch_size, work):
         logits = read(model, layers, mask[part], ids[part], last.expand(len(batch), 1))
         return logits[:, 0].log_softmax(-1), [(layer.keys, layer.values) for layer in layers]
 
-    parts = in_batches(run, range(len(rows)), "reading questions", batch_size, work)
+    size = batch_size or rows_for_generation(model, ids.shape[1])
+    parts = in_batches(run, range(len(rows)), "reading questions", size, work)
     # Of a single batch nothing is copied.
     past = [
         list(layers) if len(layers) == 1 else [tuple(map(torch.cat, zip(*layers)))]
@@ -312,7 +324,8 @@ def generate_greedily(model, contexts, max_new_tokens, batch_size, work=None):
         limits = mask.new_full((len(batch),), max_new_tokens)
         decode(model, layers, mask, logits[:, 0].argmax(-1), limits, finish)
 
-    in_batches(run, order, "generation", batch_size, work)
+    size = batch_size or rows_for_generation(model, max(map(len, contexts)) + max_new_tokens)
+    in_batches(run, order, "generation", size, work)
     work.counts["generated_tokens"] += sum(len(ids) + stopped for ids, stopped in done.values())
     work.counts["forward_tokens"] += sum(map(len, contexts))
     return [tuple(done[i]) for i in range(len(contexts))]
@@ -400,7 +413,9 @@ def answer_loss(model, rows, prompt_ids, reasoning, settings):
         part = [rows[i] for i in batch], questions.take(batch), prompt_ids, [reasoning[i] for i in batch]
         return sequence_losses(model, *part, settings.loss_temperature)
 
-    parts = in_batches(run, range(len(rows)), "loss", settings.batch_size, work)
+    columns = questions.mask.shape[1] + max(map(len, reasoning))
+    size = settings.batch_size or rows_for_generation(model, columns)
+    parts = in_batches(run, range(len(rows)), "loss", size, work)
     return tuple(torch.cat(values) for values in zip(*parts))
 
 
@@ -480,15 +495,6 @@ def candidate_gradients(model, rows, prefix, prompt_ids, candidates, reasoning, 
     return tuple(torch.cat(values)[back] for values in list(zip(*parts))[1:])
 
 
-def rows_for_backward(model, tokens):
-    """How many rows of so many tokens to read forward and back at once. Activations, mostly the linear layers'
-    outputs, live from the one to the other. A CPU is as fast with a few hundred tokens as with thousands."""
-    cuda = model.device.type == "cuda"
-    memory = torch.cuda.get_device_properties(model.device).total_memory // 8 if cuda else 2**27
-    outputs = sum(layer.out_features for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-    return max(1, memory // int(1.5 * model.dtype.itemsize * outputs * tokens))
-
-
 # --- Selection and the walk (Alg. 1) ----------------------------------------------------------------------
 
 
@@ -555,7 +561,9 @@ def reason_and_score(model, rows, prefix, prompts, settings, work, limits=None):
         most = [(limits or {}).get(job, settings.max_new_tokens) for job in batch]
         decode(model, layers, mask, logits[:, -1].argmax(-1), torch.tensor(most, device=model.device), finish, shared)
 
-    in_batches(run, jobs, "generation", settings.batch_size, work)
+    columns = prefix.mask.shape[1] + max(len(rests[0]) + len(r.between + r.extractor + r.answer) for r in rows)
+    size = settings.batch_size or rows_for_generation(model, columns + settings.max_new_tokens)
+    in_batches(run, jobs, "generation", size, work)
     return done
 
 

@@ -23,11 +23,11 @@ class GenerationSettings:
     """What generation needs, in the search and in evaluation."""
 
     max_new_tokens: int = flag(1024, "longest reasoning, in tokens")
-    batch_size: int = flag(50, "rows generated at once; halved when CUDA memory runs out")
+    batch_size: int = flag(0, "rows generated at once; 0: as many as fit; halved when CUDA memory runs out")
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "batch_size"):
-            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+        require(self.max_new_tokens >= 1, "--max-new-tokens must be at least 1")
+        require(self.batch_size >= 0, "--batch-size must not be negative")
 
     @staticmethod
     def answer_tokens(task):

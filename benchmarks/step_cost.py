@@ -292,10 +292,10 @@ def measure(flags):
     model = make_model(flags.shape, flags.device)
     step = {"ours": our_step, "plain": plain_step, "generate_batch": generate_batch_step}[flags.variant]
     if flags.profile:
-        activities = [getattr(ProfilerActivity, "CUDA" if flags.device == "cuda" else "CPU")]
-        with profile(activities=activities) as found:
+        with profile(activities=[getattr(ProfilerActivity, flags.device.upper())]) as found:
             step(model, flags)
-        return {"profile": found.key_averages().table(sort_by=f"self_{flags.device}_time_total", row_limit=25)}
+        table = found.key_averages().table(sort_by=f"self_{flags.device}_time_total", row_limit=25)
+        return {"profile": table, "attention": attention_share(found.key_averages(), flags.device)}
     if flags.device == "cuda":
         step(model, flags)  # compiles and caches kernels
         torch.cuda.reset_peak_memory_stats()
@@ -326,13 +326,21 @@ def measure(flags):
     return record
 
 
+def attention_share(operations, device):
+    """The share of attention in the profiled time: its products and softmax, and copies of keys and values (with a few
+    other copies)."""
+    times = {op.key: op.self_device_time_total if device == "cuda" else op.self_cpu_time_total for op in operations}
+    names = "aten::bmm", "aten::_scaled_dot_product", "aten::_softmax", "aten::cat", "aten::index", "aten::copy_"
+    return sum(time for key, time in times.items() if key.startswith(names)) / sum(times.values())
+
+
 def run_apart(flags, **changes):
     """The record of a measurement in a process of its own, so that peak memory is its own."""
     values = {**vars(flags), **changes}
     names = (
         "variant shape rows question prompt reasoning mu candidates seed batch_size gradient_batch_size repeats device"
     ).split()
-    command = [sys.executable, __file__, "--child", *(["--profile"] if flags.profile else [])]
+    command = [sys.executable, __file__, "--child", *(["--profile"] if values["profile"] else [])]
     for name in names:
         command += [f"--{name.replace('_', '-')}", str(values[name])]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -371,6 +379,8 @@ def draw(records, name, path):
         heights = [record["stages"][stage] for record in records]
         axes.bar([str(x) for x in xs], heights, bottom=bottom, label=stage)
         bottom = [a + b for a, b in zip(bottom, heights)]
+    totals = [record["seconds"] * (1 - record["attention"]) for record in records]
+    axes.plot([str(x) for x in xs], totals, "k.:", label="without attention")
     axes.plot([str(x) for x in xs], [record["floor"] for record in records], "k_", markersize=30, label="floor")
     axes.set(xlabel=name, ylabel="seconds a step", title=f"{records[0]['shape']}, {records[0]['rows']} rows")
     axes.legend()
@@ -387,8 +397,8 @@ def main():
     parser.add_argument("--mu", type=int, default=3)
     parser.add_argument("--candidates", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--gradient-batch-size", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=0, help="0: as many rows as fit")
+    parser.add_argument("--gradient-batch-size", type=int, default=0, help="0: by the model's size")
     parser.add_argument("--repeats", type=int, default=1, help="the fastest of so many steps counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--variant", choices=("both", "ours", "plain", "generate_batch"), default="both")
@@ -401,7 +411,8 @@ def main():
         print(json.dumps(measure(flags)))
         return
     if flags.profile:
-        print(run_apart(flags, variant="ours")["profile"])
+        found = run_apart(flags, variant="ours")
+        print(f"{found['profile']}\nattention, with copies: {100 * found['attention']:.0f} %")
         return
     flags.out.mkdir(parents=True, exist_ok=True)
     records = []
@@ -414,7 +425,9 @@ def main():
             record = run_apart(flags, variant=variant, **({flags.sweep: value} if flags.sweep else {}))
             records.append(record)
             if flags.sweep:
-                print(f"{flags.sweep} {value:4d}: ", end="")
+                shape = {flags.sweep: value}
+                record["attention"] = run_apart(flags, variant=variant, profile=True, **shape)["attention"]
+                print(f"{flags.sweep} {value:4d}, attention {100 * record['attention']:.0f} %: ", end="")
             report(record)
             with open(flags.out / "step_cost.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

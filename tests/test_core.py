@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import greater_core as core
 from frozen_model import freeze
@@ -192,6 +194,68 @@ def test_reasoning_and_score_from_shared_keys_and_values_are_those_of_whole_sequ
             assert found == pytest.approx(slow_losses(any_model, row, candidate, expected, 0.7), rel=1e-9)
             lengths.add(len(expected))
     assert len(lengths) > 2 and len(done) == 15
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host waits for a GPU: those that bring a value or a size to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        self.seen[name] += name in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "equal",
+            "is_nonzero",
+            "_unique2",
+        )
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_decoding_step_does_not_wait_for_the_device_between_two_looks(any_model, few_rows, monkeypatch):
+    rows, prompt = few_rows
+    config, work = settings(max_new_tokens=24, batch_size=100), core.Work()
+    prefix = core.prefix_at(any_model, core.read_questions(any_model, rows, 8, work), prompt[:2], work)
+    monkeypatch.setitem(core.CHECK_EVERY, "cpu", 8)
+    per_read, plain_read = [], core.read
+
+    def read(*args):
+        with Waits() as waits:
+            logits = plain_read(*args)
+        per_read.append(waits.seen.total())
+        return logits
+
+    monkeypatch.setattr(core, "read", read)
+    with Waits() as everything:
+        core.reason_and_score(any_model, rows, prefix, [prompt], config, work, {(0, i): 24 for i in range(len(rows))})
+    assert len(per_read) >= 24 and not any(per_read)
+    assert 0 < everything.seen.total() < 24 + 60  # three looks, and what a finished row is read for
+
+
+def test_a_batch_size_of_0_is_one_that_fits_and_changes_nothing(any_model, few_rows, monkeypatch):
+    rows, prompt = few_rows
+    asked, work = [], core.Work()
+    prefix = core.read_questions(any_model, rows, 0, work)
+
+    def found(size):
+        done = core.reason_and_score(any_model, rows, prefix, [prompt], settings(batch_size=size), work)
+        contexts = [row.before for row in rows]
+        return done, core.generate_greedily(any_model, contexts, 5, size), prefix.log_probs.tolist()
+
+    expected = found(2)
+    for rows_that_fit in (1, 3):
+        fits = lambda model, columns: asked.append(columns) or rows_that_fit  # noqa: B023, E731
+        monkeypatch.setattr(core, "rows_for_generation", fits)
+        again = found(0)
+        assert again[1] == expected[1] and again[0].keys() == expected[0].keys()
+        for job, (ids, *losses) in expected[0].items():
+            assert again[0][job][0] == ids and again[0][job][1:] == pytest.approx(losses)
+    longest = max(len(r.before) + len(prompt) + len(r.between + r.extractor + r.answer) for r in rows)
+    assert asked[0] == longest + settings().max_new_tokens and asked[1] == max(len(r.before) for r in rows) + 5
 
 
 def test_reasoning_ends_before_the_end_token_and_counts_it(demo_model, few_rows, demo_tokenizer):
@@ -434,11 +498,8 @@ def test_the_ablation_without_reasoning_drops_it_from_the_gradient_alone(llama, 
     assert gradients(reasoning, shortlist="random") == {}
 
 
-def test_rows_of_the_backward_pass_follow_the_model_s_size_and_change_nothing(llama, few_rows, monkeypatch):
+def test_rows_of_a_backward_pass_change_nothing_and_follow_the_model_s_size_if_not_given(llama, few_rows, monkeypatch):
     rows, prompt = few_rows
-    outputs = 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32) + len(llama.get_input_embeddings().weight)
-    assert core.rows_for_backward(llama, 60) == 2**27 // int(1.5 * 8 * outputs * 60)
-    assert core.rows_for_backward(llama, 10**9) == 1
     prefix, choices = prefix_of(llama, rows, prompt[:2]), [60, 75, prompt[2]]
     reasoning = [[30 + n] * 4 * n for n in range(5)]
 

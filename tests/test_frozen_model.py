@@ -24,6 +24,8 @@ from frozen_model import (
     logits_at,
     pad,
     read,
+    rows_for_backward,
+    rows_for_generation,
 )
 from tasks import UserError
 
@@ -124,6 +126,15 @@ def test_in_batches_halves_the_size_when_memory_runs_out_keeps_it_and_loses_noth
     assert sizes[7:] == [2, 1]
     with pytest.raises(UserError, match="single row"):
         in_batches(lambda batch: work(range(9)), [1], "b", 1, Work())
+
+
+def test_automatic_batches_follow_the_model_s_size(llama, monkeypatch):
+    outputs = 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32) + len(llama.get_input_embeddings().weight)
+    assert rows_for_backward(llama, 60) == 3 * 2**26 // int(1.5 * 8 * outputs * 60)
+    assert rows_for_backward(llama, 10**9) == 1
+    column = 2 * 2 * 2 * 8 * 8  # keys and values, layers, key/value heads, head size, bytes of a float64
+    assert rows_for_generation(llama, 1000) == 2**32 // (column * 1000)
+    assert rows_for_generation(llama, 10**9) == 1
 
 
 # --- Reading ----------------------------------------------------------------------------------------

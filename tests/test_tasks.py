@@ -710,7 +710,7 @@ def test_grading_compares_numbers_as_numbers_and_the_harness_as_strings():
         ({"loss_temperature": 0.0}, "--loss-temperature"),
         ({"fluency_weight": -1.0}, "--lambda"),
         ({"objective": "err"}, "--objective must be one of loss, error"),
-        ({"batch_size": 0}, "--batch-size"),
+        ({"batch_size": -1}, "--batch-size"),
         ({"preset": "mine"}, "--preset must be one of paper, released"),
     ],
 )
