@@ -1,16 +1,16 @@
 """A frozen model, and how it reads: new tokens behind keys and values that are kept, and shared where rows agree.
 
-Nothing here is particular to the method. Every shortcut gives the logits of the plain forward pass; the tests say so.
+Nothing here is particular to the method. Every shortcut gives the logits of the plain forward pass: to 1e-9 in float64
+and 1e-5 in float32, say the tests; in bfloat16 as near to them as transformers' own attention.
 
-Shape letters: B rows, S new tokens, C columns of keys and values before them, H hidden size, N questions that rows
-share, D columns of a question, L positions whose logits are read, V vocabulary.
+Shape letters: B rows, T tokens of a padded sequence, S new tokens, C columns of keys and values before them, H hidden
+size, N questions that rows share, D columns of a question, L positions whose logits are read, V vocabulary.
 """
 
 import logging
 import platform
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
@@ -55,11 +55,16 @@ def load_model(name, device="auto", dtype="auto"):
 def freeze(model, tokenizer):
     """The model without weight gradients or dropout, and with greedy decoding in place of its own sampling settings.
 
-    Errors: UserError if its layers keep something else than attention's keys and values, or it never stops.
+    Errors: UserError if its layers keep something else than attention's keys and values, or share these among
+    themselves; if its attention cannot be replaced by the one below; or if it never stops.
     """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
     if others := kinds - {"full_attention", "sliding_attention"}:
         raise UserError(f"--model has layers of type {', '.join(sorted(others))}: use one of full or sliding attention")
+    alone = not getattr(config, "num_kv_shared_layers", 0) and not getattr(config, "hidden_size_per_layer_input", 0)
+    model.set_attn_implementation(ATTENTION)
+    require(alone and model.config._attn_implementation == ATTENTION, OTHER_MODEL)
     faster(model.requires_grad_(False).eval())
     own = model.generation_config
     ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
@@ -75,16 +80,14 @@ def freeze(model, tokenizer):
 
 
 def faster(model):
-    """The same model with the attention below, and on a CPU, in float32, with its linear layers in oneDNN.
+    """The same model, on an x86 CPU and in float32 with its linear layers in oneDNN.
 
     Decoding multiplies few rows by large matrices. PyTorch's own way, MKL, is slow there; oneDNN, which PyTorch
     brings along, is faster, most of all with weights in its own order.
     """
-    model.set_attn_implementation(ATTENTION)
     usable = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-    if not usable or not all(
-        hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
-    ):
+    needed = ("_linear_pointwise", "_reorder_linear_weight")
+    if not (usable and all(hasattr(torch.ops.mkldnn, name) for name in needed)):
         return model
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
@@ -138,7 +141,7 @@ def in_batches(function, items, stage, size, work):
     """[function(items[a:b]), ...] over batches; on CUDA out-of-memory the stage's size halves and the work goes on."""
     results, start = [], 0
     while start < len(items):
-        size, full = work.sizes.get(stage, size), False
+        size, full = min(size, work.sizes.get(stage, size)), False
         try:
             results.append(function(items[start : start + size]))
             start += size
@@ -152,25 +155,36 @@ def in_batches(function, items, stage, size, work):
     return results
 
 
-def rows_for_generation(model, columns):
-    """How many rows of so many columns of keys and values to generate at once: as many as surely fit, so that a batch
-    size need not be given. The same on the same machine, so that a resumed run makes the same batches."""
+def rows_for_generation(model, columns, read=1):
+    """How many rows to generate at once if each has so many columns of keys and values and so many positions whose
+    logits are read: as many as surely fit. The same on the same machine, so that a resumed run makes the same batches.
+
+    Errors: UserError if the model does not know so many positions.
+    """
     config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    known = getattr(config, "max_position_embeddings", None) or columns
+    if rope.get("rope_type") in ("longrope", "dynamic"):  # behind these positions a row would change the others
+        known = rope.get("original_max_position_embeddings") or known
+    require(columns <= known, f"--max-new-tokens: {columns} tokens with the question; the model knows {known}")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if model.device.type == "cuda":
         weights = sum(weight.numel() * weight.dtype.itemsize for weight in model.parameters())
         memory = torch.cuda.get_device_properties(model.device).total_memory * 4 // 5 - weights
     else:
-        memory = 2**32  # a CPU gains little from more rows than these hold
-    return max(1, memory // (2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * columns))
+        memory = 2**32  # bytes; a CPU gains little from more rows than these hold
+    states = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * columns
+    logits = 3 * 4 * config.vocab_size * read  # as they come, in float32, and as logarithms of probabilities
+    return max(1, memory // (states + logits))
 
 
 def rows_for_backward(model, tokens):
     """How many rows of so many tokens to read forward and back at once. Activations, mostly the linear layers'
-    outputs, live from the one to the other. A CPU is as fast with a few hundred tokens as with thousands."""
+    outputs and half as much again, live from the one to the other."""
     cuda = model.device.type == "cuda"
-    memory = torch.cuda.get_device_properties(model.device).total_memory // 8 if cuda else 3 * 2**26
+    # Bytes. A CPU is as fast with a few hundred tokens as with thousands.
+    memory = torch.cuda.get_device_properties(model.device).total_memory // 8 if cuda else 192 * 2**20
     outputs = sum(layer.out_features for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     return max(1, memory // int(1.5 * model.dtype.itemsize * outputs * tokens))
 
@@ -216,27 +230,35 @@ def read(model, layers, mask, tokens, columns, shared=None):
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
     inputs = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens, "position_ids": positions}
     if shared is not None:
-        inputs |= {"shared": shared, "visible": visible_columns(mask, tokens.shape[1], model.dtype)}
+        inputs |= {"shared": shared, "visible": VisibleColumns(mask, tokens.shape[1], model.dtype)}
         mask = mask[:, shared.columns :]
-    return logits_at(model, columns, **inputs, attention_mask=mask, past_key_values=past, use_cache=True)
+    logits = logits_at(model, columns, **inputs, attention_mask=mask, past_key_values=past, use_cache=True)
+    if shared is not None:  # a model whose layers do not ask, or not for their window, would read something else
+        config = model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None)
+        slides = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+        require(inputs["visible"].keys() - ({None} if slides else set()), OTHER_MODEL)
+    return logits
 
 
-def visible_columns(mask, new, dtype):
-    """What the last `new` tokens of mask [B, C] see: a function of the sliding window (None: everything before them)
-    that gives [B, 1, 1, new, C], 0 for a visible column and a very negative number otherwise."""
-    places = mask.cumsum(1)
-    back = places[:, -new:, None] - places[:, None]  # columns of padding do not count
+class VisibleColumns(dict):
+    """What the last S tokens of mask [B, C + S] see, by the sliding window of a layer (None: everything before them):
+    [B, 1, 1, S, C + S], 0 for a visible column and a very negative number otherwise. Made once for all layers."""
 
-    @cache  # once for all layers
-    def within(window):
-        seen = (back >= 0) & mask.bool()[:, None]
-        return hidden(seen if window is None else seen & (back < window), dtype)[:, None, None]
+    def __init__(self, mask, new, dtype):
+        super().__init__()
+        places = mask.cumsum(1)  # columns of padding do not count
+        self.back = places[:, -new:, None] - places[:, None]
+        self.seen, self.dtype = (self.back >= 0) & mask.bool()[:, None], torch.promote_types(dtype, torch.float32)
 
-    return within
+    def __missing__(self, window):
+        seen = self.seen if window is None else self.seen & (self.back < window)
+        self[window] = hidden(seen, self.dtype)[:, None, None]
+        return self[window]
 
 
 def hidden(seen, dtype):
-    """What is added to scores: 0 where seen, else a very negative number (an infinite one makes NaN of empty rows)."""
+    """What is added to scores: 0 where seen, else a very negative number (infinity makes NaN of a row without any)."""
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
@@ -249,7 +271,7 @@ def empty(kind, model):
 
 class Picked(DynamicLayer):
     """Keys and values that others use too. They are picked and joined with the new ones only while their layer is
-    read, so that the copy is one layer's and lives no longer.
+    read, so that the copy is one layer's and lives no longer (with gradients until the way back).
 
     pieces: [(keys, values), ...], each [rows, heads, columns, head size], one behind the other; pick(states) takes
     some rows of these. Afterwards `keys` and `values` are the new ones alone.
@@ -281,8 +303,8 @@ class Growing(Picked):
         end = start + keys.shape[2]
         if end > self.room:
             self.room = end + 64
-            more = keys.new_empty(*keys.shape[:2], self.room - start, keys.shape[3])
-            self.all = [self.join(n, more) for n in range(2)]
+            more = [states.new_empty(*states.shape[:2], self.room - start, states.shape[3]) for states in new]
+            self.all = [self.join(n, states) for n, states in enumerate(more)]
         for whole, states in zip(self.all, new):
             whole[:, :, start:end] = states
         self.keys, self.values = (whole[:, :, :end] for whole in self.all)
@@ -291,7 +313,8 @@ class Growing(Picked):
 
     def keep(self, rows):
         """Drop all but some rows. The next token copies these, a layer at a time."""
-        self.pick, self.room = lambda states: states.index_select(0, rows), 0
+        before = self.pick
+        self.pick, self.room = lambda states: before(states).index_select(0, rows), 0
 
 
 class SharedQuestions:
@@ -322,6 +345,8 @@ class SharedQuestions:
         """The same for some of the rows, a list."""
         return SharedQuestions(self.past, [self.of[row] for row in rows], copy)
 
+    # Below, "heads" are those of keys and values, and n counts the queries of one: its query heads times S.
+
     def scores(self, query, layer):
         """Products [B, heads, n, D] of queries [B, heads, n, head size] and the keys."""
         return self.apart(self.together(query) @ self.states(layer, 0).transpose(2, 3))
@@ -344,27 +369,29 @@ class SharedQuestions:
 
 
 ATTENTION = "shared-questions"
+OTHER_MODEL = "--model computes attention in a way that cannot be shared here: use another model"
 
 
 def attention(module, query, keys, values, mask, scaling, shared=None, visible=None, softcap=None, **kwargs):
-    """([B, S, heads, head size], None) for queries [B, heads, S, head size] behind keys and values [B, kv heads, C,
-    head size], and behind `shared` questions, if there are some: in the form of transformers' AttentionInterface.
+    """([B, S, heads, head size], None) for queries [B, heads, S, head size] and keys and values [B, key heads, C + S,
+    head size], behind `shared` questions if there are some: in the form of transformers' AttentionInterface.
 
-    mask: transformers' own, bool [B, 1, S, C]; behind questions `visible` says it. softcap: Gemma-2's bound on scores.
+    mask: transformers' own, bool [B, 1, S, C + S]; behind questions `visible`, a `VisibleColumns`, stands in its place.
+    softcap: Gemma-2's bound on scores. Errors: UserError where a model adds to the scores what is unknown here.
     """
-    require(kwargs.get("s_aux") is None, "--model has attention sinks, which cannot be shared here: use another model")
+    require(kwargs.get("s_aux") is None and kwargs.get("position_bias") is None, OTHER_MODEL)
     if shared is None and softcap is None:
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling, **kwargs)
     new, layer = query.shape[2], module.layer_idx
-    query = (query * scaling).reshape(len(query), keys.shape[1], -1, query.shape[3])  # heads of a key side by side
+    query = query.reshape(len(query), keys.shape[1], -1, query.shape[3])  # the heads of a key stand side by side
     scores = query @ keys.transpose(2, 3)
     if shared is not None:
         scores = torch.cat([shared.scores(query, layer), scores], 3)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    bias = hidden(mask, scores.dtype)[:, :, None] if shared is None else visible(kwargs.get("sliding_window"))
-    scores = (scores.unflatten(2, (-1, new)) + bias).flatten(2, 3)
-    weights = scores.softmax(3, torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    bias = hidden(mask, scores.dtype)[:, :, None] if shared is None else visible[kwargs.get("sliding_window")]
+    weights = (scores.unflatten(2, (-1, new)) + bias).softmax(4).flatten(2, 3).to(values.dtype)
     if shared is None:
         mixed = weights @ values
     else:

@@ -14,11 +14,11 @@ at a time. At position i, with N training rows:
 Then i moves on. Behind the last position the prompt grows by a token, until a sentence end closes it and
 the walk starts again at its first token. At the end the best prompts of the run compete on dev rows.
 
-The weights are frozen. What many continuations share is read once: the questions once per run, each prompt token
-once per walk. The answer is scored on the keys and values that generation leaves behind.
+The weights are frozen. What many continuations share is read once (frozen_model.py says how): the questions once per
+run, each prompt token once per walk. The answer is scored on the keys and values that generation leaves behind.
 
 Shape letters, everywhere: B rows, T tokens of a padded sequence, P prompt tokens, A answer tokens, V vocabulary,
-K candidates, Q sampled rows, L positions whose logits are read.
+H hidden size, K candidates, Q sampled rows, L positions whose logits are read, C columns of keys and values.
 
 Everything is done on token ids. A prompt is never decoded and encoded again inside the loop, so a position keeps
 its meaning; a candidate is admitted only if the prompt's text, encoded afresh in its place, gives the same ids.
@@ -57,7 +57,7 @@ from frozen_model import (
     rows_for_backward,
     rows_for_generation,
 )
-from tasks import UserError
+from tasks import UserError, require
 
 SENTENCE_ENDS = (".", "!", "?")
 PUNCTUATION = (*SENTENCE_ENDS, ",", ";", ":")
@@ -253,9 +253,10 @@ def decode(model, layers, mask, token, limits, finish, shared=None):
     """Greedy decoding of a batch behind `Growing` layers, whose first new token [B] is known, each row to an
     end token or its limit [B].
 
-    Rows leave the batch soon after they end: finish(places, reasoning, stopped, unread, layers, mask) is called with
-    their places in the batch, their new ids without the end token, whether there was one, the ids at the end of
-    these that have no keys and values yet, and what was read of the rows, aligned to the right.
+    Rows leave the batch soon after they end: finish(places, reasoning, stopped, unread, layers, mask, shared) is
+    called with their places in the batch, their new ids without the end token, whether there was one, the ids at the
+    end of these that have no keys and values yet, and what was read of the rows, aligned to the right, behind their
+    shared questions, if there are some.
     """
     ends = torch.tensor(model.generation_config.eos_token_id, device=model.device)
     places, new = torch.arange(len(token), device=model.device), token[:, None]
@@ -290,7 +291,7 @@ def decode(model, layers, mask, token, limits, finish, shared=None):
 
 def align_right(layers, mask, rows, shift, front=0):
     """(`Picked` layers, mask) of some rows [b], each moved `shift` [b] columns to the right, so that it loses its
-    last columns."""
+    last columns. The mask's first `front` columns, those of shared questions, stay where they are."""
     before, mask = mask[rows, :front], mask[:, front:]
     source = torch.arange(mask.shape[1], device=mask.device) - shift[:, None]
     inside, source = source >= 0, source.clamp(min=0)
@@ -324,7 +325,8 @@ def generate_greedily(model, contexts, max_new_tokens, batch_size, work=None):
         limits = mask.new_full((len(batch),), max_new_tokens)
         decode(model, layers, mask, logits[:, 0].argmax(-1), limits, finish)
 
-    size = batch_size or rows_for_generation(model, max(map(len, contexts)) + max_new_tokens)
+    fitting = rows_for_generation(model, max(map(len, contexts)) + max_new_tokens)
+    size = batch_size or fitting
     in_batches(run, order, "generation", size, work)
     work.counts["generated_tokens"] += sum(len(ids) + stopped for ids, stopped in done.values())
     work.counts["forward_tokens"] += sum(map(len, contexts))
@@ -347,8 +349,9 @@ def sequence_losses(model, rows, prefix, prompt_ids, reasoning, temperature, cho
     if choice is not None:
         candidates, one_hot = choice
         embed = model.get_input_embeddings()
-        mixture = one_hot @ embed(candidates)  # [B, K] @ [K, H]
-        tokens = torch.cat([mixture[:, None], embed(tokens[:, 1:])], 1)
+        tokens = embed(tokens)
+        mixture = one_hot @ embed(candidates).to(one_hot.dtype)  # [B, K] @ [K, H]
+        tokens = torch.cat([mixture.to(tokens.dtype)[:, None], tokens[:, 1:]], 1)
     size = max(len(row.answer) for row in rows)  # A
     # Column c predicts token c + 1: the prompt's tokens but the first, which the prefix predicts, then the answer.
     columns = [[*range(len(rest) - 1), *answer_columns(t, len(row.answer), size)] for t, row in zip(tails, rows)]
@@ -476,13 +479,14 @@ def candidate_gradients(model, rows, prefix, prompt_ids, candidates, reasoning, 
     here = F.one_hot((candidates == prompt_ids[len(prefix.tokens)]).nonzero()[0, 0], len(candidates))
 
     def run(batch):
-        one_hot = here.to(model.dtype).repeat(len(batch), 1).requires_grad_()
+        # In float32 or better, lest half precision rounds the gradients of different tokens to the same.
+        one_hot = here.to(torch.promote_types(model.dtype, torch.float32)).repeat(len(batch), 1).requires_grad_()
         part = [rows[i] for i in batch], prefix.take(batch), prompt_ids, [reasoning[i] for i in batch]
         cross_entropy, _, nll = sequence_losses(model, *part, settings.loss_temperature, (candidates, one_hot))
         losses = training_loss(cross_entropy, nll, settings)
         # The rows do not touch each other, so the gradient of the sum holds each row's own gradient.
         (gradient,) = torch.autograd.grad(losses.sum(), one_hot)
-        return batch, gradient.to(losses.dtype), losses.detach()
+        return batch, gradient, losses.detach()
 
     # Rows of like length share a batch, so that little of it is padding.
     order = sorted(range(len(rows)), key=lambda i: (-len(reasoning[i]), i))
@@ -559,10 +563,13 @@ def reason_and_score(model, rows, prefix, prompts, settings, work, limits=None):
 
         work.counts["forward_tokens"] += tokens.numel()
         most = [(limits or {}).get(job, settings.max_new_tokens) for job in batch]
-        decode(model, layers, mask, logits[:, -1].argmax(-1), torch.tensor(most, device=model.device), finish, shared)
+        first = logits[:, -1].argmax(-1)
+        del logits  # of the prompt, large where the vocabulary is
+        decode(model, layers, mask, first, torch.tensor(most, device=model.device), finish, shared)
 
     columns = prefix.mask.shape[1] + max(len(rests[0]) + len(r.between + r.extractor + r.answer) for r in rows)
-    size = settings.batch_size or rows_for_generation(model, columns + settings.max_new_tokens)
+    fitting = rows_for_generation(model, columns + settings.max_new_tokens, len(rests[0]))
+    size = settings.batch_size or fitting
     in_batches(run, jobs, "generation", size, work)
     return done
 
@@ -606,7 +613,9 @@ def mean_gradients(model, rows, prefix, prompt_ids, choices, reasoning, settings
     if settings.gradient_without_reasoning:  # ablation (Fig. 3): question + prompt + extractor only
         reasoning = [[] for _ in rows]
     per_row, _ = candidate_gradients(model, rows, prefix, prompt_ids, choices, reasoning, settings, work)
-    return dict(zip(choices, per_row.double().mean(0).tolist()))
+    means = per_row.double().mean(0)
+    require(means.isfinite().all(), f"the gradient is not finite at prompt ids {list(prompt_ids)}: try --dtype float32")
+    return dict(zip(choices, means.tolist()))
 
 
 def make_shortlist(candidates, gradients, settings, rng):
@@ -686,7 +695,9 @@ def optimize(model, tokenizer, rows, prompt_ids, settings, history=()):
     an interrupted run, in order; the search goes on behind them to the same result.
     """
     allowed = allowed_tokens(tokenizer, model.get_input_embeddings().num_embeddings).to(model.device)
-    work, started = Work(Counter(history[-1]["totals"] if history else {})), time.perf_counter()
+    work, started = Work(), time.perf_counter()
+    if history:
+        work = Work(Counter(history[-1]["totals"]), dict(history[-1].get("batch_sizes", {})))
     questions = read_questions(model, rows, settings.batch_size, work if not history else Work())
     if history:
         scored, current = scores_of(history), restore_current(model, rows, questions, settings, history)
@@ -697,7 +708,7 @@ def optimize(model, tokenizer, rows, prompt_ids, settings, history=()):
         (current,) = score_prompts(model, rows, questions, [tuple(prompt_ids)], settings, work)
         scored, position, prefix = {current.prompt_ids: current}, 0, questions
         found = {"seconds": {"select": time.perf_counter() - started}}
-        yield make_record(tokenizer, rows[0], 0, None, current, scored, work.counts) | found
+        yield make_record(tokenizer, rows[0], 0, None, current, scored, work) | found
 
     for step in range(max(1, len(history)), settings.steps + 1):
         prefix = prefix_at(model, questions, current.prompt_ids[:position], work, known=prefix)
@@ -705,7 +716,7 @@ def optimize(model, tokenizer, rows, prompt_ids, settings, history=()):
         for score in scored.values():  # only the current prompt's reasoning is needed again
             score.reasoning = score.reasoning if score is winner else None
         scored[winner.prompt_ids] = current = winner
-        record = make_record(tokenizer, rows[0], step, position, current, scored, work.counts) | found
+        record = make_record(tokenizer, rows[0], step, position, current, scored, work) | found
         yield record
         position = position_after(tokenizer, record, settings)
 
@@ -723,7 +734,7 @@ def as_score(record):
     return Score(tuple(record["prompt_ids"]), *(record[f] for f in "cross_entropy error nll objective tokens".split()))
 
 
-def make_record(tokenizer, row, step, position, current, scored, counts):
+def make_record(tokenizer, row, step, position, current, scored, work):
     best = finalists(tokenizer, scored, 1)[0]
     return {
         "step": step,
@@ -731,7 +742,8 @@ def make_record(tokenizer, row, step, position, current, scored, counts):
         **as_record(current),
         "prompt": prompt_text(tokenizer, row, current.prompt_ids).strip(),
         "best": {"objective": best.objective, "prompt": prompt_text(tokenizer, row, best.prompt_ids).strip()},
-        "totals": dict(counts),
+        "totals": dict(work.counts),
+        "batch_sizes": dict(work.sizes),  # where memory ran out
     }
 
 
@@ -761,7 +773,8 @@ def restore_current(model, rows, questions, settings, history):
     won = max(n for n, record in enumerate(history) if n == 0 or history[n - 1]["prompt_ids"] != record["prompt_ids"])
     job = [tuple(e["prompt_ids"]) for e in history[won].get("shortlist", ()) if e["new"]]
     prefix = prefix_at(model, questions, tuple(last[: history[won]["position"] or 0]), Work())
-    scores = score_prompts(model, rows, prefix, job if tuple(last) in job else [tuple(last)], settings, Work())
+    work = Work(sizes=dict(history[won - 1].get("batch_sizes", {}) if won else {}))
+    scores = score_prompts(model, rows, prefix, job if tuple(last) in job else [tuple(last)], settings, work)
     current = next(score for score in scores if score.prompt_ids == tuple(last))
     if abs(current.objective - history[-1]["objective"]) > 1e-3 * max(1.0, abs(current.objective)):
         raise UserError(

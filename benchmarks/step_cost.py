@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import greater_core as core
-from frozen_model import faster, load_model
+from frozen_model import ATTENTION, faster, load_model
 from settings import SearchSettings
 from sources import split_rows
 from tasks import get_task
@@ -121,7 +121,7 @@ def clock(device):
 
 def our_step(model, flags):
     """({stage: seconds} of a step, its token counts). What earlier steps left is made before the clock starts."""
-    faster(model)
+    faster(model).set_attn_implementation(ATTENTION)
     rows, prompt, position, candidates, lengths = problem(flags, model)
     settings = SearchSettings(batch_size=flags.batch_size, gradient_batch_size=flags.gradient_batch_size)
     setup, work, device = core.Work(), core.Work(), model.device.type

@@ -32,7 +32,8 @@ FAMILIES = ("llama", "llama-tied", "gemma2", "qwen3")
 
 def tiny_model(family, tokenizer, dtype=torch.float64, seed=0):
     """Two layers of random weights, large enough that the logits differ. Gemma-2: scaled embeddings, both soft
-    caps, and a sliding window of 8 tokens, shorter than every sequence here."""
+    caps, scores in a scale of their own, and a sliding window of 8 tokens, shorter than every sequence here. Qwen-3:
+    heads that are together wider than the hidden states."""
     sizes = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -40,7 +41,7 @@ def tiny_model(family, tokenizer, dtype=torch.float64, seed=0):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
+        "head_dim": 16 if family == "qwen3" else 8,
         "initializer_range": 0.3,
         "max_position_embeddings": 512,
         "tie_word_embeddings": family in ("llama-tied", "qwen3"),
@@ -53,7 +54,7 @@ def tiny_model(family, tokenizer, dtype=torch.float64, seed=0):
         "llama-tied": LlamaConfig,
         "qwen3": Qwen3Config,
         "gemma2": lambda **s: Gemma2Config(
-            **s, sliding_window=8, query_pre_attn_scalar=8, attn_logit_softcapping=5.0, final_logit_softcapping=4.0
+            **s, sliding_window=8, query_pre_attn_scalar=5, attn_logit_softcapping=5.0, final_logit_softcapping=4.0
         ),
     }[family](**sizes)
     torch.manual_seed(seed)

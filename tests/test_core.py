@@ -247,15 +247,15 @@ def test_a_batch_size_of_0_is_one_that_fits_and_changes_nothing(any_model, few_r
         return done, core.generate_greedily(any_model, contexts, 5, size), prefix.log_probs.tolist()
 
     expected = found(2)
-    for rows_that_fit in (1, 3):
-        fits = lambda model, columns: asked.append(columns) or rows_that_fit  # noqa: B023, E731
-        monkeypatch.setattr(core, "rows_for_generation", fits)
+    for fit in (1, 3):
+        monkeypatch.setattr(core, "rows_for_generation", lambda *sizes, fit=fit: asked.append(sizes[1:]) or fit)
         again = found(0)
         assert again[1] == expected[1] and again[0].keys() == expected[0].keys()
         for job, (ids, *losses) in expected[0].items():
             assert again[0][job][0] == ids and again[0][job][1:] == pytest.approx(losses)
     longest = max(len(r.before) + len(prompt) + len(r.between + r.extractor + r.answer) for r in rows)
-    assert asked[0] == longest + settings().max_new_tokens and asked[1] == max(len(r.before) for r in rows) + 5
+    generating = longest + settings().max_new_tokens, len(prompt)  # positions whose logits are read
+    assert asked[:2] == [generating, (max(len(r.before) for r in rows) + 5,)]
 
 
 def test_reasoning_ends_before_the_end_token_and_counts_it(demo_model, few_rows, demo_tokenizer):
@@ -580,7 +580,7 @@ def test_finalists_are_finished_prompts_and_the_start_and_best_is_the_first_of_t
     scored = {p: score(o, p) for p, o in ((start, 3.0), (open_, 0.5), (closed, 2.0), (other, 1.0))}
     assert [s.prompt_ids for s in core.finalists(demo_tokenizer, scored, 9)] == [other, closed, start]
     assert [s.prompt_ids for s in core.finalists(demo_tokenizer, scored, 2)] == [other, closed]
-    record = core.make_record(demo_tokenizer, few_rows[0][0], 3, 1, scored[open_], scored, core.Counter())
+    record = core.make_record(demo_tokenizer, few_rows[0][0], 3, 1, scored[open_], scored, core.Work())
     assert (record["objective"], record["best"]["objective"]) == (0.5, 1.0)
 
 
@@ -758,6 +758,47 @@ def test_a_resumed_search_equals_an_uninterrupted_one(run, demo_model, demo_toke
     history = json.loads(json.dumps(records[:done]))
     rest = list(core.optimize(demo_model, demo_tokenizer, rows, start, config, history))
     assert without_seconds(rest) == without_seconds(records[done:])
+
+
+def test_a_resumed_search_makes_the_batches_that_memory_allowed_before(run, demo_model, demo_tokenizer, monkeypatch):
+    rows, start, config, _ = run
+    batches, full, plain = [], [1], core.decode
+
+    def decode(model, layers, mask, *rest):
+        if full and len(mask) > 8:  # memory runs out once, in the first selection
+            full.clear()
+            raise torch.OutOfMemoryError("none left")
+        batches.append(len(mask))
+        return plain(model, layers, mask, *rest)
+
+    monkeypatch.setattr(core, "decode", decode)
+    records = list(core.optimize(demo_model, demo_tokenizer, rows, start, config))
+    assert [r["batch_sizes"] for r in records] == [{}] + [{"generation": 12}] * 10
+    whole = batches[:]
+    batches.clear()
+    rest = list(core.optimize(demo_model, demo_tokenizer, rows, start, config, json.loads(json.dumps(records[:4]))))
+    assert without_seconds(rest) == without_seconds(records[4:])
+    assert max(batches[1:]) <= 12 and batches[-10:] == whole[-10:]
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_and_no_shortlist(llama, few_rows, monkeypatch):
+    rows, prompt = few_rows
+    prefix, reasoning = prefix_of(llama, rows, prompt[:2]), [[30]] * 5
+    found = torch.tensor([[0.5, float("nan")]]), None
+    monkeypatch.setattr(core, "candidate_gradients", lambda *arguments: found)
+    with pytest.raises(UserError, match="not finite.*--dtype float32"):
+        core.mean_gradients(llama, rows, prefix, prompt, [60, prompt[2]], reasoning, settings(), core.Work())
+
+
+def test_gradients_of_a_model_in_half_precision_are_not_rounded_to_it(demo_tokenizer, few_rows):
+    model = tiny_model("llama", demo_tokenizer, torch.bfloat16)
+    rows, prompt = few_rows
+    prefix, choices = prefix_of(model, rows, prompt[:2]), [*range(40, 80), prompt[2]]
+    found, losses = core.candidate_gradients(
+        model, rows, prefix, prompt, choices, [[30, 31]] * 5, settings(), core.Work()
+    )
+    assert found.dtype == losses.dtype == torch.float32
+    assert not torch.equal(found, found.bfloat16().float())
 
 
 def test_a_resumed_search_notices_that_the_model_is_another(run, demo_tokenizer):
