@@ -166,7 +166,7 @@ def rows_for_generation(model, columns, read=1):
     known = getattr(config, "max_position_embeddings", None) or columns
     if rope.get("rope_type") in ("longrope", "dynamic"):  # behind these positions a row would change the others
         known = rope.get("original_max_position_embeddings") or known
-    require(columns <= known, f"--max-new-tokens: {columns} tokens with the question; the model knows {known}")
+    require(columns <= known, f"--max-new-tokens: a row could have {columns} tokens, the model knows {known}: lower it")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if model.device.type == "cuda":
@@ -340,6 +340,7 @@ class SharedQuestions:
         row_in = dict(zip(slots, range(len(slots))))
         rows = [row_in.get(slot, 0) for slot in range(self.deep * (max(numbers) + 1))]
         self.slots, self.rows = torch.tensor(slots, device=device), torch.tensor(rows, device=device)
+        self.in_place = slots == rows == list(range(len(slots)))  # each row in its slot, and no slot is empty
 
     def keep(self, rows, copy=True):
         """The same for some of the rows, a list."""
@@ -361,11 +362,13 @@ class SharedQuestions:
 
     def together(self, states):
         """[B, heads, n, x] as [N, heads, deep * n, x]"""
-        return states.index_select(0, self.rows).unflatten(0, (-1, self.deep)).transpose(1, 2).flatten(2, 3)
+        states = states if self.in_place else states.index_select(0, self.rows)
+        return states.unflatten(0, (-1, self.deep)).transpose(1, 2).flatten(2, 3)
 
     def apart(self, states):
         """[N, heads, deep * n, x] as [B, heads, n, x]"""
-        return states.unflatten(2, (self.deep, -1)).transpose(1, 2).flatten(0, 1).index_select(0, self.slots)
+        states = states.unflatten(2, (self.deep, -1)).transpose(1, 2).flatten(0, 1)
+        return states if self.in_place else states.index_select(0, self.slots)
 
 
 ATTENTION = "shared-questions"

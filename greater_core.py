@@ -531,7 +531,8 @@ def reason_and_score(model, rows, prefix, prompts, settings, work, limits=None):
     """
     rests = [list(prompt[len(prefix.tokens) :]) for prompt in prompts]
     sizes = [len(row.before) for row in rows]
-    jobs = sorted(((n, i) for n in range(len(prompts)) for i in range(len(rows))), key=lambda job: -sizes[job[1]])
+    # Long rows first, and the rows of a question side by side.
+    jobs = sorted(((n, i) for i in range(len(rows)) for n in range(len(prompts))), key=lambda job: -sizes[job[1]])
     done = {}
 
     @torch.inference_mode()
