@@ -1,6 +1,7 @@
 """The frozen model: loading, batches, and that every way of reading gives the plain forward pass's logits."""
 
 import copy
+import math
 import platform
 import shutil
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from frozen_model import (
     OneDnnProduct,
     Picked,
     SharedQuestions,
+    VisibleColumns,
     Work,
     attention,
     empty,
@@ -306,6 +308,22 @@ def test_in_half_precision_shared_questions_are_read_as_nearly_as_by_transformer
     expected, eager = (m(input_ids=ids).logits[:, 40:].float() for m in (exact, theirs))
     errors = [(logits - expected).square().mean().sqrt() for logits in (ours, eager)]
     assert errors[0] < 1.2 * errors[1] and errors[1] > 0
+
+
+def test_scores_in_half_precision_are_scaled_and_compared_in_float32():
+    key, value = torch.tensor([100.0, 1.0]).bfloat16().reshape(2, 1, 1, 1, 1)  # of a question of one token
+    own_key, own_value = torch.tensor([99.0, 0.0]).bfloat16().reshape(2, 1, 1, 1, 1)
+    shared, visible = SharedQuestions([(key, value)], [0]), VisibleColumns(torch.ones(1, 2), 1, torch.bfloat16)
+    query, layer = torch.ones_like(key), SimpleNamespace(layer_idx=0)
+    mixed, _ = attention(layer, query, own_key, own_value, None, 0.1, shared=shared, visible=visible)
+    # Scores of 10 and 9.9; the second is 9.875 in bfloat16, and their weights were 0.531 and 0.469.
+    assert mixed.item() == pytest.approx(1 / (1 + math.exp(-0.1)), abs=2e-3)
+
+
+def test_logits_of_a_model_in_half_precision_are_float32(demo_tokenizer):
+    model, ids = tiny_model("llama", demo_tokenizer, torch.bfloat16), torch.arange(6, 16)[None]
+    logits = read(model, empty(Growing, model), torch.ones_like(ids), ids, torch.tensor([[9]]))
+    assert logits.dtype == torch.float32
 
 
 def test_shared_questions_are_one_copy_and_hold_only_those_that_have_rows():
