@@ -1,7 +1,7 @@
 """A frozen model, and how it reads: new tokens behind keys and values that are kept, and shared where rows agree.
 
-Nothing here is particular to the method. Every shortcut gives the logits of the plain forward pass: to 1e-9 in float64
-and 1e-5 in float32, say the tests; in bfloat16 as near to them as transformers' own attention.
+Nothing here is particular to the method. Every shortcut gives what the plain forward pass gives: to 1e-7 in float64 and
+1e-5 in float32, say the tests; in bfloat16 as nearly as transformers' own attention.
 
 Shape letters: B rows, T tokens of a padded sequence, S new tokens, C columns of keys and values before them, H hidden
 size, N questions that rows share, D columns of a question, L positions whose logits are read, V vocabulary.

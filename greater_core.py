@@ -181,13 +181,13 @@ class Prefix:
         rows = self.mask[index, first:], starts, self.log_probs[index], self.nll[index], self.index[index]
         return Prefix(self.tokens, past, *rows)
 
-    def shared(self, kind):
-        """(the questions as `SharedQuestions`, layers of a kind that begin with the prompt)"""
+    def shared(self):
+        """(the questions as `SharedQuestions`, `Growing` layers that begin with the prompt)"""
         shared = SharedQuestions([question for question, *_ in self.past], self.index.tolist())
-        return shared, [kind(prompt, lambda states: states.index_select(0, self.index)) for _, *prompt in self.past]
+        return shared, [Growing(prompt, lambda states: states.index_select(0, self.index)) for _, *prompt in self.past]
 
-    def layers(self, kind):
-        return [kind(pieces, lambda states: states.index_select(0, self.index)) for pieces in self.past]
+    def layers(self):
+        return [Picked(pieces, lambda states: states.index_select(0, self.index)) for pieces in self.past]
 
 
 @torch.no_grad()
@@ -221,7 +221,7 @@ def extend(model, prefix, token, work):
     count = len(prefix.starts)
     mask = torch.cat([prefix.mask, prefix.mask.new_ones(count, 1)], 1)
     ids = mask.new_full((count, 1), token)
-    layers = prefix.layers(Picked)
+    layers = prefix.layers()
     logits = read(model, layers, mask, ids, torch.zeros_like(ids))
     work.counts["forward_tokens"] += count
     past = []
@@ -356,7 +356,7 @@ def sequence_losses(model, rows, prefix, prompt_ids, reasoning, temperature, cho
     # Column c predicts token c + 1: the prompt's tokens but the first, which the prefix predicts, then the answer.
     columns = [[*range(len(rest) - 1), *answer_columns(t, len(row.answer), size)] for t, row in zip(tails, rows)]
     mask = torch.cat([prefix.mask, mask], 1)
-    logits = read(model, prefix.layers(Picked), mask, tokens, torch.tensor(columns, device=model.device))
+    logits = read(model, prefix.layers(), mask, tokens, torch.tensor(columns, device=model.device))
     rests = torch.tensor([rest], device=model.device).expand(len(rows), -1)
     nll = prompt_nll(prefix, rests, logits[:, : len(rest) - 1], choice)
     return *answer_cross_entropy(logits[:, len(rest) - 1 :], rows, temperature), nll
@@ -538,7 +538,7 @@ def reason_and_score(model, rows, prefix, prompts, settings, work, limits=None):
     @torch.inference_mode()
     def run(batch):
         part = prefix.take([i for _, i in batch])
-        shared, layers = part.shared(Growing)
+        shared, layers = part.shared()
         tails = [rests[n] + rows[i].between for n, i in batch]
         tokens = torch.tensor(tails, device=model.device)
         mask = torch.cat([part.mask, torch.ones_like(tokens)], 1)

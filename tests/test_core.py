@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import frozen_model
 import greater_core as core
 from frozen_model import freeze
 from tasks import UserError
@@ -194,6 +195,26 @@ def test_reasoning_and_score_from_shared_keys_and_values_are_those_of_whole_sequ
             assert found == pytest.approx(slow_losses(any_model, row, candidate, expected, 0.7), rel=1e-9)
             lengths.add(len(expected))
     assert len(lengths) > 2 and len(done) == 15
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_float32_with_all_shortcuts_the_ids_are_the_plain_model_s_and_the_losses_within_1e_5(
+    demo_tokenizer, few_rows, family, monkeypatch
+):
+    model = tiny_model(family, demo_tokenizer, torch.float32)
+    monkeypatch.setattr(frozen_model, "faster", lambda model: model)
+    plain = tiny_model(family, demo_tokenizer, torch.float32)
+    plain.set_attn_implementation("eager")
+    rows, prompt = few_rows
+    prompts, work = [(*prompt[:2], token, *prompt[3:]) for token in (60, 75)], core.Work()
+    prefix = core.prefix_at(model, core.read_questions(model, rows, 8, work), prompt[:2], work)
+    done = core.reason_and_score(model, rows, prefix, prompts, settings(max_new_tokens=20, loss_temperature=0.7), work)
+    for (n, i), (reasoning, *losses) in done.items():
+        row, candidate = rows[i], prompts[n]
+        expected, _ = greedy_reference(plain, row.before + list(candidate) + row.between, 20)
+        assert reasoning == expected
+        assert losses == pytest.approx(slow_losses(plain, row, candidate, expected, 0.7), rel=1e-5, abs=1e-5)
+    assert len(done) == 10
 
 
 class Waits(TorchDispatchMode):
