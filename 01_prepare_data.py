@@ -13,9 +13,9 @@ aqua 100, 100, 254; wsc 100, 100, 104; an MMLU subject 6 to 87 train, 7 to 88 de
 import json
 from dataclasses import dataclass
 
-from settings import TaskFlags, parse_flags, run_script
-from sources import prepare
-from tasks import GROUPS, SPLITS, get_task
+from support.settings import TaskFlags, parse_flags, run_script
+from support.sources import prepare
+from support.tasks import GROUPS, SPLITS, get_task
 
 
 @dataclass

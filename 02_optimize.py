@@ -16,8 +16,18 @@ import subprocess
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from settings import ModelFlags, SearchSettings, TaskFlags, flag, parse_flags, run_script
-from tasks import ROOT, UserError, alone_in, append_jsonl, read_appended, require, weights_hash, write_json, write_jsonl
+from support.files import (
+    ROOT,
+    UserError,
+    alone_in,
+    append_jsonl,
+    read_appended,
+    require,
+    weights_hash,
+    write_json,
+    write_jsonl,
+)
+from support.settings import ModelFlags, SearchSettings, TaskFlags, flag, parse_flags, run_script
 
 
 @dataclass
@@ -52,8 +62,9 @@ def search(flags, task, splits, train, run_dir):
     from tqdm import tqdm
 
     import greater_core as core
-    from evaluation import evaluate_once, local_answerer
-    from frozen_model import load_model
+    from support.answerers import local_answerer
+    from support.engine import load_model
+    from support.evaluation import evaluate_once
 
     model, tokenizer = load_model(flags.model, flags.device, flags.dtype)
     rows = [core.splice(tokenizer, task, row) for row in train]

@@ -15,8 +15,8 @@ evaluated with the same model, rows, extractor and settings is not run again; a 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
-from tasks import alone_in, is_text, read_jsonl, read_run, require, require_fields
+from support.files import alone_in, is_text, read_jsonl, read_run, require, require_fields
+from support.settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
 
 
 @dataclass
@@ -46,7 +46,7 @@ def main():
         require(getattr(flags, name) >= least, f"--{name.replace('_', '-')} must be at least {least}")
     flags.check_server_flags()
     if flags.report:
-        from report import write_report
+        from support.report import write_report
 
         print("\n".join(f"  {path}" for path in write_report(flags.report)))
         return
@@ -66,7 +66,8 @@ def main():
 
     from tqdm import tqdm
 
-    from evaluation import evaluate_once, open_answerer
+    from support.answerers import open_answerer
+    from support.evaluation import evaluate_once
 
     answerer = open_answerer(flags, flags.model, flags.endpoint)  # imports torch only where a model is loaded here
     with alone_in(run_dir):
@@ -118,7 +119,7 @@ def chosen_prompts(flags, run_dir, task):
 
 
 def regrade(run_dir, task, splits):
-    from evaluation import regrade
+    from support.evaluation import regrade
 
     for old, new in regrade(run_dir, task, splits):
         paper, harness = (
@@ -130,7 +131,7 @@ def regrade(run_dir, task, splits):
 
 
 def report(results, rows, run_dir, flags):
-    from evaluation import compare, read_predictions
+    from support.evaluation import compare, read_predictions
 
     labels = [r.get("name", r["role"]) for r in results]
     if labels.count("given") > 1:

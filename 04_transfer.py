@@ -12,9 +12,10 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from evaluation import evaluate_once, open_answerer, rows_hash, short_name
-from settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
-from tasks import alone_in, read_jsonl, read_run, require, require_fields, write_jsonl
+from support.answerers import open_answerer
+from support.evaluation import evaluate_once, rows_hash, short_name
+from support.files import alone_in, read_jsonl, read_run, require, require_fields, write_jsonl
+from support.settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
 
 
 @dataclass
@@ -67,7 +68,7 @@ def main():
 def transfer(flags, targets, jobs, out):
     from tqdm import tqdm
 
-    from report import transfer_picture, transfer_table
+    from support.report import transfer_picture, transfer_table
 
     records = []
     # A server that is not there shall be noticed before any long work.

@@ -45,7 +45,7 @@ import torch
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
-from frozen_model import (
+from support.engine import (
     Growing,
     Picked,
     SharedQuestions,
@@ -57,7 +57,7 @@ from frozen_model import (
     rows_for_backward,
     rows_for_generation,
 )
-from tasks import UserError, require
+from support.files import UserError, require
 
 SENTENCE_ENDS = (".", "!", "?")
 PUNCTUATION = (*SENTENCE_ENDS, ",", ";", ":")

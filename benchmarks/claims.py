@@ -21,11 +21,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import greater_core as core
-from evaluation import accuracy, evaluate, local_answerer
-from frozen_model import load_model
-from settings import SearchSettings
-from sources import split_rows
-from tasks import get_task
+from support.answerers import local_answerer
+from support.engine import load_model
+from support.evaluation import accuracy, evaluate
+from support.settings import SearchSettings
+from support.sources import split_rows
+from support.tasks import get_task
 
 ARMS = {
     "full method": {},

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import greater_core as core
-from frozen_model import load_model, logits_at
+from support.engine import load_model, logits_at
 
 TOLERANCE = 1e-4
 

@@ -33,10 +33,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import greater_core as core
-from frozen_model import ATTENTION, faster, load_model
-from settings import SearchSettings
-from sources import split_rows
-from tasks import get_task
+from support.engine import ATTENTION, faster, load_model
+from support.settings import SearchSettings
+from support.sources import split_rows
+from support.tasks import get_task
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary, tied embeddings
 SHAPES = {

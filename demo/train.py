@@ -226,11 +226,12 @@ def make_rows(seed, count=700):
 def print_table(folder, instructions=5):
     """Accuracy on the held-out test rows by instruction quality; `instructions` drawn for each level."""
     sys.path.insert(0, str(HERE.parent))
-    from evaluation import accuracy, evaluate, local_answerer
-    from frozen_model import load_model
-    from settings import GenerationSettings
-    from sources import split_rows
-    from tasks import get_task
+    from support.answerers import local_answerer
+    from support.engine import load_model
+    from support.evaluation import accuracy, evaluate
+    from support.settings import GenerationSettings
+    from support.sources import split_rows
+    from support.tasks import get_task
 
     model, tokenizer = load_model(str(folder))
     task, rng = get_task("demo"), random.Random(0)

@@ -20,11 +20,11 @@ from transformers.models.qwen3 import modeling_qwen3
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from frozen_model import freeze, load_model  # noqa: E402
 from greater_core import encode_in_place, splice  # noqa: E402
-from settings import SearchSettings  # noqa: E402
-from sources import split_rows  # noqa: E402
-from tasks import Task, get_task  # noqa: E402
+from support.engine import freeze, load_model  # noqa: E402
+from support.settings import SearchSettings  # noqa: E402
+from support.sources import split_rows  # noqa: E402
+from support.tasks import Task, get_task  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models run no faster on more, and two processes would wait for each other
 FAMILIES = ("llama", "llama-tied", "gemma2", "qwen3")

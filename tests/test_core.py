@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import frozen_model
 import greater_core as core
-from frozen_model import freeze
-from tasks import UserError
+from support import engine as frozen_model
+from support.engine import freeze
+from support.files import UserError
 
 # --- Token ids in parts -----------------------------------------------------------------------------
 

@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import evaluation
 import greater_core
-from evaluation import Answerer, compare, evaluate, evaluate_once, local_answerer, mcnemar, regrade
 from greater_core import encode_in_place
-from tasks import GRADER_VERSION, UserError, read_jsonl, text_hash, write_jsonl
+from support import evaluation
+from support.answerers import Answerer, local_answerer
+from support.evaluation import compare, evaluate, evaluate_once, mcnemar, regrade
+from support.files import UserError, read_jsonl, text_hash, write_jsonl
+from support.tasks import GRADER_VERSION
 
 
 def test_the_standard_error_is_that_of_the_sample():

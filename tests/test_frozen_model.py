@@ -12,8 +12,8 @@ from conftest import FAMILIES, ROOT, tiny_model
 from transformers import GenerationConfig, GPTJConfig, GPTJForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-import frozen_model
-from frozen_model import (
+from support import engine as frozen_model
+from support.engine import (
     Growing,
     OneDnnLinear,
     OneDnnProduct,
@@ -32,7 +32,7 @@ from frozen_model import (
     rows_for_backward,
     rows_for_generation,
 )
-from tasks import UserError
+from support.files import UserError
 
 # --- Loading ----------------------------------------------------------------------------------------
 

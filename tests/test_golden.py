@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT, settings
 
 import greater_core as core
-from frozen_model import load_model
-from sources import split_rows
-from tasks import get_task
+from support.engine import load_model
+from support.sources import split_rows
+from support.tasks import get_task
 
 FILE = Path(__file__).parent / "golden.json"
 

@@ -9,8 +9,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-import report
-from tasks import PAPER_BBH, UserError, write_json, write_jsonl
+from support import report
+from support.files import UserError, write_json, write_jsonl
+from support.tasks import PAPER_BBH
 
 LLAMA, GEMMA = "meta-llama/Meta-Llama-3-8B-Instruct", "google/gemma-2-9b-it"
 START = "read it ."
@@ -281,7 +282,7 @@ def test_a_single_run_gets_its_pictures_beside_its_report(tmp_path):
 
 def test_a_report_is_written_without_torch(tmp_path):
     make_run(tmp_path / "one")
-    code = "import sys; import report; report.write_report(sys.argv[1]); assert 'torch' not in sys.modules"
+    code = "import sys; from support import report; report.write_report(sys.argv[1]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
 
 

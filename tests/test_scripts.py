@@ -13,7 +13,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from tasks import read_jsonl, text_hash, write_jsonl
+from support.files import read_jsonl, text_hash, write_jsonl
 
 QUICK = ["--steps", "2", "--train-rows", "6", "--eval-rows", "20", "--finalists", "2"]
 

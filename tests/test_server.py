@@ -18,11 +18,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT, own_task, settings
 
-import server
-from evaluation import evaluate, evaluate_once, local_answerer
-from server import server_answerer
-from settings import ServerFlags
-from tasks import UserError, read_jsonl
+from support import answerers as server
+from support.answerers import local_answerer, server_answerer
+from support.evaluation import evaluate, evaluate_once
+from support.files import UserError, read_jsonl
+from support.settings import ServerFlags
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ import datasets
 import pytest
 from conftest import ROOT, own_task, settings
 
-import sources
-import tasks
-from settings import PRESETS, SearchSettings
-from tasks import TASKS, UserError, get_task, grade, grade_harness, read_answer, read_answer_harness
+from support import files, sources, tasks
+from support.files import UserError, write_jsonl
+from support.settings import PRESETS, SearchSettings
+from support.tasks import TASKS, get_task, grade, grade_harness, read_answer, read_answer_harness
 
 # --- The table ---------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ def test_numbers_are_answers_and_other_json_is_not(tmp_path):
 
 def test_line_separators_of_unicode_are_text(tmp_path):
     rows = [{"id": "1", "question": "a\u2028b\x85c", "answer": "1"}]
-    tasks.write_jsonl(tmp_path / "r.jsonl", rows)
+    write_jsonl(tmp_path / "r.jsonl", rows)
     assert tasks.read_rows(tmp_path / "r.jsonl") == rows
 
 
@@ -182,16 +182,16 @@ def test_bbh_splits_follow_the_file_s_order_and_halve_what_is_short(tmp_path, na
 def test_gsm8k_and_folio_splits_come_from_their_files(tmp_path):
     (tmp_path / "gsm8k").mkdir()
     record = {"question": "Q?", "answer": "Because.\n#### 1,234"}
-    tasks.write_jsonl(tmp_path / "gsm8k" / "train.jsonl", [record] * 7473)
-    tasks.write_jsonl(tmp_path / "gsm8k" / "test.jsonl", [record] * 1319)
+    write_jsonl(tmp_path / "gsm8k" / "train.jsonl", [record] * 7473)
+    write_jsonl(tmp_path / "gsm8k" / "test.jsonl", [record] * 1319)
     splits = sources.split_rows(TASKS["gsm8k"], tmp_path)
     assert [len(rows) for rows in splits.values()] == [100, 100, 1319]
     assert splits["dev"][0] == {"id": "gsm8k-train-100", "question": "Q?", "answer": "1234"}
     (tmp_path / "folio").mkdir()
     record = {"premises": ["All cats purr.", "Tom is a cat. "], "conclusion": "Tom purrs.", "label": "Unknown"}
-    tasks.write_jsonl(tmp_path / "folio" / "folio-train.jsonl", [record] * 1004)
+    write_jsonl(tmp_path / "folio" / "folio-train.jsonl", [record] * 1004)
     text = record | {"premises": "All cats purr.\nTom is a cat.", "label": "Uncertain"}
-    tasks.write_jsonl(tmp_path / "folio" / "folio-validation.jsonl", [text] * 204)
+    write_jsonl(tmp_path / "folio" / "folio-validation.jsonl", [text] * 204)
     splits = sources.split_rows(TASKS["folio"], tmp_path)
     assert [len(rows) for rows in splits.values()] == [100, 100, 204]
     row = splits["train"][0]
@@ -274,7 +274,7 @@ def write_files(folder, files):
         elif name == "multiarith/MultiArith.json":
             path.write_text(json.dumps(records))
         else:
-            tasks.write_jsonl(path, records)
+            write_jsonl(path, records)
 
 
 @pytest.mark.parametrize(
@@ -491,13 +491,13 @@ def test_prepared_files_have_the_same_bytes_every_time_and_task_json_comes_last(
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "r.jsonl"
-    tasks.write_jsonl(path, [{"a": 1}])
+    write_jsonl(path, [{"a": 1}])
 
     def fail(*_):
         raise OSError("killed")
 
-    monkeypatch.setattr(tasks.os, "replace", fail)
-    for write in (tasks.write_jsonl, tasks.write_json):
+    monkeypatch.setattr(files.os, "replace", fail)
+    for write in (write_jsonl, files.write_json):
         with pytest.raises(OSError):
             write(path, [{"a": 2}])
     assert path.read_text() == '{"a": 1}\n'
@@ -510,13 +510,13 @@ def test_the_demo_s_splits_share_no_row(demo_data):
 
 def test_models_are_told_apart_by_their_weights(tmp_path):
     for name in "ab":
-        shutil.copytree(tasks.ROOT / "demo" / "model", tmp_path / name)
-    assert tasks.weights_hash(tmp_path / "a") == tasks.weights_hash(tmp_path / "b")
+        shutil.copytree(files.ROOT / "demo" / "model", tmp_path / name)
+    assert files.weights_hash(tmp_path / "a") == files.weights_hash(tmp_path / "b")
     content = bytearray((tmp_path / "b" / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "b" / "model.safetensors").write_bytes(content)
-    assert tasks.weights_hash(tmp_path / "a") != tasks.weights_hash(tmp_path / "b")
-    assert tasks.weights_hash("some/hub-name") == "some/hub-name"
+    assert files.weights_hash(tmp_path / "a") != files.weights_hash(tmp_path / "b")
+    assert files.weights_hash("some/hub-name") == "some/hub-name"
 
 
 @pytest.mark.parametrize("split", tasks.SPLITS)
@@ -545,8 +545,8 @@ def test_gsm8k_s_answer_is_behind_the_last_marker_and_must_be_a_number(tmp_path)
     assert sources.make_row(TASKS["gsm8k"], {"question": " q ", "answer": "#### 1 ####  2,000 "}) == ("q", "2000")
     (tmp_path / "gsm8k").mkdir()
     records = [{"question": "Q?", "answer": "#### x"}]
-    tasks.write_jsonl(tmp_path / "gsm8k" / "train.jsonl", records * 7473)
-    tasks.write_jsonl(tmp_path / "gsm8k" / "test.jsonl", records * 1319)
+    write_jsonl(tmp_path / "gsm8k" / "train.jsonl", records * 7473)
+    write_jsonl(tmp_path / "gsm8k" / "test.jsonl", records * 1319)
     with pytest.raises(UserError, match="impossible answer 'x'"):
         sources.split_rows(TASKS["gsm8k"], tmp_path)
 
@@ -565,35 +565,35 @@ def test_a_split_that_changed_since_stage_01_is_refused(tmp_path):
 
 def test_own_rows_are_halved_and_quartered_and_an_empty_split_is_an_error(tmp_path):
     path = tmp_path / "mine.jsonl"
-    tasks.write_jsonl(path, [{"question": f"{n}?", "answer": str(n)} for n in range(8)])
+    write_jsonl(path, [{"question": f"{n}?", "answer": str(n)} for n in range(8)])
     task = get_task(str(path), "So it is")
     folder = sources.prepare(task, tmp_path / "data", own_rows=str(path))
     assert json.loads((folder / "task.json").read_text())["counts"] == {"train": 4, "dev": 2, "test": 2}
-    tasks.write_jsonl(path, [{"question": "1?", "answer": "1"}])
+    write_jsonl(path, [{"question": "1?", "answer": "1"}])
     with pytest.raises(UserError, match="the train split is empty"):
         sources.prepare(task, tmp_path / "data", own_rows=str(path))
 
 
 def test_a_line_cut_short_by_a_kill_is_removed_and_the_rest_kept(tmp_path):
     path = tmp_path / "steps.jsonl"
-    tasks.append_jsonl(path, {"step": 0})
-    tasks.append_jsonl(path, {"step": 1})
+    files.append_jsonl(path, {"step": 0})
+    files.append_jsonl(path, {"step": 1})
     with open(path, "a") as file:
         file.write('{"step": 2, "pro')
-    assert tasks.read_appended(path) == [{"step": 0}, {"step": 1}]
-    tasks.append_jsonl(path, {"step": 2})
-    assert [r["step"] for r in tasks.read_jsonl(path)] == [0, 1, 2]
-    assert tasks.read_appended(tmp_path / "none.jsonl") == []
+    assert files.read_appended(path) == [{"step": 0}, {"step": 1}]
+    files.append_jsonl(path, {"step": 2})
+    assert [r["step"] for r in files.read_jsonl(path)] == [0, 1, 2]
+    assert files.read_appended(tmp_path / "none.jsonl") == []
     path.write_text(path.read_text()[:-1])  # whole but for its newline: an editor's doing
-    assert [r["step"] for r in tasks.read_appended(path)] == [0, 1, 2]
-    tasks.append_jsonl(path, {"step": 3})
-    assert [r["step"] for r in tasks.read_jsonl(path)] == [0, 1, 2, 3]
+    assert [r["step"] for r in files.read_appended(path)] == [0, 1, 2]
+    files.append_jsonl(path, {"step": 3})
+    assert [r["step"] for r in files.read_jsonl(path)] == [0, 1, 2, 3]
 
 
 def test_only_one_process_at_a_time_writes_into_a_folder(tmp_path):
-    code = f"import tasks\nwith tasks.alone_in({str(tmp_path)!r}): pass"
+    code = f"from support import files\nwith files.alone_in({str(tmp_path)!r}): pass"
     other = [sys.executable, "-c", code]
-    with tasks.alone_in(tmp_path):
+    with files.alone_in(tmp_path):
         done = subprocess.run(other, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode and "another process is at work in" in done.stderr
     assert subprocess.run(other, cwd=ROOT, capture_output=True).returncode == 0

@@ -11,22 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tasks import (
-    GRADER_VERSION,
-    MMLU_SIZES,
-    ROOT,
-    SPLITS,
-    TASKS,
-    UserError,
-    as_text,
-    canonical,
-    read_jsonl,
-    read_rows,
-    require,
-    sha256,
-    write_json,
-    write_jsonl,
-)
+from support.files import ROOT, UserError, read_jsonl, require, sha256, write_json, write_jsonl
+from support.tasks import GRADER_VERSION, MMLU_SIZES, SPLITS, TASKS, as_text, canonical, read_rows
 
 # --- Reading what is published ----------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from tasks import UserError, require
+from support.files import UserError, require
 
 # --- Loading ----------------------------------------------------------------------------------------
 

@@ -13,90 +13,22 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tasks import (
-    GRADER_VERSION,
+from support.files import (
     UserError,
     append_jsonl,
-    grade,
-    grade_harness,
-    read_answer,
-    read_answer_harness,
     read_appended,
     require,
     require_fields,
     text_hash,
-    weights_hash,
     write_jsonl,
 )
-
-
-@dataclass(frozen=True)
-class Answerer:
-    """What writes reasoning and answer.
-
-    `generate(task, rows, prompt, settings, done)` yields lists of (row, reasoning text, reply behind the extractor,
-    number of reasoning tokens, whether it was cut at the limit), in any order; not for the ids in `done`.
-    """
-
-    name: str  # as tables show it
-    identity: tuple  # what tells its texts from those of another: part of the evaluation's key
-    generate: Callable
-    endpoint: str = ""  # of a server, which is known by its model's name wherever it runs
-
-
-def open_answerer(flags, model, endpoint=""):
-    """The Answerer that --model, or --endpoint and --model, name; the model is loaded, or the server asked."""
-    if endpoint:
-        from server import server_answerer
-
-        return server_answerer(flags, endpoint, model)
-    from frozen_model import load_model
-
-    return local_answerer(*load_model(model, flags.device, flags.dtype), model)
-
+from support.tasks import GRADER_VERSION, grade, grade_harness, read_answer, read_answer_harness
 
 # --- Generating and grading ---------------------------------------------------------------------------------
-
-
-def local_answerer(model, tokenizer, path):
-    """The Answerer that is the model loaded here from `path`."""
-    from frozen_model import rows_for_generation
-    from greater_core import answer_ids, encode, generate_greedily
-
-    def context_ids(task, row, prompt):
-        turn = [{"role": "user", "content": task.user_turn(row["question"], prompt)}]
-        return encode(tokenizer, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-
-    def generate(task, rows, prompt, settings, done):
-        unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encode(tokenizer, " " + prompt)
-        require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
-        contexts = {row["id"]: context_ids(task, row, prompt) for row in rows}
-        ordered = sorted(rows, key=lambda row: len(contexts[row["id"]]))
-        columns = max(map(len, contexts.values())) + settings.max_new_tokens
-        size = settings.batch_size or rows_for_generation(model, columns)
-        # A batch is whole or not there, so an evaluation that was killed goes on with the same batches.
-        for start in range(0, len(rows), size):
-            batch = ordered[start : start + size]
-            if done.issuperset(row["id"] for row in batch):
-                continue
-            asked = [contexts[row["id"]] for row in batch]
-            reasoning = generate_greedily(model, asked, settings.max_new_tokens, size)
-            extractors = [answer_ids(tokenizer, task, row["answer"])[0] for row in batch]
-            asked = [context + ids + more for context, (ids, _), more in zip(asked, reasoning, extractors)]
-            replies = generate_greedily(model, asked, settings.answer_tokens(task), size)
-            yield [
-                (row, *(tokenizer.decode(part, skip_special_tokens=True) for part in (ids, reply)), len(ids), not ended)
-                for row, (ids, ended), (reply, _) in zip(batch, reasoning, replies)
-                if row["id"] not in done
-            ]
-
-    return Answerer(short_name(path), (weights_hash(path), str(model.dtype)), generate)
 
 
 def short_name(model):

@@ -8,8 +8,9 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from sources import is_prepared, load_split, prepare
-from tasks import ROOT, SPLITS, TASKS, UserError, get_task, require
+from support.files import ROOT, UserError, require
+from support.sources import is_prepared, load_split, prepare
+from support.tasks import SPLITS, TASKS, get_task
 
 # --- Generation and search: the defaults are the paper's -----------------------------------------------------
 

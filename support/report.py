@@ -19,9 +19,10 @@ from urllib.parse import quote
 
 import numpy as np
 
-from evaluation import short_name
-from settings import SearchSettings
-from tasks import PAPER_BBH, TASKS, UserError, read_jsonl, require
+from support.evaluation import short_name
+from support.files import UserError, read_jsonl, require
+from support.settings import SearchSettings
+from support.tasks import PAPER_BBH, TASKS
 
 # --- What the paper reports -----------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""What the stages and greater_core.py stand on. Nothing in here imports from above."""

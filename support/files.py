@@ -1,0 +1,149 @@
+"""Errors and files: one-line errors, JSONL that is written whole or line by line, locks, hashes.
+
+Works without torch and imports nothing of ours.
+"""
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+ROOT = Path(__file__).parent.parent  # of the repository
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. Scripts print it as one line and exit with code 2."""
+
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
+# --- JSONL and JSON ------------------------------------------------------------------------------------
+
+
+def read_jsonl(path):
+    """The objects of a JSONL file. Errors: UserError that names the file, and the line that cannot be read."""
+    try:
+        # Lines end in \n alone: other separators of lines that Unicode knows may stand in a text.
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    lines = [] if lines == [""] else lines
+    objects = []
+    for number, line in enumerate(lines, 1):
+        try:
+            objects.append(json.loads(line))
+            if not isinstance(objects[-1], dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not a JSON object ({error})") from None
+    return objects
+
+
+def write_jsonl(path, objects):
+    """Write a JSONL file whole or not at all: to a temporary file that then takes the place of the old one."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text("".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path, record):
+    """Write one indented JSON file, whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def append_jsonl(path, *records):
+    """Append objects and see them on disk, so that a killed run loses at most what it was writing."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_appended(path):
+    """The objects of a file that grows line by line; [] if none. A last line cut short is removed, and one that only
+    lacks its newline gets it."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if last := content[whole:]:
+        try:
+            json.loads(last)
+        except ValueError:
+            os.truncate(path, whole)
+        else:
+            with open(path, "ab") as file:
+                file.write(b"\n")
+    return read_jsonl(path)
+
+
+def require_fields(records, path, **kinds):
+    """The records, if each has these fields, of these types. Errors: UserError that names file, line and field."""
+    for number, record in enumerate(records, 1):
+        for name, kind in kinds.items():
+            good = isinstance(record.get(name), kind) and (kind is not str or is_text(record[name]))
+            require(good, f"{path}, line {number}: no {name}, or another type than stage 02 or 03 writes")
+    return records
+
+
+def read_run(folder, **kinds):
+    """The record run.json of a run whose configuration has these settings, of these types. Errors: UserError."""
+    path = Path(folder) / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        good = all(isinstance(record["config"][name], kind) for name, kind in kinds.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        good = False
+    require(good, f"{path} is not the record of a run of stage 02")
+    return record
+
+
+@contextmanager
+def alone_in(folder):
+    """Keeps two processes from writing into one folder. Errors: UserError if another is at work there."""
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is at work in {folder}: wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_text(text):
+    """Whether it can be written as UTF-8: no half of a surrogate pair."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def weights_hash(name):
+    """What tells a local model from another: hash of the names, sizes and both ends of its weight files; a hub
+    name stands for itself. (Reading 16 GB whole would take longer than some evaluations.)"""
+    files = sorted(Path(name).glob("*.safetensors"))
+    if not files:
+        return name
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(2**20))
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def text_hash(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
