@@ -1,0 +1,213 @@
+"""A run on disk: what its files hold, opening and resuming it, and its final prompts. Works without torch.
+
+    run.json        the settings, the data and the model of the run
+    steps.jsonl     a `Step` per position visited; line 0 is the start
+    prompts.jsonl   the finalists, best first, with their dev accuracy
+
+Results and predictions of prompts belong to evaluation.py.
+"""
+
+import importlib.metadata
+import json
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from support.files import ROOT, UserError, read_appended, read_jsonl, require, weights_hash, write_json
+from support.tokens import ends_sentence
+
+# --- Records of a search: the fields are the columns of steps.jsonl ----------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a prompt is worth on the training rows: means over the rows, natural logarithms."""
+
+    prompt_ids: tuple[int, ...]
+    cross_entropy: float  # of the gold answer's tokens behind the reasoning, from logits / loss temperature
+    error: float  # share of the rows in which some answer token is not the likeliest
+    nll: float  # negative log-likelihood of the prompt, per token
+    objective: float  # what selection minimizes
+    tokens: int  # of all reasonings together
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that could stand at the step's position; the last one is the incumbent, unless the prompt grows."""
+
+    token: int
+    text: str
+    gradient: float | None  # of the loss, mean over the rows; None where no gradient was taken
+
+
+@dataclass(frozen=True)
+class Tried(Score):
+    """A shortlisted token, and the score of the prompt that has it."""
+
+    token: int
+    text: str
+    new: bool  # scored in this step, not in an earlier one
+
+
+@dataclass(frozen=True)
+class Best:
+    """The prompt with the lowest objective so far among those that end a sentence, and the initial one."""
+
+    objective: float
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Step(Score):
+    """One position visited: the score of the prompt behind it, and how it was found."""
+
+    step: int  # 0 is the start: the initial prompt's score, nothing tried
+    position: int | None  # in the prompt's tokens; None at the start
+    prompt: str  # its text
+    best: Best
+    totals: dict[str, int]  # since the start: forward_tokens, backward_tokens, generated_tokens
+    batch_sizes: dict[str, int]  # {stage: rows at once}, where memory ran out
+    seconds: dict[str, float]  # propose, gradient, select
+    k: int | None = None  # the top-k at which enough candidates were found
+    grows: bool = False  # the position was behind the last token
+    candidates: list[Candidate] = field(default_factory=list)
+    shortlist: list[Tried] = field(default_factory=list)
+
+
+def score_of(record):
+    """The `Score` part of a `Step` or a `Tried`."""
+    return Score(record.prompt_ids, record.cross_entropy, record.error, record.nll, record.objective, record.tokens)
+
+
+def as_step(record):
+    """The `Step` of one line of steps.jsonl. Errors: TypeError, KeyError, AttributeError for another form."""
+    nested = {
+        "prompt_ids": tuple(record["prompt_ids"]),
+        "best": Best(**record["best"]),
+        "candidates": [Candidate(**candidate) for candidate in record.get("candidates", ())],
+        "shortlist": [
+            Tried(**(tried | {"prompt_ids": tuple(tried["prompt_ids"])})) for tried in record.get("shortlist", ())
+        ],
+    }
+    return Step(**(record | nested))
+
+
+def read_steps(path, growing=False):
+    """The steps of a search, [] if there is no file. growing: mend a last line that was cut short.
+
+    Errors: UserError that names the line with another form.
+    """
+    if not Path(path).exists():
+        return []
+    steps = []
+    for number, record in enumerate((read_appended if growing else read_jsonl)(path), 1):
+        try:
+            steps.append(as_step(record))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}, line {number}: not a step of a search ({error})") from None
+    return steps
+
+
+def scores_of(steps):
+    """{prompt ids: Score} of every prompt in the records of a run, the initial one first."""
+    scores = {}
+    for step in steps:
+        for record in (step, *step.shortlist):
+            scores.setdefault(record.prompt_ids, score_of(record))
+    return scores
+
+
+# --- The configuration -----------------------------------------------------------------------------
+
+
+def read_run(folder, **kinds):
+    """The record run.json of a run whose configuration has these settings, of these types. Errors: UserError."""
+    path = Path(folder) / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        good = all(isinstance(record["config"][name], kind) for name, kind in kinds.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        good = False
+    require(good, f"{path} is not the record of a run of stage 02")
+    return record
+
+
+def run_folder(task_name, model, seed):
+    """Where a run is written if --run-dir does not say."""
+    if Path(model) == ROOT / "demo" / "model" and task_name == "demo":
+        return Path("runs") / f"demo-seed{seed}"
+    return Path("runs") / f"{task_name.replace('/', '-')}-{Path(model).name}-seed{seed}"
+
+
+def open_run(run_dir, config, prepared, train_ids):
+    """Write run.json, or check that the one there has the same settings, data and model.
+
+    config: the script's flags as a dict; prepared: the task's task.json. Errors: UserError if another
+    configuration has been run in this folder.
+    """
+    record = {
+        "config": config,
+        "task": {key: prepared[key] for key in ("name", "extractor", "template", "sha256", "grader_version")},
+        "train_ids": train_ids,
+        "model_hash": weights_hash(config["model"]),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
+        "commit": git_commit(),
+    }
+    path = Path(run_dir) / "run.json"
+    if path.exists():
+        other = differences(path, record)
+        begun = (path.parent / "steps.jsonl").exists()  # one that ended before its first step may be begun otherwise
+        require(not (other and begun), f"{run_dir} holds a run with other {', '.join(other)}: choose another --run-dir")
+        if not other:
+            return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+
+
+def differences(path, record):
+    """Names of what differs between a recorded run and this one; where files lie does not count."""
+    try:
+        recorded = settings_of(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the record of a run: choose another --run-dir") from None
+    now = settings_of(record)
+    names = (recorded.keys() | now.keys()) - {"run_dir", "data_dir", "source"}
+    return sorted(name for name in names if recorded.get(name) != now.get(name))
+
+
+def settings_of(record):
+    return record["config"] | {"task": record["task"], "model": record["model_hash"]}
+
+
+def git_commit():
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return answer.stdout.strip() or None
+
+
+# --- Final prompts, and a line of the log ------------------------------------------------------------
+
+
+def finalists(tokenizer, scores, initial, count):
+    """The `count` scores with the lowest objective among prompts that end a sentence, and the initial one."""
+    complete = [score for score in scores if score.prompt_ids == initial or ends_sentence(tokenizer, score.prompt_ids)]
+    return sorted(complete, key=lambda score: score.objective)[:count]
+
+
+def rank_prompts(prompts, choose_on):
+    """The run's final prompts, best first: by dev accuracy, equals by training objective; or by the objective alone."""
+    return sorted(prompts, key=lambda p: (-p["dev_accuracy"] if choose_on == "dev" else 0, p["objective"]))
+
+
+def log_line(step, steps):
+    """One line about a step of `steps`."""
+    position = "start" if step.position is None else f"{step.position:5d}"
+    return (
+        f"step {step.step:3d}/{steps}  position {position}  objective {step.objective:7.3f}  "
+        f"ce {step.cross_entropy:7.3f}  error {step.error:.2f}  nll {step.nll:5.2f}  "
+        f"best {step.best.objective:7.3f}  {sum(step.seconds.values()):5.1f} s  {step.prompt}"
+    )
+
+
+def as_record(score):
+    """The fields of a score as JSON."""
+    return asdict(score) | {"prompt_ids": list(score.prompt_ids)}
