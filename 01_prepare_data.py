@@ -11,25 +11,18 @@ aqua 100, 100, 254; wsc 100, 100, 104; an MMLU subject 6 to 87 train, 7 to 88 de
 """
 
 import json
-from dataclasses import dataclass
 
 from support.settings import TaskFlags, parse_flags, run_script
 from support.sources import prepare
 from support.tasks import GROUPS, SPLITS, get_task
 
 
-@dataclass
-class Flags(TaskFlags):
-    pass
-
-
 def main():
-    flags = parse_flags(Flags, __doc__.splitlines()[0])
-    own_rows = flags.task if flags.task.endswith(".jsonl") else ""
+    flags = parse_flags(TaskFlags, __doc__.splitlines()[0])
     for name in GROUPS.get(flags.task, [flags.task]):
         task = get_task(name, flags.extractor, flags.kind, flags.template)
-        folder = prepare(task, flags.data_dir, flags.source, own_rows)
-        counts = json.loads((folder / "task.json").read_text())["counts"]
+        folder = prepare(task, flags.data_dir, flags.source, flags.own_rows)
+        counts = json.loads((folder / "task.json").read_text(encoding="utf-8"))["counts"]
         sizes = "  ".join(f"{split} {counts[split]:4d}" for split in SPLITS)
         print(f"{task.name:44s} {sizes}  answers: {task.kind:7s} -> {folder}")
 

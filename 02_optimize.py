@@ -28,6 +28,7 @@ from support.files import (
     write_jsonl,
 )
 from support.settings import ModelFlags, SearchSettings, TaskFlags, flag, parse_flags, run_script
+from support.sources import open_task
 
 
 @dataclass
@@ -42,7 +43,7 @@ def main():
     flags = parse_flags(Flags, __doc__.splitlines()[0])
     require(flags.finalists >= 1 and flags.eval_rows >= 0, "--finalists must be at least 1, --eval-rows at least 0")
     flags.model = flags.model_path()
-    task, splits = flags.resolve()
+    task, splits = open_task(flags)
     start = task.initial_prompt if flags.initial_prompt is None else flags.initial_prompt.strip()
     require(start, "--initial-prompt has no tokens: give it at least one word")
     task = replace(task, initial_prompt=start)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from support.files import alone_in, is_text, read_jsonl, read_run, require, require_fields
 from support.settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
+from support.sources import open_task
 
 
 @dataclass
@@ -52,7 +53,7 @@ def main():
         return
     if not (flags.endpoint or flags.regrade):
         flags.model = flags.model_path()
-    task, splits = flags.resolve()
+    task, splits = open_task(flags)
     default_dir = Path("runs") / f"evaluate-{task.name.replace('/', '-')}-{Path(flags.model).name}"
     run_dir = Path(flags.run_dir) if flags.run_dir else default_dir
     if flags.regrade:

@@ -16,6 +16,7 @@ from support.answerers import open_answerer
 from support.evaluation import evaluate_once, rows_hash, short_name
 from support.files import alone_in, read_jsonl, read_run, require, require_fields, write_jsonl
 from support.settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
+from support.sources import open_task
 
 
 @dataclass
@@ -132,7 +133,7 @@ def open_run(folder, flags):
     config = record["config"]
     asked = {f.name: config[f.name] for f in fields(TaskFlags)}
     asked |= {name: value for name in ("data_dir", "source") if (value := getattr(flags, name))}
-    task, splits = TaskFlags(**asked).resolve()
+    task, splits = open_task(TaskFlags(**asked))
     now = json.loads((Path(asked["data_dir"]) / task.name / "task.json").read_text(encoding="utf-8"))
     same = now["sha256"] == record["task"]["sha256"]
     require(same, f"{folder} was searched with other rows of {task.name} than {asked['data_dir']} holds")

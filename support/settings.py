@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from support.files import ROOT, UserError, require
-from support.sources import is_prepared, load_split, prepare
-from support.tasks import SPLITS, TASKS, get_task
+from support.tasks import TASKS
 
 # --- Generation and search: the defaults are the paper's -----------------------------------------------------
 
@@ -111,14 +110,10 @@ class TaskFlags:
     data_dir: str = flag("data", "where stage 01 writes the prepared tasks")
     source: str = flag("", "folder of the data files as their authors publish them; empty: the hub")
 
-    def resolve(self):
-        """(task, {split: rows}), prepared first if stage 01 has not been run."""
-        task = get_task(self.task, self.extractor, self.kind, self.template)
-        own_rows = self.task if self.task.endswith(".jsonl") else ""
-        # Own rows and the demo's lie here and may have changed; preparing them takes no time.
-        if own_rows or task.name == "demo" or not is_prepared(task, self.data_dir):
-            print(f"preparing {task.name} in {prepare(task, self.data_dir, self.source, own_rows)}")
-        return task, {split: load_split(task, self.data_dir, split) for split in SPLITS}
+    @property
+    def own_rows(self):
+        """The path of the user's own rows, "" if the task is a known one."""
+        return self.task if self.task.endswith(".jsonl") else ""
 
 
 @dataclass

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from support.files import ROOT, UserError, read_jsonl, require, sha256, write_json, write_jsonl
-from support.tasks import GRADER_VERSION, MMLU_SIZES, SPLITS, TASKS, as_text, canonical, read_rows
+from support.tasks import GRADER_VERSION, MMLU_SIZES, SPLITS, TASKS, as_text, canonical, get_task, read_rows
 
 # --- Reading what is published ----------------------------------------------------------------------------
 
@@ -165,7 +165,11 @@ class Published:
     parts: dict[str, Part]
     row: Callable  # record -> (question, answer)
     split: Callable  # {part: records} -> (train, dev, test)
+    rule: str  # what `split` does, in words, for task.json
     read: Callable = read_jsonl  # path -> records
+
+
+BBH_RULE = "file rows 0-49 train, 50-149 dev, the rest test; of files under 250 rows, after 50 train, the rest halved"
 
 
 def split_bbh(parts):
@@ -180,6 +184,9 @@ def split_multiarith(parts):
     return rows[::12], rows[6::12], [row for i, row in enumerate(rows) if i % 6]
 
 
+MMLU_RULE = "the dev file's rows and then the val file's: the first half train, the rest dev; the whole test file test"
+
+
 def split_mmlu(parts):
     rows = parts["dev"] + parts["val"]
     return rows[: len(rows) // 2], rows[len(rows) // 2 :], parts["test"]
@@ -187,7 +194,7 @@ def split_mmlu(parts):
 
 def published_bbh(name):
     size = {"bbh/causal_judgement": 187, "bbh/penguins_in_a_table": 146, "bbh/snarks": 178}.get(name, 250)
-    return Published({"test": Part(f"{name}.json", {size})}, bbh_row, split_bbh, read_json)
+    return Published({"test": Part(f"{name}.json", {size})}, bbh_row, split_bbh, BBH_RULE, read_json)
 
 
 def published_mmlu(subject, val, test):
@@ -196,7 +203,7 @@ def published_mmlu(subject, val, test):
         "val": Part(f"mmlu/val/{subject}_val.csv", {val}, "validation"),
         "test": Part(f"mmlu/test/{subject}_test.csv", {test}),
     }
-    return Published(parts, mmlu_row, split_mmlu, read_mmlu)
+    return Published(parts, mmlu_row, split_mmlu, MMLU_RULE, read_mmlu)
 
 
 PUBLISHED = {
@@ -204,6 +211,7 @@ PUBLISHED = {
         {"train": Part("gsm8k/train.jsonl", {7473}), "test": Part("gsm8k/test.jsonl", {1319})},
         gsm8k_row,
         lambda parts: (parts["train"][:100], parts["train"][100:200], parts["test"]),
+        "rows 0-99 of the training file train, 100-199 dev, the whole test file test",
     ),
     "folio": Published(
         # the authors' files and the newer version on the hub differ by a few corrected stories
@@ -213,12 +221,14 @@ PUBLISHED = {
         },
         folio_row,
         lambda parts: (parts["train"][:100], parts["train"][100:200], parts["validation"]),
+        "rows 0-99 of the training file train, 100-199 dev, the whole validation file test",
     ),
     "multiarith": Published(
         # the hub holds the 600 as two parts, so its rows need not fall into the same splits as the file's
         {"all": Part("multiarith/MultiArith.json", {600}, "train+test")},
         multiarith_row,
         split_multiarith,
+        "every 12th row from row 0 train, every 12th from row 6 dev, the other 500 test",
         read_json,
     ),
     "aqua": Published(
@@ -229,12 +239,14 @@ PUBLISHED = {
         },
         aqua_row,
         lambda parts: (parts["train"][:100], parts["dev"][:100], parts["test"]),
+        "rows 0-99 of the training file train, 0-99 of the dev file dev, the whole test file test",
     ),
     "wsc": Published(
         {"train": Part("wsc/train.jsonl", {554}), "val": Part("wsc/val.jsonl", {104}, "validation")},
         wsc_row,
         # neighbours often share a text, so the dev rows are taken far from the training rows
         lambda parts: (parts["train"][:100], parts["train"][-100:], parts["val"]),
+        "rows 0-99 of the training file train, its last 100 dev, the whole validation file test",
     ),
     **{name: published_bbh(name) for name in TASKS if name.startswith("bbh/")},
     **{f"mmlu/{subject}": published_mmlu(subject, *sizes) for subject, sizes in MMLU_SIZES.items()},
@@ -257,8 +269,7 @@ def split_rows(task, source=""):
     Errors: UserError when a file has another size than the published one, or a gold answer is not a possible one.
     """
     if task.name == "demo":
-        rows = read_rows(ROOT / "demo" / "rows.jsonl")
-        return {"train": rows[:200], "dev": rows[200:300], "test": rows[300:]}
+        return split_demo_rows()
     published, parts = PUBLISHED[task.name], {}
     for part, records in load_raw(task, source).items():
         file, sizes = published.parts[part].file, published.parts[part].sizes
@@ -285,10 +296,28 @@ def gold_is_possible(task, answer):
     return answer in task.choices if task.choices else canonical(task, answer) is not None
 
 
+DEMO_RULE = "file rows 0-199 train, 200-299 dev, the rest test"
+
+
+def split_demo_rows():
+    rows = read_rows(ROOT / "demo" / "rows.jsonl")
+    return {"train": rows[:200], "dev": rows[200:300], "test": rows[300:]}
+
+
+OWN_RULE = "rows in file order: half train, a quarter dev, the rest test"
+
+
 def split_own_rows(path):
     rows = read_rows(path)
     half, three_quarters = len(rows) // 2, len(rows) * 3 // 4
     return {"train": rows[:half], "dev": rows[half:three_quarters], "test": rows[three_quarters:]}
+
+
+def split_rule(task):
+    """How the rows of a task are split, in words."""
+    if task.name == "demo":
+        return DEMO_RULE
+    return PUBLISHED[task.name].rule if task.name in PUBLISHED else OWN_RULE
 
 
 def prepare(task, data_dir, source="", own_rows=""):
@@ -302,7 +331,10 @@ def prepare(task, data_dir, source="", own_rows=""):
     (folder / "task.json").unlink(missing_ok=True)  # its presence says that the rows beside it are whole
     for split, rows in splits.items():
         write_jsonl(folder / f"{split}.jsonl", rows)
-    record = asdict(task) | {
+    record = asdict(task)
+    record |= {
+        "split_rule": split_rule(task),
+        "defaults": record.pop("defaults"),  # behind the rule, where it has always been: the same bytes
         "answer_prefix": task.answer_prefix,
         "counts": {split: len(rows) for split, rows in splits.items()},
         "source": own_rows or source or task.hub[0] or "demo/rows.jsonl",
@@ -332,3 +364,15 @@ def load_split(task, data_dir, split):
 
 def is_prepared(task, data_dir):
     return (Path(data_dir) / task.name / "task.json").exists()
+
+
+def open_task(flags):
+    """(task, {split: rows}) of a script's `TaskFlags`. Prepares the task where stage 01 has not, and says so.
+
+    Errors: UserError for a task, a file or a row that cannot be used.
+    """
+    task = get_task(flags.task, flags.extractor, flags.kind, flags.template)
+    # Own rows and the demo's lie here and may have changed; preparing them takes no time.
+    if flags.own_rows or task.name == "demo" or not is_prepared(task, flags.data_dir):
+        print(f"preparing {task.name} in {prepare(task, flags.data_dir, flags.source, flags.own_rows)}")
+    return task, {split: load_split(task, flags.data_dir, split) for split in SPLITS}

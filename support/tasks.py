@@ -34,7 +34,6 @@ class Task:
     initial_prompt: str = "proper logical reasoning and think step by step. Finally give the actual correct answer."
     chain_of_thought: str = "Let's think step by step."  # the standard baseline, a sentence of its own
     hub: tuple[str, str] = ("", "")  # (dataset, configuration) on the hub
-    split_rule: str = ""
     defaults: dict = field(default_factory=dict)  # flags whose default differs from the paper's
 
     @property
@@ -64,7 +63,6 @@ def ask_choice(choices):
 
 
 INTEGER = ask("an integer without commas")
-BBH_RULE = "file rows 0-49 train, 50-149 dev, the rest test; of files under 250 rows, after 50 train, the rest halved"
 
 # BBH task -> its possible answers: the last option letter, the words, or how to write the answer.
 BBH_LETTERS = {
@@ -113,7 +111,7 @@ def bbh_tasks():
     shapes |= {n: ("number", ()) for n in BBH_NUMBERS} | {n: ("text", ()) for n in BBH_TEXT}
     for name, (kind, choices) in sorted(shapes.items()):
         extractor = ask_choice(choices) if choices else INTEGER if kind == "number" else ask(BBH_TEXT[name])
-        yield Task(f"bbh/{name}", kind, extractor, choices, hub=("SaylorTwift/bbh", name), split_rule=BBH_RULE)
+        yield Task(f"bbh/{name}", kind, extractor, choices, hub=("SaylorTwift/bbh", name))
 
 
 # Subject, rows of its val file, rows of its test file: 1531 and 14042 in all. Every dev file has 5.
@@ -134,16 +132,13 @@ professional_medicine 31 272, professional_psychology 69 612, public_relations 1
 sociology 22 201, us_foreign_policy 11 100, virology 18 166, world_religions 19 171
 """
 MMLU_SIZES = {name: (int(val), int(test)) for name, val, test in map(str.split, MMLU_TABLE.split(","))}
-MMLU_RULE = "the dev file's rows and then the val file's: the first half train, the rest dev; the whole test file test"
 
 
 def mmlu_tasks():
     for name, (val, _) in MMLU_SIZES.items():
         few = {"train_rows": min(50, (5 + val) // 2)}  # most subjects have fewer rows to train on than the paper took
         hub = ("cais/mmlu", name)
-        yield Task(
-            f"mmlu/{name}", "choice", ask_choice("ABCD"), tuple("ABCD"), hub=hub, split_rule=MMLU_RULE, defaults=few
-        )
+        yield Task(f"mmlu/{name}", "choice", ask_choice("ABCD"), tuple("ABCD"), hub=hub, defaults=few)
 
 
 TASKS = {
@@ -156,7 +151,6 @@ TASKS = {
             template="{question} please {prompt}",
             initial_prompt="read the problem here and find the answer now .",
             chain_of_thought="show each step .",
-            split_rule="file rows 0-199 train, 200-299 dev, the rest test",
             defaults={
                 "model": "demo/model",
                 "steps": 20,
@@ -171,7 +165,6 @@ TASKS = {
             "number",
             INTEGER,
             hub=("openai/gsm8k", "main"),
-            split_rule="rows 0-99 of the training file train, 100-199 dev, the whole test file test",
         ),
         Task(
             "folio",
@@ -179,14 +172,12 @@ TASKS = {
             ask_choice("ABC"),
             choices=("A", "B", "C"),
             hub=("tasksource/folio", ""),
-            split_rule="rows 0-99 of the training file train, 100-199 dev, the whole validation file test",
         ),
         Task(
             "multiarith",
             "number",
             INTEGER,
             hub=("ChilleD/MultiArith", ""),
-            split_rule="every 12th row from row 0 train, every 12th from row 6 dev, the other 500 test",
         ),
         Task(
             "aqua",
@@ -194,7 +185,6 @@ TASKS = {
             ask_choice("ABCDE"),
             choices=tuple("ABCDE"),
             hub=("deepmind/aqua_rat", "raw"),
-            split_rule="rows 0-99 of the training file train, 0-99 of the dev file dev, the whole test file test",
         ),
         # The Winograd schemas in SuperGLUE's form. It has a labelled training file beside the labelled rows for
         # testing; the original 273 are one file without parts. "Fixed" mends spans that do not occur in their text.
@@ -204,7 +194,6 @@ TASKS = {
             ask_choice(("Yes", "No")),
             choices=("Yes", "No"),
             hub=("aps/super_glue", "wsc.fixed"),
-            split_rule="rows 0-99 of the training file train, its last 100 dev, the whole validation file test",
         ),
         *bbh_tasks(),
         *mmlu_tasks(),
@@ -227,8 +216,7 @@ def get_task(name, extractor="", kind="", template=""):
         require(kind in KINDS, f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
         choices = tuple(sorted({row["answer"] for row in rows})) if kind in ("choice", "boolean") else ()
         own = {"template": template} if template else {}
-        rule = "rows in file order: half train, a quarter dev, the rest test"
-        return check_template(Task(f"own/{Path(name).stem}", kind, extractor, choices, split_rule=rule, **own))
+        return check_template(Task(f"own/{Path(name).stem}", kind, extractor, choices, **own))
     if name not in TASKS:
         require(not Path(name).exists() and "." not in name, f"--task {name}: your own rows must be a .jsonl file")
         short = {n.partition("/")[2]: n for n in TASKS if "/" in n}
