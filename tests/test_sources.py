@@ -1,0 +1,413 @@
+"""Sources: rows of published records, splits, prepared tasks."""
+
+import csv
+import json
+import runpy
+
+import datasets
+import pytest
+from conftest import ROOT
+
+from support import sources, tasks
+from support.files import UserError, write_jsonl
+from support.settings import SearchSettings
+from support.tasks import TASKS, get_task, read_answer_harness
+
+
+def bbh_file(folder, name, count, target="(A)", question="Which?\nOptions:\n(A) a\n(B) b"):
+    target = "Yes" if name == "causal_judgement" else target
+    (folder / "bbh").mkdir(exist_ok=True, parents=True)
+    examples = [{"input": f"{n}. {question}", "target": target} for n in range(count)]
+    (folder / "bbh" / f"{name}.json").write_text(json.dumps({"canary": "x", "examples": examples}))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "sizes"),
+    [
+        ("hyperbaton", 250, (50, 100, 100)),
+        ("snarks", 178, (50, 64, 64)),
+        ("penguins_in_a_table", 146, (50, 48, 48)),
+        ("causal_judgement", 187, (50, 68, 69)),
+    ],
+)
+def test_bbh_splits_follow_the_file_s_order_and_halve_what_is_short(tmp_path, name, count, sizes):
+    bbh_file(tmp_path, name, count)
+    splits = sources.split_rows(TASKS[f"bbh/{name}"], tmp_path)
+    assert tuple(map(len, splits.values())) == sizes
+    assert [row["question"].split(".")[0] for rows in splits.values() for row in rows] == list(map(str, range(count)))
+    assert {row["answer"] for row in splits["train"]} == {"Yes" if name == "causal_judgement" else "A"}
+
+
+def test_gsm8k_and_folio_splits_come_from_their_files(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    record = {"question": "Q?", "answer": "Because.\n#### 1,234"}
+    write_jsonl(tmp_path / "gsm8k" / "train.jsonl", [record] * 7473)
+    write_jsonl(tmp_path / "gsm8k" / "test.jsonl", [record] * 1319)
+    splits = sources.split_rows(TASKS["gsm8k"], tmp_path)
+    assert [len(rows) for rows in splits.values()] == [100, 100, 1319]
+    assert splits["dev"][0] == {"id": "gsm8k-train-100", "question": "Q?", "answer": "1234"}
+    (tmp_path / "folio").mkdir()
+    record = {"premises": ["All cats purr.", "Tom is a cat. "], "conclusion": "Tom purrs.", "label": "Unknown"}
+    write_jsonl(tmp_path / "folio" / "folio-train.jsonl", [record] * 1004)
+    text = record | {"premises": "All cats purr.\nTom is a cat.", "label": "Uncertain"}
+    write_jsonl(tmp_path / "folio" / "folio-validation.jsonl", [text] * 204)
+    splits = sources.split_rows(TASKS["folio"], tmp_path)
+    assert [len(rows) for rows in splits.values()] == [100, 100, 204]
+    row = splits["train"][0]
+    assert row["answer"] == splits["test"][0]["answer"] == "C"
+    assert row["question"] == splits["test"][0]["question"]
+    assert row["question"].startswith("Premises:\nAll cats purr.\nTom is a cat.\nConclusion: Tom purrs.")
+
+
+def test_a_file_of_another_size_or_an_impossible_answer_is_an_error(tmp_path):
+    bbh_file(tmp_path, "hyperbaton", 249)
+    with pytest.raises(UserError, match="has 249 rows, expected \\[250\\]"):
+        sources.split_rows(TASKS["bbh/hyperbaton"], tmp_path)
+    bbh_file(tmp_path, "hyperbaton", 250, target="(C)")
+    with pytest.raises(UserError, match="impossible answer 'C'"):
+        sources.split_rows(TASKS["bbh/hyperbaton"], tmp_path)
+    with pytest.raises(UserError, match="cannot read.*snarks.json"):
+        sources.split_rows(TASKS["bbh/snarks"], tmp_path)
+
+
+# Invented records in the form of the authors' files and in that of the hub: (files, what `load_dataset` returns).
+
+
+def multiarith_files(solution=9.0):
+    records = [
+        {"iIndex": n, "sQuestion": f" {n} eggs? ", "lEquations": ["X=(4.0+5.0)"], "lSolutions": [solution]}
+        for n in range(600)
+    ]
+    hub = [{"question": r["sQuestion"], "final_ans": "9"} for r in records]
+    return {"multiarith/MultiArith.json": records}, {"train": hub[:420], "test": hub[420:]}
+
+
+def aqua_files():
+    def record(part, n):
+        options = [f"{letter}){n + k} cm" for k, letter in enumerate("ABCDE")]
+        return {"question": f"{part} {n}?", "options": options, "rationale": "So B.", "correct": "B"}
+
+    parts = {"train": 97467, "dev": 254, "test": 254}
+    parts = {part: [record(part, n) for n in range(size)] for part, size in parts.items()}
+    hub = {"train": parts["train"], "validation": parts["dev"], "test": parts["test"]}
+    return {f"aqua/{part}.json": records for part, records in parts.items()}, hub
+
+
+def mmlu_files(subject="anatomy", val=14, test=135):
+    question = 'Of "bones", hinges\nand\ttooth, {} which is {} a bone?'
+    files, hub = {}, {"auxiliary_train": [{"question": "?", "choices": ["1"] * 4, "answer": 0}]}
+    for part, size in {"dev": 5, "val": val, "test": test}.items():
+        lines = [[question.format(part, n), "rib", "ulna, or radius", "a  door\nhinge", "12", "C"] for n in range(size)]
+        files[f"mmlu/{part}/{subject}_{part}.csv"] = lines
+        hub["validation" if part == "val" else part] = [
+            {"question": line[0], "subject": subject, "choices": line[1:5], "answer": 2} for line in lines
+        ]
+    return files, hub
+
+
+def wsc_files():
+    def record(n):
+        text = f"Ann thanked Eve for the help that she, in row {n}, had given."
+        spans = {"span1_index": 0, "span1_text": "Ann", "span2_index": 7, "span2_text": "she"}
+        return {"idx": n, "text": text, "target": spans, "label": bool(n % 2)}
+
+    def flat(record):
+        return record["target"] | {"idx": record["idx"], "text": record["text"], "label": int(record["label"])}
+
+    train, val = [record(n) for n in range(554)], [record(n) for n in range(104)]
+    unlabelled = [flat(record(n)) | {"label": -1} for n in range(146)]
+    hub = {"train": list(map(flat, train)), "validation": list(map(flat, val)), "test": unlabelled}
+    return {"wsc/train.jsonl": train, "wsc/val.jsonl": val}, hub
+
+
+MADE = {"multiarith": multiarith_files, "aqua": aqua_files, "mmlu/anatomy": mmlu_files, "wsc": wsc_files}
+
+
+def write_files(folder, files):
+    for name, records in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".csv":
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows(records)
+        elif name == "multiarith/MultiArith.json":
+            path.write_text(json.dumps(records))
+        else:
+            write_jsonl(path, records)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "first_ids", "question", "answer"),
+    [
+        ("multiarith", (50, 50, 500), ("all-0", "all-6", "all-1"), "1 eggs?", "9"),
+        (
+            "aqua",
+            (100, 100, 254),
+            ("train-0", "dev-0", "test-0"),
+            "test 0?\nOptions:\n(A) 0 cm\n(B) 1 cm\n(C) 2 cm\n(D) 3 cm\n(E) 4 cm",
+            "B",
+        ),
+        (
+            "mmlu/anatomy",
+            (9, 10, 135),
+            ("dev-0", "val-4", "test-0"),
+            'Of "bones", hinges\nand\ttooth, test which is 0 a bone?\n'
+            "Options:\n(A) rib\n(B) ulna, or radius\n(C) a door hinge\n(D) 12",
+            "C",
+        ),
+        (
+            "wsc",
+            (100, 100, 104),
+            ("train-0", "train-454", "val-0"),
+            "Ann thanked Eve for the help that *she*, in row 0, had given.\n"
+            'In the text above, does the pronoun "she" refer to "Ann"?',
+            "No",
+        ),
+    ],
+)
+def test_files_and_hub_give_the_same_rows(tmp_path, monkeypatch, name, sizes, first_ids, question, answer):
+    files, hub = MADE[name]()
+    write_files(tmp_path, files)
+    splits = sources.split_rows(TASKS[name], tmp_path)
+    assert tuple(map(len, splits.values())) == sizes
+    assert tuple(rows[0]["id"] for rows in splits.values()) == tuple(f"{name}-{i}" for i in first_ids)
+    assert splits["test"][0] == {"id": f"{name}-{first_ids[2]}", "question": question, "answer": answer}
+    assert len({row["id"] for rows in splits.values() for row in rows}) == sum(sizes)
+    parts = {part: datasets.Dataset.from_list(records) for part, records in hub.items()}
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or datasets.DatasetDict(parts))
+    assert sources.split_rows(TASKS[name]) == splits
+    assert asked == [(TASKS[name].hub[0], TASKS[name].hub[1] or None)]
+
+
+def test_the_hub_s_failures_are_user_errors_even_without_a_message(monkeypatch):
+    def fail(*_):
+        raise OSError
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match="cannot load cais/mmlu from the hub .*--source DIR"):
+        sources.split_rows(TASKS["mmlu/anatomy"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict())
+    with pytest.raises(UserError, match="cais/mmlu, dev has 0 rows, expected \\[5\\]"):
+        sources.split_rows(TASKS["mmlu/anatomy"])
+
+
+def test_every_mmlu_subject_is_prepared_with_enough_rows_to_search_on(tmp_path, monkeypatch, capsys):
+    assert [sum(sizes) for sizes in zip(*tasks.MMLU_SIZES.values())] == [1531, 14042]
+    for subject, (val, test) in tasks.MMLU_SIZES.items():
+        write_files(tmp_path, mmlu_files(subject, val, test)[0])
+    script, data = ROOT / "01_prepare_data.py", tmp_path / "data"
+    monkeypatch.setattr("sys.argv", [str(script), "--task", "mmlu", "--source", str(tmp_path), "--data-dir", str(data)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert len(capsys.readouterr().out.splitlines()) == 57
+    needed = SearchSettings().sampled_rows
+    for subject, (val, test) in tasks.MMLU_SIZES.items():
+        counts = json.loads((data / "mmlu" / subject / "task.json").read_text())["counts"]
+        assert counts["train"] + counts["dev"] == 5 + val and counts["test"] == test
+        assert needed < TASKS[f"mmlu/{subject}"].defaults["train_rows"] <= counts["train"] <= counts["dev"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "number", "change", "message"),
+    [
+        ("multiarith", "MultiArith.json", 7, {"lSolutions": [1.0, 2.0]}, "record 7: a field.*too many values"),
+        ("multiarith", "MultiArith.json", 8, {"lSolutions": None}, "record 8: a field.*TypeError"),
+        ("multiarith", "MultiArith.json", 9, {"lSolutions": ["nine"]}, "record 9: .*impossible answer 'nine'"),
+        ("multiarith", "MultiArith.json", 9, {"sQuestion": " "}, "record 9: it has no question"),
+        ("aqua", "dev.json", 100, {"correct": "F"}, "record 100: .*impossible answer 'F'"),
+        ("wsc", "train.jsonl", 454 + 1, {"target": {"span1_text": "Ann"}}, "record 455: a field.*span2_text"),
+        ("wsc", "val.jsonl", 104, {"label": None}, "record 104: .*impossible answer 'None'"),
+        ("wsc", "val.jsonl", 1, {"label": "true"}, "record 1: .*impossible answer 'true'"),
+    ],
+)
+def test_a_record_of_another_form_is_named_with_its_file(tmp_path, monkeypatch, name, file, number, change, message):
+    files, _ = MADE[name]()
+    file = f"{name}/{file}"
+    files[file][number - 1] = files[file][number - 1] | change
+    write_files(tmp_path, files)
+    with pytest.raises(UserError, match=f"^{tmp_path}/{file}, {message}.*as its authors publish it$"):
+        sources.split_rows(TASKS[name], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": ["A)1", "B)2"]}, "a field.*ValueError"),
+        ({"options": list("123456")}, "a field.*ValueError"),
+        ({"options": [1, 2, 3, 4, 5]}, "a field.*AttributeError"),
+        ({"options": None}, "a field.*TypeError"),
+        ({"question": ""}, "it has no question"),
+    ],
+)
+def test_a_question_without_its_options_or_text_is_refused(change, message):
+    record = {"question": "q", "options": list("12345"), "correct": "A"}
+    assert sources.checked_row(TASKS["aqua"], "id", "place", record)["answer"] == "A"
+    with pytest.raises(UserError, match=f"place: {message}"):
+        sources.checked_row(TASKS["aqua"], "id", "place", record | change)
+    with pytest.raises(UserError, match="place: a field.*ValueError"):
+        three = {"question": "q", "choices": list("123"), "answer": 0}
+        sources.checked_row(TASKS["mmlu/anatomy"], "id", "place", three)
+
+
+@pytest.mark.parametrize(
+    ("number", "line", "message"),
+    [
+        (1, ["q", "1", "2", "3", "4", "E"], "test.csv, record 1: .*impossible answer 'E'"),
+        (1, ["q", "1", "2", "3", "4", "3"], "test.csv, record 1: .*impossible answer '3'"),
+        (2, ["q", "1", "2", "3", "A"], "test.csv, line 4: 5 columns, not question, A, B, C, D and the letter"),
+        (135, [], "test.csv has 134 rows, expected \\[135\\]"),
+    ],
+)
+def test_a_line_of_an_mmlu_file_that_is_no_question_is_named(tmp_path, number, line, message):
+    files, _ = mmlu_files()  # a whole record takes three lines
+    files["mmlu/test/anatomy_test.csv"][number - 1] = line
+    write_files(tmp_path, files)
+    with pytest.raises(UserError, match=message):
+        sources.split_rows(TASKS["mmlu/anatomy"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("multiarith", "MultiArith.json", b"[{", "cannot read .*MultiArith.json as a JSON file"),
+        ("multiarith", "MultiArith.json", b'"text"', "MultiArith.json: not a list of records"),
+        ("multiarith", "MultiArith.json", b'{"rows": []}', "cannot read .*MultiArith.json.*examples"),
+        ("aqua", "train.json", b'{"question": "a"}\n[', "train.json, line 2: not a JSON object"),
+        ("mmlu/anatomy", "dev/anatomy_dev.csv", b"\xff,1,2,3,4,A\n", "cannot read .*anatomy_dev.csv"),
+        ("wsc", "val.jsonl", None, "cannot read .*train.jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, file, content, message):
+    path = tmp_path / name.partition("/")[0] / file
+    path.parent.mkdir(parents=True)
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        sources.split_rows(TASKS[name], tmp_path)
+
+
+@pytest.mark.parametrize("label", [-1, 4, None, "E"])
+def test_a_hub_label_outside_the_choices_is_an_impossible_answer(label):
+    _, answer = sources.make_row(TASKS["mmlu/anatomy"], {"question": "q", "choices": list("wxyz"), "answer": label})
+    assert not sources.gold_is_possible(TASKS["mmlu/anatomy"], answer)
+    spans = {"span1_text": "Ann", "span2_text": "she", "span2_index": 1}
+    _, answer = sources.make_row(TASKS["wsc"], spans | {"text": "Ann she", "label": label})
+    assert not sources.gold_is_possible(TASKS["wsc"], answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "index", "marked"),
+    [
+        ("It fell since it was wet.", 3, "It fell since *it* was wet."),
+        ('He said:  "it, it." Twice', 2, 'He said:  "*it*, it." Twice'),
+        ("it", 0, "*it*"),
+        ("With items it rolls", 1, "With items it rolls"),  # no pronoun at the place: nothing is marked
+        ("it rolls", 9, "it rolls"),
+    ],
+)
+def test_only_the_pronoun_at_its_place_is_marked(text, index, marked):
+    record = {"text": text, "span1_text": "rock", "span2_text": "it", "span2_index": index, "label": 1}
+    question, answer = sources.make_row(TASKS["wsc"], record)
+    assert question.split("\n")[0] == marked and answer == "Yes"
+
+
+@pytest.mark.parametrize(("name", "gold"), [("aqua", "B"), ("mmlu/anatomy", "C")])
+def test_the_harness_reading_finds_an_option_s_text_in_the_question_we_make(name, gold):
+    record = {"aqua": {"question": "q", "options": ["A)1", "B)two cm", "C)3", "D)4", "E)5"], "correct": "B"}}.get(
+        name, {"question": "q", "choices": ["1", "2", "two cm", "4"], "answer": 2}
+    )
+    question, answer = sources.make_row(TASKS[name], record)
+    assert answer == gold == read_answer_harness(TASKS[name], question, "It must be the two cm, I think")
+
+
+def test_a_gold_text_cut_into_several_options_becomes_the_letter_where_it_begins():
+    question = "Similar?\nOptions:\n(A) Shrek\n(B) Monsters\n(C) Inc\n(D) Up"
+    assert sources.bbh_answer({"input": question, "target": "Monsters, Inc"}) == "B"
+    assert sources.bbh_answer({"input": question, "target": "(D)"}) == "D"
+    assert sources.bbh_answer({"input": "Sort", "target": "a b"}) == "a b"
+
+
+def test_prepared_files_have_the_same_bytes_every_time_and_task_json_comes_last(tmp_path, monkeypatch):
+    def contents(folder):
+        return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    task = get_task("demo")
+    first = contents(sources.prepare(task, tmp_path))
+    assert contents(sources.prepare(task, tmp_path)) == first
+    assert set(first) == {"train.jsonl", "dev.jsonl", "test.jsonl", "task.json"}
+    record = json.loads(first["task.json"])
+    assert record["counts"] == {"train": 200, "dev": 100, "test": 400}
+    assert record["grader_version"] == tasks.GRADER_VERSION
+
+    def fail(path, rows):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(sources, "write_jsonl", fail)
+    with pytest.raises(OSError):
+        sources.prepare(task, tmp_path)
+    assert not sources.is_prepared(task, tmp_path)
+
+
+def test_the_demo_s_splits_share_no_row(demo_data):
+    ids = [{row["id"] for row in rows} for rows in demo_data.values()]
+    assert [len(i) for i in ids] == [200, 100, 400] and len(set.union(*ids)) == 700
+
+
+@pytest.mark.parametrize("split", tasks.SPLITS)
+def test_every_split_is_checked_and_an_older_grader_is_refused(tmp_path, split):
+    task = get_task("demo")
+    folder = sources.prepare(task, tmp_path)
+    (folder / f"{split}.jsonl").write_text('{"question": "1?", "answer": "1"}\n')
+    with pytest.raises(UserError, match="changed since"):
+        sources.load_split(task, tmp_path, split)
+    sources.prepare(task, tmp_path)
+    record = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps(record | {"grader_version": 0}))
+    with pytest.raises(UserError, match="grader version"):
+        sources.load_split(task, tmp_path, split)
+
+
+@pytest.mark.parametrize(("label", "letter"), [("True", "A"), ("False", "B"), ("Uncertain", "C"), ("Unknown", "C")])
+def test_folio_s_labels_are_the_options_of_its_question(label, letter):
+    record = {"premises": "P.", "conclusion": "C.", "label": label}
+    question, answer = sources.make_row(TASKS["folio"], record)
+    option = {"Unknown": "Uncertain"}.get(label, label)
+    assert answer == letter and f"({letter}) {option}" in question
+
+
+def test_gsm8k_s_answer_is_behind_the_last_marker_and_must_be_a_number(tmp_path):
+    assert sources.make_row(TASKS["gsm8k"], {"question": " q ", "answer": "#### 1 ####  2,000 "}) == ("q", "2000")
+    (tmp_path / "gsm8k").mkdir()
+    records = [{"question": "Q?", "answer": "#### x"}]
+    write_jsonl(tmp_path / "gsm8k" / "train.jsonl", records * 7473)
+    write_jsonl(tmp_path / "gsm8k" / "test.jsonl", records * 1319)
+    with pytest.raises(UserError, match="impossible answer 'x'"):
+        sources.split_rows(TASKS["gsm8k"], tmp_path)
+
+
+def test_a_split_that_changed_since_stage_01_is_refused(tmp_path):
+    task = get_task("demo")
+    folder = sources.prepare(task, tmp_path)
+    assert len(sources.load_split(task, tmp_path, "dev")) == 100
+    path = folder / "dev.jsonl"
+    path.write_text(path.read_text().replace("apples", "pears"))
+    with pytest.raises(UserError, match="changed since stage 01"):
+        sources.load_split(task, tmp_path, "dev")
+    with pytest.raises(UserError, match="01_prepare_data.py"):
+        sources.load_split(task, tmp_path / "nowhere", "dev")
+
+
+def test_own_rows_are_halved_and_quartered_and_an_empty_split_is_an_error(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    write_jsonl(path, [{"question": f"{n}?", "answer": str(n)} for n in range(8)])
+    task = get_task(str(path), "So it is")
+    folder = sources.prepare(task, tmp_path / "data", own_rows=str(path))
+    assert json.loads((folder / "task.json").read_text())["counts"] == {"train": 4, "dev": 2, "test": 2}
+    write_jsonl(path, [{"question": "1?", "answer": "1"}])
+    with pytest.raises(UserError, match="the train split is empty"):
+        sources.prepare(task, tmp_path / "data", own_rows=str(path))
+
+
+def test_the_demo_s_rows_are_the_published_700_and_unique():
+    rows = tasks.read_rows(ROOT / "demo" / "rows.jsonl")
+    assert len(rows) == len({row["question"] for row in rows}) == 700
