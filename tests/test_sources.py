@@ -1,6 +1,7 @@
 """Sources: rows of published records, splits, prepared tasks."""
 
 import csv
+import hashlib
 import json
 import runpy
 
@@ -10,7 +11,7 @@ from conftest import ROOT
 
 from support import sources, tasks
 from support.files import UserError, write_jsonl
-from support.settings import SearchSettings
+from support.settings import SearchSettings, TaskFlags
 from support.tasks import TASKS, get_task, read_answer_harness
 
 
@@ -411,3 +412,88 @@ def test_own_rows_are_halved_and_quartered_and_an_empty_split_is_an_error(tmp_pa
 def test_the_demo_s_rows_are_the_published_700_and_unique():
     rows = tasks.read_rows(ROOT / "demo" / "rows.jsonl")
     assert len(rows) == len({row["question"] for row in rows}) == 700
+
+
+def test_task_json_is_byte_for_byte_the_same_for_every_known_task(tmp_path, monkeypatch):
+    """The digest is of what was written before the words of the split rules stood in sources.py."""
+    rows = {split: [{"id": f"{split}-1", "question": "1?", "answer": "1"}] for split in tasks.SPLITS}
+    monkeypatch.setattr(sources, "split_rows", lambda task, source: rows)
+    written = [(sources.prepare(task, tmp_path) / "task.json").read_bytes() for task in TASKS.values()]
+    assert len(written) == 90
+    digest = "e50c52961d84ea6d85825a7d8ffb243451fefec15ff28e3780a3f9d40a1a8786"
+    assert hashlib.sha256(b"".join(written)).hexdigest() == digest
+
+
+def test_task_json_of_the_demo_is_byte_for_byte_the_same(tmp_path):
+    written = (sources.prepare(get_task("demo"), tmp_path) / "task.json").read_bytes()
+    assert hashlib.sha256(written).hexdigest() == "d2ae3feff23358aaaf1aebdac96b343ea27a72f7a1637b0c86936749d023c42a"
+
+
+OWN_TASK_JSON = """{
+  "name": "own/yes",
+  "kind": "boolean",
+  "extractor": "So:",
+  "choices": [
+    "No",
+    "Yes"
+  ],
+  "template": "{question} and {prompt}",
+  "initial_prompt": "proper logical reasoning and think step by step. Finally give the actual correct answer.",
+  "chain_of_thought": "Let's think step by step.",
+  "hub": [
+    "",
+    ""
+  ],
+  "split_rule": "rows in file order: half train, a quarter dev, the rest test",
+  "defaults": {},
+  "answer_prefix": " ",
+  "counts": {
+    "train": 4,
+    "dev": 2,
+    "test": 3
+  },
+  "source": "yes.jsonl",
+  "sha256": {
+    "train": "ffc19c4148663f4f403bf3b7f782aed397a8facd7871b96fda79f7eea52185eb",
+    "dev": "faec4c0d99e31673b095a19315ffeab14ad45a6fa2a0e07d6a1dd955f6a9a69f",
+    "test": "f765c72628cf4ff0011a76515444ff6b06fd4b9f131e569288843cb083ab3ffd"
+  },
+  "grader_version": 1
+}
+"""
+
+
+def test_task_json_of_own_rows_is_byte_for_byte_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("yes.jsonl", [{"question": f"{n}?", "answer": ["Yes", "No"][n % 2]} for n in range(9)])
+    task = get_task("yes.jsonl", "So:", "", "{question} and {prompt}")
+    folder = sources.prepare(task, "data", own_rows="yes.jsonl")
+    assert (folder / "task.json").read_text(encoding="utf-8") == OWN_TASK_JSON
+
+
+# --- Opening a task ------------------------------------------------------------------------------------
+
+
+def test_opening_prepares_what_lies_here_every_time_and_gives_all_splits(tmp_path, capsys):
+    path = tmp_path / "mine.jsonl"
+    flags = TaskFlags(task=str(path), extractor="So it is", data_dir=str(tmp_path / "data"))
+    for count in (8, 12):  # own rows may have changed since
+        write_jsonl(path, [{"question": f"{n}?", "answer": str(n)} for n in range(count)])
+        task, splits = sources.open_task(flags)
+        assert capsys.readouterr().out == f"preparing own/mine in {tmp_path}/data/own/mine\n"
+        assert task == get_task(str(path), "So it is")
+        assert [len(splits[split]) for split in tasks.SPLITS] == [count // 2, count // 4, count // 4]
+    for _ in range(2):
+        task, splits = sources.open_task(TaskFlags(task="demo", data_dir=str(tmp_path)))
+        assert capsys.readouterr().out == f"preparing demo in {tmp_path}/demo\n"
+        assert task is TASKS["demo"] and splits == sources.split_rows(task)
+
+
+def test_opening_a_published_task_prepares_it_once(tmp_path, capsys):
+    bbh_file(tmp_path, "hyperbaton", 250)
+    flags = TaskFlags(task="bbh/hyperbaton", source=str(tmp_path), data_dir=str(tmp_path / "data"))
+    first = sources.open_task(flags)
+    assert capsys.readouterr().out == f"preparing bbh/hyperbaton in {tmp_path}/data/bbh/hyperbaton\n"
+    (tmp_path / "bbh" / "hyperbaton.json").unlink()
+    assert sources.open_task(flags) == first and capsys.readouterr().out == ""
+    assert first[1] == {split: sources.load_split(first[0], tmp_path / "data", split) for split in tasks.SPLITS}
