@@ -33,13 +33,15 @@ def read_mmlu(path):
     records = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file)
-            for line in filter(None, lines):
+            reader = csv.reader(file)
+            for line in reader:
+                if not line:
+                    continue
                 if len(line) != 6:
-                    raise UserError(
-                        f"{path}, line {lines.line_num}: {len(line)} columns, not question, A, B, C, D and the letter"
-                    )
-                records.append({"question": line[0], "choices": line[1:5], "answer": line[5]})
+                    found = f"{len(line)} columns, not question, A, B, C, D and the letter"
+                    raise UserError(f"{path}, line {reader.line_num}: {found}")
+                question, *choices, answer = line
+                records.append({"question": question, "choices": choices, "answer": answer})
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     return records
@@ -53,19 +55,26 @@ def load_raw(task, source):
     published = PUBLISHED[task.name]
     if source:
         return {name: published.read(Path(source) / part.file) for name, part in published.parts.items()}
+    on_hub = load_from_hub(task)
+    records = {name: [] for name in published.parts}
+    for name, part in published.parts.items():
+        for hub_name in (part.hub or name).split("+"):
+            records[name] += on_hub.get(hub_name, ())
+    return records
+
+
+def load_from_hub(task):
+    """{the part's name on the hub: records}. Errors: UserError if it cannot be loaded."""
     import datasets  # only here: it takes a second to import
 
+    dataset, configuration = task.hub
     try:
-        loaded = datasets.load_dataset(task.hub[0], task.hub[1] or None)
+        return datasets.load_dataset(dataset, configuration or None)
     except Exception as error:  # the hub's errors have no common class
         reason = (str(error) or repr(error)).splitlines()[0]
         raise UserError(
-            f"cannot load {task.hub[0]} from the hub ({reason}); --source DIR reads the authors' files"
+            f"cannot load {dataset} from the hub ({reason}); --source DIR reads the authors' files"
         ) from None
-    return {
-        name: [record for hub_part in (part.hub or name).split("+") for record in loaded.get(hub_part, ())]
-        for name, part in published.parts.items()
-    }
 
 
 # --- A row of a record ------------------------------------------------------------------------------------
@@ -102,12 +111,19 @@ FOLIO_LABELS = {"True": "A", "False": "B", "Uncertain": "C", "Unknown": "C"}
 
 def folio_row(record):
     premises = record["premises"]
-    lines = premises if isinstance(premises, list) else premises.splitlines()
-    question = (
-        "Premises:\n" + "\n".join(line.strip() for line in lines) + f"\nConclusion: {record['conclusion'].strip()}\n"
-        "Is the conclusion true, false or uncertain, given the premises?\nOptions:\n(A) True\n(B) False\n(C) Uncertain"
-    )
-    return question, FOLIO_LABELS[record["label"].strip()]
+    if not isinstance(premises, list):
+        premises = premises.splitlines()
+    lines = [
+        "Premises:",
+        *(premise.strip() for premise in premises),
+        f"Conclusion: {record['conclusion'].strip()}",
+        "Is the conclusion true, false or uncertain, given the premises?",
+        "Options:",
+        "(A) True",
+        "(B) False",
+        "(C) Uncertain",
+    ]
+    return "\n".join(lines), FOLIO_LABELS[record["label"].strip()]
 
 
 def multiarith_row(record):
@@ -120,32 +136,41 @@ def multiarith_row(record):
 
 
 def with_options(question, letters, options):
-    """The question and its options, one a line as in BBH, where the `harness` reading looks for them."""
-    lines = [f"({letter}) {' '.join(option.split())}" for letter, option in zip(letters, options, strict=True)]
-    return question.strip() and "\n".join([question.strip(), "Options:", *lines])
+    """The question and its options, one a line as in BBH, where the `harness` reading looks for them; "" if it has no
+    text. Errors: ValueError unless there are as many options as letters."""
+    lines = [question.strip(), "Options:"]
+    for letter, option in zip(letters, options, strict=True):
+        lines.append(f"({letter}) {' '.join(option.split())}")
+    return "\n".join(lines) if question.strip() else ""
 
 
 def aqua_row(record):
     """An option brings its letter along: "A)21"."""
-    options = [o.strip().removeprefix(f"{letter})") for letter, o in zip("ABCDE", record["options"], strict=True)]
+    options = []
+    for letter, option in zip("ABCDE", record["options"], strict=True):
+        options.append(option.strip().removeprefix(f"{letter})"))
     return with_options(record["question"], "ABCDE", options), record["correct"].strip()
 
 
 def mmlu_row(record):
     """The file's answers are letters, the hub's are 0 to 3."""
-    answer = dict(enumerate("ABCD")).get(record["answer"], str(record["answer"]).strip())
+    letters = {0: "A", 1: "B", 2: "C", 3: "D"}
+    answer = letters.get(record["answer"], str(record["answer"]).strip())
     return with_options(record["question"], "ABCD", record["choices"]), answer
 
 
 def wsc_row(record):
     """Span 1 is the noun, span 2 the pronoun; the file nests them in "target". Stars mark the pronoun where it stands
     at its word's number, since the same word may stand elsewhere in the text."""
-    spans, text = record.get("target", record), record["text"].strip()
-    noun, pronoun, index = spans["span1_text"].strip(), spans["span2_text"].strip(), int(spans["span2_index"])
-    place = rf"\A((?:\S+\s+){{{index}}}[^\w\s]*)({re.escape(pronoun)})\b"
-    marked = re.sub(place, r"\1*\2*", text)
+    spans = record.get("target", record)
+    text = record["text"].strip()
+    noun = spans["span1_text"].strip()
+    pronoun = spans["span2_text"].strip()
+    words_before = rf"(?:\S+\s+){{{int(spans['span2_index'])}}}[^\w\s]*"
+    marked = re.sub(rf"\A({words_before})({re.escape(pronoun)})\b", r"\1*\2*", text)
     question = f'{marked}\nIn the text above, does the pronoun "{pronoun}" refer to "{noun}"?'
-    return question, {True: "Yes", False: "No"}.get(record["label"], str(record["label"]))
+    answers = {True: "Yes", False: "No"}  # of 1 and 0, too
+    return question, answers.get(record["label"], str(record["label"]))
 
 
 # --- The table of what is published -----------------------------------------------------------------------
@@ -181,7 +206,8 @@ def split_bbh(parts):
 def split_multiarith(parts):
     """There is no published split, and the file is sorted by the operations that a question needs."""
     rows = parts["all"]
-    return rows[::12], rows[6::12], [row for i, row in enumerate(rows) if i % 6]
+    test = [row for index, row in enumerate(rows) if index % 6]
+    return rows[::12], rows[6::12], test
 
 
 MMLU_RULE = "the dev file's rows and then the val file's: the first half train, the rest dev; the whole test file test"
@@ -189,11 +215,15 @@ MMLU_RULE = "the dev file's rows and then the val file's: the first half train, 
 
 def split_mmlu(parts):
     rows = parts["dev"] + parts["val"]
-    return rows[: len(rows) // 2], rows[len(rows) // 2 :], parts["test"]
+    half = len(rows) // 2
+    return rows[:half], rows[half:], parts["test"]
+
+
+SHORT_BBH = {"bbh/causal_judgement": 187, "bbh/penguins_in_a_table": 146, "bbh/snarks": 178}
 
 
 def published_bbh(name):
-    size = {"bbh/causal_judgement": 187, "bbh/penguins_in_a_table": 146, "bbh/snarks": 178}.get(name, 250)
+    size = SHORT_BBH.get(name, 250)
     return Published({"test": Part(f"{name}.json", {size})}, bbh_row, split_bbh, BBH_RULE, read_json)
 
 
@@ -208,48 +238,48 @@ def published_mmlu(subject, val, test):
 
 PUBLISHED = {
     "gsm8k": Published(
-        {"train": Part("gsm8k/train.jsonl", {7473}), "test": Part("gsm8k/test.jsonl", {1319})},
-        gsm8k_row,
-        lambda parts: (parts["train"][:100], parts["train"][100:200], parts["test"]),
-        "rows 0-99 of the training file train, 100-199 dev, the whole test file test",
+        parts={"train": Part("gsm8k/train.jsonl", {7473}), "test": Part("gsm8k/test.jsonl", {1319})},
+        row=gsm8k_row,
+        split=lambda parts: (parts["train"][:100], parts["train"][100:200], parts["test"]),
+        rule="rows 0-99 of the training file train, 100-199 dev, the whole test file test",
     ),
     "folio": Published(
         # the authors' files and the newer version on the hub differ by a few corrected stories
-        {
+        parts={
             "train": Part("folio/folio-train.jsonl", {1004, 1001, 1003}),
             "validation": Part("folio/folio-validation.jsonl", {204, 203}),
         },
-        folio_row,
-        lambda parts: (parts["train"][:100], parts["train"][100:200], parts["validation"]),
-        "rows 0-99 of the training file train, 100-199 dev, the whole validation file test",
+        row=folio_row,
+        split=lambda parts: (parts["train"][:100], parts["train"][100:200], parts["validation"]),
+        rule="rows 0-99 of the training file train, 100-199 dev, the whole validation file test",
     ),
     "multiarith": Published(
         # the hub holds the 600 as two parts, so its rows need not fall into the same splits as the file's
-        {"all": Part("multiarith/MultiArith.json", {600}, "train+test")},
-        multiarith_row,
-        split_multiarith,
-        "every 12th row from row 0 train, every 12th from row 6 dev, the other 500 test",
-        read_json,
+        parts={"all": Part("multiarith/MultiArith.json", {600}, "train+test")},
+        row=multiarith_row,
+        split=split_multiarith,
+        rule="every 12th row from row 0 train, every 12th from row 6 dev, the other 500 test",
+        read=read_json,
     ),
     "aqua": Published(
-        {
+        parts={
             "train": Part("aqua/train.json", {97467}),
             "dev": Part("aqua/dev.json", {254}, "validation"),
             "test": Part("aqua/test.json", {254}),
         },
-        aqua_row,
-        lambda parts: (parts["train"][:100], parts["dev"][:100], parts["test"]),
-        "rows 0-99 of the training file train, 0-99 of the dev file dev, the whole test file test",
+        row=aqua_row,
+        split=lambda parts: (parts["train"][:100], parts["dev"][:100], parts["test"]),
+        rule="rows 0-99 of the training file train, 0-99 of the dev file dev, the whole test file test",
     ),
     "wsc": Published(
-        {"train": Part("wsc/train.jsonl", {554}), "val": Part("wsc/val.jsonl", {104}, "validation")},
-        wsc_row,
+        parts={"train": Part("wsc/train.jsonl", {554}), "val": Part("wsc/val.jsonl", {104}, "validation")},
+        row=wsc_row,
         # neighbours often share a text, so the dev rows are taken far from the training rows
-        lambda parts: (parts["train"][:100], parts["train"][-100:], parts["val"]),
-        "rows 0-99 of the training file train, its last 100 dev, the whole validation file test",
+        split=lambda parts: (parts["train"][:100], parts["train"][-100:], parts["val"]),
+        rule="rows 0-99 of the training file train, its last 100 dev, the whole validation file test",
     ),
     **{name: published_bbh(name) for name in TASKS if name.startswith("bbh/")},
-    **{f"mmlu/{subject}": published_mmlu(subject, *sizes) for subject, sizes in MMLU_SIZES.items()},
+    **{f"mmlu/{subject}": published_mmlu(subject, val, test) for subject, (val, test) in MMLU_SIZES.items()},
 }
 
 
@@ -270,19 +300,33 @@ def split_rows(task, source=""):
     """
     if task.name == "demo":
         return split_demo_rows()
-    published, parts = PUBLISHED[task.name], {}
-    for part, records in load_raw(task, source).items():
-        file, sizes = published.parts[part].file, published.parts[part].sizes
-        place = f"{Path(source) / file}" if source else f"{task.hub[0]}, {part}"
-        require(len(records) in sizes, f"{place} has {len(records)} rows, expected {sorted(sizes)}; {AS_PUBLISHED}")
-        parts[part] = [(f"{task.name}-{part}-{i}", f"{place}, record {i + 1}", r) for i, r in enumerate(records)]
-    return {
-        split: [checked_row(task, *numbered) for numbered in chosen]
-        for split, chosen in zip(SPLITS, published.split(parts))
-    }
+    train_dev_test = PUBLISHED[task.name].split(numbered_records(task, source))
+    splits = {}
+    for split, chosen in zip(SPLITS, train_dev_test, strict=True):
+        splits[split] = [checked_row(task, row_id, place, record) for row_id, place, record in chosen]
+    return splits
+
+
+def numbered_records(task, source):
+    """{part: [(row id, where the record stands, record)]}. Errors: UserError when a part has another size."""
+    numbered = {}
+    for name, records in load_raw(task, source).items():
+        part = PUBLISHED[task.name].parts[name]
+        place = str(Path(source) / part.file) if source else f"{task.hub[0]}, {name}"
+        expected = f"expected {sorted(part.sizes)}; {AS_PUBLISHED}"
+        require(len(records) in part.sizes, f"{place} has {len(records)} rows, {expected}")
+        numbered[name] = [
+            (f"{task.name}-{name}-{index}", f"{place}, record {index + 1}", record)
+            for index, record in enumerate(records)
+        ]
+    return numbered
 
 
 def checked_row(task, row_id, place, record):
+    """The row {"id", "question", "answer"} of a published record.
+
+    Errors: UserError that names its place if it has another form, no question, or an impossible gold answer.
+    """
     try:
         question, answer = make_row(task, record)
     except (LookupError, AttributeError, TypeError, ValueError) as error:
@@ -321,11 +365,14 @@ def split_rule(task):
 
 
 def prepare(task, data_dir, source="", own_rows=""):
-    """Write data_dir/<task>/{train,dev,test}.jsonl, then task.json; the same bytes on every run. Returns the folder."""
+    """Write data_dir/<task>/{train,dev,test}.jsonl, then task.json; the same bytes on every run. Returns the folder.
+
+    source: the folder of the authors' files, empty for the hub; own_rows: the path of the user's own.
+    Errors: UserError for rows that cannot be used, or an empty split.
+    """
     splits = split_own_rows(own_rows) if own_rows else split_rows(task, source)
     for split, rows in splits.items():
-        if not rows:
-            raise UserError(f"{task.name}: the {split} split is empty; give more rows")
+        require(rows, f"{task.name}: the {split} split is empty; give more rows")
     folder = Path(data_dir) / task.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "task.json").unlink(missing_ok=True)  # its presence says that the rows beside it are whole
@@ -349,16 +396,15 @@ def load_split(task, data_dir, split):
     """Rows of a prepared split. Errors: UserError if its bytes are not those that stage 01 wrote."""
     folder = Path(data_dir) / task.name
     path = folder / f"{split}.jsonl"
+    again = f"run python 01_prepare_data.py --task {task.name}"
     try:
         record = json.loads((folder / "task.json").read_text(encoding="utf-8"))
         expected = record["sha256"][split]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder} holds no prepared task: run python 01_prepare_data.py --task {task.name}") from None
+        raise UserError(f"{folder} holds no prepared task: {again}") from None
     rows = read_rows(path)
-    if sha256(path) != expected:
-        raise UserError(f"{path} changed since stage 01 wrote it: run python 01_prepare_data.py --task {task.name}")
-    if record["grader_version"] != GRADER_VERSION:
-        raise UserError(f"{folder} is of another grader version: run python 01_prepare_data.py --task {task.name}")
+    require(sha256(path) == expected, f"{path} changed since stage 01 wrote it: {again}")
+    require(record["grader_version"] == GRADER_VERSION, f"{folder} is of another grader version: {again}")
     return rows
 
 
