@@ -1,8 +1,8 @@
-"""Tasks: how a question is put, how its answer is asked for, read and graded; and the files between the stages.
+"""Tasks: how a question is put, and how its answer is asked for, read and graded.
 
-Everything here works without torch, so the scripts can check a task, its files and every flag before they load
-anything heavy. In this order: the table of tasks, rows, files, reading an answer out of text, grading it.
-Where the rows of the known tasks come from stands in sources.py.
+Everything here works without torch, so the scripts can check a task, its rows and every flag before they load
+anything heavy. In this order: the table of tasks, rows, reading an answer out of text and grading it, the same as
+lm-evaluation-harness does it. Where the rows of the known tasks come from stands in sources.py.
 """
 
 import difflib
@@ -40,7 +40,8 @@ class Task:
     def answer_prefix(self):
         """What stands between extractor and answer: a number follows a sign at once ("$8"), a word after a space."""
         last = self.extractor[-1]
-        return "" if last.isspace() or (self.kind == "number" and not last.isalnum()) else " "
+        behind_a_sign = self.kind == "number" and not last.isalnum()
+        return "" if last.isspace() or behind_a_sign else " "
 
     @property
     def bare(self):
@@ -51,15 +52,17 @@ class Task:
 
     def user_turn(self, question, prompt):
         """What the user says: the question with the prompt's text in its place."""
-        return (self.template.removesuffix("{prompt}").replace("{question}", question) + prompt.strip()).rstrip()
+        before = self.template.removesuffix("{prompt}").replace("{question}", question)
+        return (before + prompt.strip()).rstrip()
 
 
 def ask(what):
+    """The extractor that asks for the answer in this form."""
     return f"Therefore, the final answer, written as a dollar sign followed by {what}, is $"
 
 
 def ask_choice(choices):
-    return ask("one of " + ", ".join(choices[:-1]) + " or " + choices[-1])
+    return ask(f"one of {', '.join(choices[:-1])} or {choices[-1]}")
 
 
 INTEGER = ask("an integer without commas")
@@ -98,109 +101,164 @@ BBH_TEXT = {
 }
 BBH_NUMBERS = ("multistep_arithmetic_two", "object_counting")
 # Six of the 27 are not in the paper's set of 21.
-NOT_IN_PAPER = {"dyck_languages", "word_sorting"} | {
-    f"{family}_{size}_objects"
-    for family in ("logical_deduction", "tracking_shuffled_objects")
-    for size in ("three", "seven")
-}
+NOT_IN_PAPER = (
+    "dyck_languages",
+    "logical_deduction_seven_objects",
+    "logical_deduction_three_objects",
+    "tracking_shuffled_objects_seven_objects",
+    "tracking_shuffled_objects_three_objects",
+    "word_sorting",
+)
+
+
+def letters_to(last):
+    """The option letters from A to the last."""
+    return tuple(string.ascii_uppercase.partition(last)[0] + last)
+
+
+def bbh_task(name, kind, extractor, choices=()):
+    return Task(f"bbh/{name}", kind, extractor, choices, hub=("SaylorTwift/bbh", name))
 
 
 def bbh_tasks():
-    shapes = {n: ("choice", tuple(string.ascii_uppercase[: ord(z) - 64])) for n, z in BBH_LETTERS.items()}
-    shapes |= {n: ("boolean", words) for n, words in BBH_WORDS.items()}
-    shapes |= {n: ("number", ()) for n in BBH_NUMBERS} | {n: ("text", ()) for n in BBH_TEXT}
-    for name, (kind, choices) in sorted(shapes.items()):
-        extractor = ask_choice(choices) if choices else INTEGER if kind == "number" else ask(BBH_TEXT[name])
-        yield Task(f"bbh/{name}", kind, extractor, choices, hub=("SaylorTwift/bbh", name))
+    """The 27 BBH tasks, sorted by name."""
+    tasks = []
+    for name, last in BBH_LETTERS.items():
+        letters = letters_to(last)
+        tasks.append(bbh_task(name, "choice", ask_choice(letters), letters))
+    for name, words in BBH_WORDS.items():
+        tasks.append(bbh_task(name, "boolean", ask_choice(words), words))
+    for name in BBH_NUMBERS:
+        tasks.append(bbh_task(name, "number", INTEGER))
+    for name, form in BBH_TEXT.items():
+        tasks.append(bbh_task(name, "text", ask(form)))
+    return sorted(tasks, key=lambda task: task.name)
 
 
-# Subject, rows of its val file, rows of its test file: 1531 and 14042 in all. Every dev file has 5.
-MMLU_TABLE = """
-abstract_algebra 11 100, anatomy 14 135, astronomy 16 152, business_ethics 11 100, clinical_knowledge 29 265,
-college_biology 16 144, college_chemistry 8 100, college_computer_science 11 100, college_mathematics 11 100,
-college_medicine 22 173, college_physics 11 102, computer_security 11 100, conceptual_physics 26 235,
-econometrics 12 114, electrical_engineering 16 145, elementary_mathematics 41 378, formal_logic 14 126,
-global_facts 10 100, high_school_biology 32 310, high_school_chemistry 22 203, high_school_computer_science 9 100,
-high_school_european_history 18 165, high_school_geography 22 198, high_school_government_and_politics 21 193,
-high_school_macroeconomics 43 390, high_school_mathematics 29 270, high_school_microeconomics 26 238,
-high_school_physics 17 151, high_school_psychology 60 545, high_school_statistics 23 216, high_school_us_history 22 204,
-high_school_world_history 26 237, human_aging 23 223, human_sexuality 12 131, international_law 13 121,
-jurisprudence 11 108, logical_fallacies 18 163, machine_learning 11 112, management 11 103, marketing 25 234,
-medical_genetics 11 100, miscellaneous 86 783, moral_disputes 38 346, moral_scenarios 100 895, nutrition 33 306,
-philosophy 34 311, prehistory 35 324, professional_accounting 31 282, professional_law 170 1534,
-professional_medicine 31 272, professional_psychology 69 612, public_relations 12 110, security_studies 27 245,
-sociology 22 201, us_foreign_policy 11 100, virology 18 166, world_religions 19 171
-"""
-MMLU_SIZES = {name: (int(val), int(test)) for name, val, test in map(str.split, MMLU_TABLE.split(","))}
-
-
-def mmlu_tasks():
-    for name, (val, _) in MMLU_SIZES.items():
-        few = {"train_rows": min(50, (5 + val) // 2)}  # most subjects have fewer rows to train on than the paper took
-        hub = ("cais/mmlu", name)
-        yield Task(f"mmlu/{name}", "choice", ask_choice("ABCD"), tuple("ABCD"), hub=hub, defaults=few)
-
-
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            "demo",
-            "number",
-            "so the answer is",
-            template="{question} please {prompt}",
-            initial_prompt="read the problem here and find the answer now .",
-            chain_of_thought="show each step .",
-            defaults={
-                "model": "demo/model",
-                "steps": 20,
-                "train_rows": 40,
-                "max_new_tokens": 40,
-                "max_prompt_tokens": 20,
-                "batch_size": 200,
-            },
-        ),
-        Task(
-            "gsm8k",
-            "number",
-            INTEGER,
-            hub=("openai/gsm8k", "main"),
-        ),
-        Task(
-            "folio",
-            "choice",
-            ask_choice("ABC"),
-            choices=("A", "B", "C"),
-            hub=("tasksource/folio", ""),
-        ),
-        Task(
-            "multiarith",
-            "number",
-            INTEGER,
-            hub=("ChilleD/MultiArith", ""),
-        ),
-        Task(
-            "aqua",
-            "choice",
-            ask_choice("ABCDE"),
-            choices=tuple("ABCDE"),
-            hub=("deepmind/aqua_rat", "raw"),
-        ),
-        # The Winograd schemas in SuperGLUE's form. It has a labelled training file beside the labelled rows for
-        # testing; the original 273 are one file without parts. "Fixed" mends spans that do not occur in their text.
-        Task(
-            "wsc",
-            "boolean",
-            ask_choice(("Yes", "No")),
-            choices=("Yes", "No"),
-            hub=("aps/super_glue", "wsc.fixed"),
-        ),
-        *bbh_tasks(),
-        *mmlu_tasks(),
-    )
+# Subject -> rows of its val file, rows of its test file: 1531 and 14042 in all. Every dev file has 5.
+MMLU_SIZES = {
+    "abstract_algebra": (11, 100),
+    "anatomy": (14, 135),
+    "astronomy": (16, 152),
+    "business_ethics": (11, 100),
+    "clinical_knowledge": (29, 265),
+    "college_biology": (16, 144),
+    "college_chemistry": (8, 100),
+    "college_computer_science": (11, 100),
+    "college_mathematics": (11, 100),
+    "college_medicine": (22, 173),
+    "college_physics": (11, 102),
+    "computer_security": (11, 100),
+    "conceptual_physics": (26, 235),
+    "econometrics": (12, 114),
+    "electrical_engineering": (16, 145),
+    "elementary_mathematics": (41, 378),
+    "formal_logic": (14, 126),
+    "global_facts": (10, 100),
+    "high_school_biology": (32, 310),
+    "high_school_chemistry": (22, 203),
+    "high_school_computer_science": (9, 100),
+    "high_school_european_history": (18, 165),
+    "high_school_geography": (22, 198),
+    "high_school_government_and_politics": (21, 193),
+    "high_school_macroeconomics": (43, 390),
+    "high_school_mathematics": (29, 270),
+    "high_school_microeconomics": (26, 238),
+    "high_school_physics": (17, 151),
+    "high_school_psychology": (60, 545),
+    "high_school_statistics": (23, 216),
+    "high_school_us_history": (22, 204),
+    "high_school_world_history": (26, 237),
+    "human_aging": (23, 223),
+    "human_sexuality": (12, 131),
+    "international_law": (13, 121),
+    "jurisprudence": (11, 108),
+    "logical_fallacies": (18, 163),
+    "machine_learning": (11, 112),
+    "management": (11, 103),
+    "marketing": (25, 234),
+    "medical_genetics": (11, 100),
+    "miscellaneous": (86, 783),
+    "moral_disputes": (38, 346),
+    "moral_scenarios": (100, 895),
+    "nutrition": (33, 306),
+    "philosophy": (34, 311),
+    "prehistory": (35, 324),
+    "professional_accounting": (31, 282),
+    "professional_law": (170, 1534),
+    "professional_medicine": (31, 272),
+    "professional_psychology": (69, 612),
+    "public_relations": (12, 110),
+    "security_studies": (27, 245),
+    "sociology": (22, 201),
+    "us_foreign_policy": (11, 100),
+    "virology": (18, 166),
+    "world_religions": (19, 171),
 }
-PAPER_BBH = [name for name in TASKS if name.startswith("bbh/") and name[4:] not in NOT_IN_PAPER]
-GROUPS = {"bbh": PAPER_BBH, "mmlu": [name for name in TASKS if name.startswith("mmlu/")]}
+
+
+def mmlu_task(subject):
+    rows, _ = MMLU_SIZES[subject]
+    few = min(50, (5 + rows) // 2)  # most subjects have fewer rows to train on than the paper took
+    choices = ("A", "B", "C", "D")
+    return Task(
+        f"mmlu/{subject}",
+        "choice",
+        ask_choice(choices),
+        choices,
+        hub=("cais/mmlu", subject),
+        defaults={"train_rows": few},
+    )
+
+
+KNOWN_TASKS = (
+    Task(
+        "demo",
+        "number",
+        "so the answer is",
+        template="{question} please {prompt}",
+        initial_prompt="read the problem here and find the answer now .",
+        chain_of_thought="show each step .",
+        defaults={
+            "model": "demo/model",
+            "steps": 20,
+            "train_rows": 40,
+            "max_new_tokens": 40,
+            "max_prompt_tokens": 20,
+            "batch_size": 200,
+        },
+    ),
+    Task("gsm8k", "number", INTEGER, hub=("openai/gsm8k", "main")),
+    Task(
+        "folio",
+        "choice",
+        ask_choice(("A", "B", "C")),
+        choices=("A", "B", "C"),
+        hub=("tasksource/folio", ""),
+    ),
+    Task("multiarith", "number", INTEGER, hub=("ChilleD/MultiArith", "")),
+    Task(
+        "aqua",
+        "choice",
+        ask_choice(("A", "B", "C", "D", "E")),
+        choices=("A", "B", "C", "D", "E"),
+        hub=("deepmind/aqua_rat", "raw"),
+    ),
+    # The Winograd schemas in SuperGLUE's form. It has a labelled training file beside the labelled rows for
+    # testing; the original 273 are one file without parts. "Fixed" mends spans that do not occur in their text.
+    Task(
+        "wsc",
+        "boolean",
+        ask_choice(("Yes", "No")),
+        choices=("Yes", "No"),
+        hub=("aps/super_glue", "wsc.fixed"),
+    ),
+    *bbh_tasks(),
+    *(mmlu_task(subject) for subject in MMLU_SIZES),
+)
+TASKS = {task.name: task for task in KNOWN_TASKS}
+PAPER_BBH = [task.name for task in bbh_tasks() if task.name.removeprefix("bbh/") not in NOT_IN_PAPER]
+GROUPS = {"bbh": PAPER_BBH, "mmlu": [f"mmlu/{subject}" for subject in MMLU_SIZES]}
 
 
 def get_task(name, extractor="", kind="", template=""):
@@ -209,41 +267,67 @@ def get_task(name, extractor="", kind="", template=""):
     Errors: UserError for an unknown name (with the nearest known one) or an own task without extractor.
     """
     if name.endswith(".jsonl"):
-        if not extractor.strip():
-            raise UserError(f'--task {name} is your own: say how to ask for the answer, --extractor "The answer is $"')
-        rows = read_rows(name)
-        kind = kind or infer_kind([row["answer"] for row in rows])
-        require(kind in KINDS, f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
-        choices = tuple(sorted({row["answer"] for row in rows})) if kind in ("choice", "boolean") else ()
-        own = {"template": template} if template else {}
-        return check_template(Task(f"own/{Path(name).stem}", kind, extractor, choices, **own))
+        return own_task(name, extractor, kind, template)
     if name not in TASKS:
         require(not Path(name).exists() and "." not in name, f"--task {name}: your own rows must be a .jsonl file")
-        short = {n.partition("/")[2]: n for n in TASKS if "/" in n}
-        near = difflib.get_close_matches(name, [*TASKS, *short], n=1, cutoff=0.4)
-        hint = f" Did you mean {short.get(near[0], near[0])}?" if near else ""
-        known = ", ".join(dict.fromkeys(re.sub("/.*", "/NAME", n) for n in TASKS))
-        raise UserError(f"unknown task {name!r}.{hint} Known: {known}, or the path of your own .jsonl file")
-    if extractor or kind or template:
-        raise UserError(f"--extractor, --kind and --template are for your own rows; {name} has its own")
+        raise UserError(
+            f"unknown task {name!r}.{suggestion(name)} Known: {known_names()}, or the path of your own .jsonl file"
+        )
+    given = extractor or kind or template
+    require(not given, f"--extractor, --kind and --template are for your own rows; {name} has its own")
     return TASKS[name]
 
 
+def own_task(path, extractor, kind, template):
+    """The task of a user's own rows; an empty kind is inferred from the answers, an empty template the usual one."""
+    how = 'say how to ask for the answer, --extractor "The answer is $"'
+    require(extractor.strip(), f"--task {path} is your own: {how}")
+    answers = [row["answer"] for row in read_rows(path)]
+    kind = kind or infer_kind(answers)
+    require(kind in KINDS, f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    choices = tuple(sorted(set(answers))) if kind in ("choice", "boolean") else ()
+    task = Task(f"own/{Path(path).stem}", kind, extractor, choices, template=template or Task.template)
+    return check_template(task)
+
+
+def known_names():
+    """The names of the known tasks, with one for all of a family, like "bbh/NAME"."""
+    names = []
+    for name in TASKS:
+        family, slash, _ = name.partition("/")
+        shown = f"{family}/NAME" if slash else name
+        if shown not in names:
+            names.append(shown)
+    return ", ".join(names)
+
+
+def suggestion(name):
+    """The known task that is spelled nearest, as a sentence behind a space, or ""."""
+    full_names = {known: known for known in TASKS}
+    for known in TASKS:
+        if "/" in known:
+            full_names[known.partition("/")[2]] = known
+    near = difflib.get_close_matches(name, full_names, n=1, cutoff=0.4)
+    return f" Did you mean {full_names[near[0]]}?" if near else ""
+
+
 def check_template(task):
-    if task.template.count("{question}") != 1 or task.template.count("{prompt}") != 1:
-        raise UserError("--template must hold {question} and {prompt} once each")
-    if not task.template.endswith(" {prompt}") or task.template.index("{question}") > task.template.index("{prompt}"):
-        raise UserError("--template must end with a space and {prompt}, after {question}: the prompt comes last")
+    """The task, if the prompt comes last in its template, behind the question."""
+    template = task.template
+    once_each = template.count("{question}") == template.count("{prompt}") == 1
+    require(once_each, "--template must hold {question} and {prompt} once each")
+    comes_last = template.endswith(" {prompt}") and template.index("{question}") < template.index("{prompt}")
+    require(comes_last, "--template must end with a space and {prompt}, after {question}: the prompt comes last")
     return task
 
 
 def infer_kind(answers):
     """The answer kind of a user's rows, from the narrowest that fits all answers."""
-    if all(canonical_number(a) is not None for a in answers):
+    if all(canonical_number(answer) is not None for answer in answers):
         return "number"
-    if all(re.fullmatch("[A-Z]", a) for a in answers):
+    if all(re.fullmatch("[A-Z]", answer) for answer in answers):
         return "choice"
-    if all(a.lower() in ("yes", "no", "true", "false", "valid", "invalid") for a in answers):
+    if all(answer.lower() in ("yes", "no", "true", "false", "valid", "invalid") for answer in answers):
         return "boolean"
     return "text"
 
@@ -252,17 +336,19 @@ def infer_kind(answers):
 
 
 def read_rows(path):
-    """Rows `{"id", "question", "answer"}` of a JSONL file; a missing id becomes the line's number."""
+    """Rows `{"id", "question", "answer"}` of a JSONL file; a missing id becomes the line's number.
+
+    Errors: UserError that names the file, and the line that is no row.
+    """
     rows = []
-    for number, row in enumerate(read_jsonl(path), 1):
-        question, answer = (as_text(row.get(key)) for key in ("question", "answer"))
-        for key, value in (("question", question), ("answer", answer)):
-            require(value, f"{path}, line {number}: the row has no {key} (a text or a number)")
-        rows.append({"id": str(row.get("id", f"line-{number}")), "question": question, "answer": answer})
-    if not rows:
-        raise UserError(f"{path} has no rows")
-    if len({row["id"] for row in rows}) < len(rows):
-        raise UserError(f"{path}: two rows share an id")
+    for number, record in enumerate(read_jsonl(path), 1):
+        row = {"id": str(record.get("id", f"line-{number}"))}
+        for key in ("question", "answer"):
+            row[key] = as_text(record.get(key))
+            require(row[key], f"{path}, line {number}: the row has no {key} (a text or a number)")
+        rows.append(row)
+    require(rows, f"{path} has no rows")
+    require(len({row["id"] for row in rows}) == len(rows), f"{path}: two rows share an id")
     return rows
 
 
@@ -308,15 +394,24 @@ def read_answer(task, text):
         found = re.search(r"[-\N{MINUS SIGN}]?\$?\s?(\d[\d,]*\.?\d*|\.\d+)", text)
         return canonical_number(found.group().rstrip(".,")) if found else None
     if task.choices:
-        words = "|".join(map(re.escape, sorted(task.choices, key=len, reverse=True)))
-        alone = rf"(?<![\w'])({words})(?![\w'])"
-        article = r"(?! [a-z])" if task.kind == "choice" else ""  # "I think", "A man" are no letters of an option
-        for pattern in (rf"\(({words})\)", alone + article, alone):
-            if found := re.search(pattern, text, word_case(task)):
-                return as_choice(task, found.group(1))
-        return None
+        return first_choice(task, text)
     line = text.strip().splitlines()[0] if text.strip() else ""
     return re.split(r"answer is:?\s*", line)[-1].strip("$ .") or None
+
+
+def first_choice(task, text):
+    """The first choice in parentheses, else the first that stands alone, as the task spells it; or None."""
+    longest_first = sorted(task.choices, key=len, reverse=True)
+    words = "|".join(map(re.escape, longest_first))
+    in_parentheses = rf"\(({words})\)"
+    alone = rf"(?<![\w'])({words})(?![\w'])"
+    patterns = (in_parentheses, alone)
+    if task.kind == "choice":  # "I think", "A man": such letters name an option only if no other does
+        patterns = (in_parentheses, rf"{alone}(?! [a-z])", alone)
+    for pattern in patterns:
+        if found := re.search(pattern, text, word_case(task)):
+            return as_choice(task, found.group(1))
+    return None
 
 
 def word_case(task):
@@ -325,6 +420,7 @@ def word_case(task):
 
 
 def as_choice(task, word):
+    """The choice that is this word, whatever its case."""
     return next(choice for choice in task.choices if choice.casefold() == word.casefold())
 
 
@@ -333,50 +429,80 @@ def grade_harness(gold, answer):
     return answer is not None and answer.casefold() == gold.casefold().replace(",", "")
 
 
+# --- The answer as lm-evaluation-harness reads it ----------------------------------------------------------
+#
 # The `harness` reading: the flexible extraction of lm-evaluation-harness (commit 4e7e0d47f), from the reasoning
 # itself, so that numbers can be compared with published ones. Its quirks are kept: see tests/test_tasks.py.
+
 HARNESS_WORDS = {
-    "sports_understanding": {"yes": r"\byes\b|\bplausible\b", "no": r"\bno\b|\bnot plausible\b|\bimplausible\b"},
-    "web_of_lies": {
+    "bbh/sports_understanding": {
+        "yes": r"\byes\b|\bplausible\b",
+        "no": r"\bno\b|\bnot plausible\b|\bimplausible\b",
+    },
+    "bbh/web_of_lies": {
         "Yes": r"\byes\b|\btells the truth\b|\bis telling the truth\b",
         "No": r"\bno\b|\blies\b|\bis lying\b|\bdoes not tell the truth\b|\bdoesn't tell the truth\b",
     },
 }
-NUMBER_WORDS = {w: str(n) for n, w in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 def read_answer_harness(task, question, text):
     """The last answer that lm-evaluation-harness's flexible rules find in `text`, or None."""
-    name = task.name.removeprefix("bbh/")
     if task.kind == "number":
-        pattern = r"([-0-9]+)" if task.name.startswith("bbh/") else r"(-?[$0-9.,]{2,}|-?[0-9]+)"
-        numbers = re.findall(pattern, text)
-        if numbers:
-            return re.sub(r"[,$]", "", numbers[-1]).removesuffix(".")
-        words = re.findall(r"\b(" + "|".join(NUMBER_WORDS) + r")\b", text.lower())
-        return NUMBER_WORDS[words[-1]] if words and task.name.startswith("bbh/") else None
+        return last_bbh_number(text) if task.name.startswith("bbh/") else last_number(text)
     if task.kind == "boolean":
-        return last_word(HARNESS_WORDS.get(name) or {c: word_pattern(c) for c in task.choices}, name, text)
+        return last_word(task, text)
     if task.kind == "choice":
         return last_option(task, question, text)
-    if name == "dyck_languages":
-        runs = re.findall(r"[()\[\]{}<>](?:\s*[()\[\]{}<>])*", text)
-        return " ".join(re.sub(r"\s", "", runs[-1])) if runs else None
-    if name == "word_sorting":
+    if task.name == "bbh/dyck_languages":
+        return last_brackets(text)
+    if task.name == "bbh/word_sorting":
         return last_order(question, text)
     found = re.findall(r"answer is:?\s*(.+)", text)
     return found[-1].strip("$ .") if found else None
+
+
+def last_number(text):
+    numbers = re.findall(r"(-?[$0-9.,]{2,}|-?[0-9]+)", text)
+    return plain_number(numbers[-1]) if numbers else None
+
+
+def last_bbh_number(text):
+    """The last number in digits, else the last in words."""
+    numbers = re.findall(r"([-0-9]+)", text)
+    if numbers:
+        return plain_number(numbers[-1])
+    words = re.findall(rf"\b({'|'.join(NUMBER_WORDS)})\b", text.lower())
+    return str(NUMBER_WORDS.index(words[-1])) if words else None
+
+
+def plain_number(text):
+    return re.sub(r"[,$]", "", text).removesuffix(".")
+
+
+def last_brackets(text):
+    """dyck_languages: the last run of brackets, with one space between them."""
+    runs = re.findall(r"[()\[\]{}<>](?:\s*[()\[\]{}<>])*", text)
+    return " ".join(re.sub(r"\s", "", runs[-1])) if runs else None
 
 
 def word_pattern(word):
     return rf"\b(?:{word}|{word.lower()})\b" if word in ("Yes", "No") else rf"\b{word}\b"
 
 
-def last_word(patterns, name, text):
+def last_word(task, text):
     """The choice whose pattern matches last; of matches that end together the longest ("not plausible")."""
-    text = text.lower() if name in HARNESS_WORDS else text
-    ends = [(m.end(), m.end() - m.start(), c) for c, pattern in patterns.items() for m in re.finditer(pattern, text)]
-    return max(ends)[2] if ends else None
+    if task.name in HARNESS_WORDS:
+        patterns = HARNESS_WORDS[task.name]
+        text = text.lower()
+    else:
+        patterns = {choice: word_pattern(choice) for choice in task.choices}
+    matches = []
+    for choice, pattern in patterns.items():
+        for match in re.finditer(pattern, text):
+            matches.append((match.end(), len(match.group()), choice))
+    return max(matches)[-1] if matches else None
 
 
 def last_option(task, question, text):
@@ -384,22 +510,35 @@ def last_option(task, question, text):
     letters = re.findall(r"\(([A-Z])\)", text)
     if letters:
         return letters[-1]
-
-    def plain(words):
-        return words.lower().translate(str.maketrans("", "", string.punctuation))
-
-    options = re.findall(r"^\(([A-Z])\) (.*)$", question, re.M)
-    places = [(plain(text).rfind(plain(option).strip()), letter) for letter, option in options if plain(option).strip()]
-    if places and max(places)[0] >= 0:
-        return max(places)[1]
-    letters = re.findall(r":\s*(" + "|".join(task.choices) + r")\b", text)
+    if letter := last_option_text(question, text):
+        return letter
+    letters = re.findall(rf":\s*({'|'.join(task.choices)})\b", text)
     return letters[-1] if letters else None
+
+
+def last_option_text(question, text):
+    """The letter of the question's option whose text comes last, or None."""
+    places = []
+    for letter, option in re.findall(r"^\(([A-Z])\) (.*)$", question, re.M):
+        words = without_punctuation(option).strip()
+        place = without_punctuation(text).rfind(words)
+        if words and place >= 0:
+            places.append((place, letter))
+    return max(places)[-1] if places else None
+
+
+def without_punctuation(text):
+    """The text in lower case, without punctuation."""
+    return text.lower().translate(str.maketrans("", "", string.punctuation))
 
 
 def last_order(question, text):
     """word_sorting: the listed words in the order of their last occurrences in the text."""
     words = question.rpartition("List:")[2].split()
-    places = {w: [m.start() for m in re.finditer(rf"(?<!\S){re.escape(w)}(?![\w&'])", text)] for w in words}
-    if not all(places.values()):
-        return None
-    return " ".join(sorted(words, key=lambda w: places[w][-1]))
+    last_places = {}
+    for word in words:
+        starts = [match.start() for match in re.finditer(rf"(?<!\S){re.escape(word)}(?![\w&'])", text)]
+        if not starts:
+            return None
+        last_places[word] = starts[-1]
+    return " ".join(sorted(words, key=last_places.get))
