@@ -4,6 +4,7 @@ Works without torch, so that `--help` and a typo answer at once.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,7 +16,12 @@ from support.tasks import TASKS
 
 
 def flag(default, text, *aliases):
+    """A field of a dataclass that is a flag: its default, its help, other names for it."""
     return field(default=default, metadata={"help": text, "aliases": list(aliases)})
+
+
+def as_flag(name):
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass
@@ -32,7 +38,8 @@ class GenerationSettings:
     @staticmethod
     def answer_tokens(task):
         """How many tokens an answer behind the extractor may take."""
-        return {"number": 12, "text": 128}.get(task.kind, 8)
+        limits = {"number": 12, "choice": 8, "boolean": 8, "text": 128}
+        return limits[task.kind]
 
 
 # What the released scripts do otherwise than the paper says: values of the settings below, not another code path.
@@ -47,6 +54,15 @@ PRESETS = {
         "choose_on": "train",
     },
 }
+AT_LEAST_ONE = (
+    "train_rows",
+    "top_k",
+    "sampled_rows",
+    "intersections",
+    "min_candidates",
+    "shortlist_size",
+    "max_prompt_tokens",
+)
 KNOWN_VALUES = {
     "preset": tuple(PRESETS),
     "shortlist": ("gradient", "random", "all"),
@@ -84,19 +100,18 @@ class SearchSettings(GenerationSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        counts = "train_rows top_k sampled_rows intersections min_candidates shortlist_size"
-        for name in [*counts.split(), "max_prompt_tokens"]:
-            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+        for name in AT_LEAST_ONE:
+            require(getattr(self, name) >= 1, f"{as_flag(name)} must be at least 1")
         require(self.gradient_batch_size >= 0, "--gradient-batch-size must not be negative")
         require(self.steps >= 0, "--steps must not be negative")
         require(self.fluency_weight >= 0, "--lambda must be a number not below 0")
         require(self.loss_temperature > 0, "--loss-temperature must be above 0")
         for name, known in KNOWN_VALUES.items():
             value = getattr(self, name)
-            require(value in known, f"--{name.replace('_', '-')} must be one of {', '.join(known)}, not {value!r}")
+            require(value in known, f"{as_flag(name)} must be one of {', '.join(known)}, not {value!r}")
 
 
-# --- Tasks, models, servers, and the command line ----------------------------------------------------------------
+# --- Tasks, models, servers ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -125,9 +140,13 @@ class ModelFlags:
     dtype: str = flag("auto", "auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16 or float16")
 
     def model_path(self):
-        """The model's name; the demo's own folders wherever the script is called from. Checked as far as torch-free."""
+        """The model's name; the demo's own folders wherever the script is called from.
+
+        Errors: UserError for an unknown dtype or a folder without a model, as far as that shows without torch.
+        """
         require(self.dtype in ("auto", "float32", "bfloat16", "float16"), f"--dtype {self.dtype!r} is unknown")
-        path = ROOT / self.model if self.model in ("demo/model", "demo/small") else Path(self.model)
+        of_the_demo = self.model in ("demo/model", "demo/small")
+        path = ROOT / self.model if of_the_demo else Path(self.model)
         looks_local = path.is_absolute() or self.model.startswith((".", "~")) or self.model.count("/") > 1
         if looks_local or path.exists():
             require((path / "config.json").is_file(), f"--model {self.model}: {path} holds no model (no config.json)")
@@ -157,35 +176,64 @@ class ServerFlags:
         require(self.answer_turn in known, f"--answer-turn must be one of {', '.join(known)}, not {self.answer_turn!r}")
 
 
-def parse_flags(flags_class, description, more_defaults=lambda known: {}):
-    """The dataclass `flags_class` filled from the command line. A task's own defaults count before the paper's, and
-    `more_defaults(early)` before both, where `early` holds the flags --task and --run-dir.
+# --- The command line --------------------------------------------------------------------------------------------
 
-    Unknown flags and values of the wrong type end the script with argparse's message and exit code 2.
+
+def parse_flags(flags_class, description, more_defaults=None):
+    """The dataclass `flags_class` filled from the command line.
+
+    The defaults of its fields are replaced by those of the task, then of the preset, then by `more_defaults(early)`,
+    a dict, where `early` holds the flags --task and --run-dir as far as they are given. Unknown flags and values of
+    the wrong type end the script with argparse's message and exit code 2.
     """
     from transformers import HfArgumentParser  # imports no torch
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for names, default in ((["--task"], ""), (["--run-dir", "--run_dir"], ""), (["--preset"], "paper")):
-        first.add_argument(*names, default=default, nargs="?", const="")  # the real parser says what is missing
-    early = first.parse_known_args()[0]
-    defaults = more_defaults(early)
+    early = early_flags()
     names = {f.name for f in fields(flags_class)}
-    task = TASKS.get(early.task or defaults.get("task", "demo")) if "task" in names else None
-    defaults = (task.defaults if task else {}) | PRESETS.get(early.preset, {}) | defaults
+    of_the_run = more_defaults(early) if more_defaults else {}
+    defaults = {}
+    if "task" in names:
+        task = TASKS.get(early.task or of_the_run.get("task", "demo"))
+        defaults |= task.defaults if task else {}
+    defaults |= PRESETS.get(early.preset, {})
+    defaults |= of_the_run
     parser = HfArgumentParser(flags_class, description=description, allow_abbrev=False)
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in names})
     return flags_class(**vars(parser.parse_args()))
 
 
+def early_flags():
+    """The flags that the defaults of others depend on, read before these: task, run_dir, preset. The real parser is
+    the one that says what is wrong or missing."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", default="", nargs="?", const="")
+    parser.add_argument("--run-dir", "--run_dir", default="", nargs="?", const="")
+    parser.add_argument("--preset", default="paper", nargs="?", const="")
+    known, _ = parser.parse_known_args()
+    return known
+
+
+def calm_threads():
+    """Let threads that wait for each other spin for a bounded time only, unless the user's environment says how.
+
+    The threads of a matrix product wait for the slowest of them. By default they spin, which is fast on an idle
+    machine; but beside other work the slowest one is waiting for the core on which another spins, and everything all
+    but stops. Threads that sleep at once do well there and lose time on an idle machine. After a bounded spin they do
+    well on both. The OpenMP library reads the variable when it is loaded, so this must run before torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "200000")
+
+
 def run_script(main):
-    """Run a script's main(): a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a script's main(): a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    main() is where a script may import torch for the first time.
+    """
+    calm_threads()
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a folder that cannot be written, a full disk
+    except (UserError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

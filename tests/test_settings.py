@@ -1,10 +1,15 @@
-"""Settings: ranges, presets, the paper's defaults."""
+"""Settings: ranges, presets, the paper's defaults, the command line, threads."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
 
 import pytest
-from conftest import own_task, settings
+from conftest import ROOT, own_task, settings
 
 from support.files import UserError
-from support.settings import PRESETS, SearchSettings
+from support.settings import PRESETS, GenerationSettings, SearchSettings, TaskFlags, parse_flags, run_script
 
 
 @pytest.mark.parametrize(
@@ -42,3 +47,90 @@ def test_the_defaults_are_the_paper_s():
     assert (s.fluency_weight, s.loss_temperature, s.train_rows, s.max_new_tokens) == (0.2, 0.2, 50, 1024)
     assert (s.objective, s.choose_on, s.ties, s.fluency) == ("loss", "dev", "first", "nll")
     assert set().union(*PRESETS.values()) <= set(vars(s))
+
+
+# --- The command line ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Flags(SearchSettings, TaskFlags):
+    """Such as those of a script that searches."""
+
+
+@pytest.mark.parametrize(
+    ("words", "of_the_run", "steps", "top_k", "task"),
+    [
+        ("", {}, 20, 10, "demo"),  # the demo's own default of steps
+        ("--task gsm8k", {}, 105, 10, "gsm8k"),
+        ("--task gsm8k --preset released", {}, 105, 40, "gsm8k"),
+        ("--preset released", {"top_k": 7}, 20, 7, "demo"),
+        ("", {"task": "gsm8k"}, 105, 10, "gsm8k"),  # the run's task, and that task's defaults
+        ("--task demo", {"task": "gsm8k"}, 20, 10, "demo"),
+        ("--top-k 3 --steps 4 --preset released", {"top_k": 7, "steps": 8, "unknown": 1}, 4, 3, "demo"),
+    ],
+)
+def test_a_flag_counts_before_the_run_the_preset_the_task_and_the_paper(
+    monkeypatch, words, of_the_run, steps, top_k, task
+):
+    monkeypatch.setattr(sys, "argv", ["script", *words.split()])
+    flags = parse_flags(Flags, "", lambda early: of_the_run)
+    assert (flags.steps, flags.top_k, flags.task) == (steps, top_k, task)
+
+
+def test_what_gives_more_defaults_sees_the_task_and_the_folder_of_the_run(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["script", "--task", "gsm8k", "--run_dir", "runs/a"])
+    with pytest.raises(SystemExit):  # this class has no --run-dir
+        parse_flags(Flags, "", lambda early: seen.append((early.task, early.run_dir)) or {})
+    assert seen == [("gsm8k", "runs/a")]
+
+
+def test_a_script_without_tasks_takes_no_task_s_defaults(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script"])
+    assert parse_flags(GenerationSettings, "").max_new_tokens == 1024
+
+
+def test_the_same_rows_are_own_rows_for_every_script():
+    assert TaskFlags(task="a/mine.jsonl").own_rows == "a/mine.jsonl"
+    assert TaskFlags(task="gsm8k").own_rows == ""
+
+
+# --- Threads -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("set_by_the_user", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "200000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_waiting_threads_spin_for_a_bounded_time_unless_the_user_says_how(monkeypatch, set_by_the_user, expected):
+    seen = []
+    monkeypatch.setattr(os, "environ", dict(set_by_the_user))
+    run_script(lambda: seen.append(dict(os.environ)))
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize("script", ["01_prepare_data.py", "02_optimize.py", "03_evaluate.py", "04_transfer.py"])
+def test_no_script_loads_torch_before_the_threads_are_told_how_to_wait(script):
+    code = (
+        "import runpy, sys\n"
+        "from support import settings\n"
+        "settings.calm_threads = lambda: sys.exit('torch was there' if 'torch' in sys.modules else 'torch was not')\n"
+        f"runpy.run_path({script!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines() == ["torch was not"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the variable is GNU OpenMP's, which torch brings on Linux")
+def test_the_setting_reaches_the_threads_of_torch():
+    code = "from support.settings import run_script\ndef main():\n    import torch\nrun_script(main)"
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    environment["OMP_DISPLAY_ENV"] = "VERBOSE"  # OpenMP tells its settings when it is loaded
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "GOMP_SPINCOUNT = '200000'" in done.stderr
