@@ -22,7 +22,8 @@ def main():
     for name in GROUPS.get(flags.task, [flags.task]):
         task = get_task(name, flags.extractor, flags.kind, flags.template)
         folder = prepare(task, flags.data_dir, flags.source, flags.own_rows)
-        counts = json.loads((folder / "task.json").read_text(encoding="utf-8"))["counts"]
+        prepared = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+        counts = prepared["counts"]
         sizes = "  ".join(f"{split} {counts[split]:4d}" for split in SPLITS)
         print(f"{task.name:44s} {sizes}  answers: {task.kind:7s} -> {folder}")
 

@@ -19,6 +19,7 @@ class UserError(ValueError):
 
 
 def require(condition, message):
+    """Errors: UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -30,51 +31,63 @@ def read_jsonl(path):
     """The objects of a JSONL file. Errors: UserError that names the file, and the line that cannot be read."""
     try:
         # Lines end in \n alone: other separators of lines that Unicode knows may stand in a text.
-        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
+        content = Path(path).read_text(encoding="utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    lines = [] if lines == [""] else lines
+    if not content:
+        return []
     objects = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content.split("\n"), 1):
         try:
-            objects.append(json.loads(line))
-            if not isinstance(objects[-1], dict):
+            read = json.loads(line)
+            if not isinstance(read, dict):
                 raise ValueError("not an object")
         except ValueError as error:
             raise UserError(f"{path}, line {number}: not a JSON object ({error})") from None
+        objects.append(read)
     return objects
 
 
+def as_lines(objects):
+    """JSONL: an object a line."""
+    return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in objects)
+
+
 def write_jsonl(path, objects):
-    """Write a JSONL file whole or not at all: to a temporary file that then takes the place of the old one."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text("".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects), encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a JSONL file, whole or not at all."""
+    write_whole(path, as_lines(objects))
 
 
 def write_json(path, record):
     """Write one indented JSON file, whole or not at all."""
+    write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path, text):
+    """Write to a temporary file that then takes the place of the old one."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def append_jsonl(path, *records):
     """Append objects and see them on disk, so that a killed run loses at most what it was writing."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        file.write(as_lines(records))
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_appended(path):
-    """The objects of a file that grows line by line; [] if none. A last line cut short is removed, and one that only
-    lacks its newline gets it."""
+    """The objects of a file that grows line by line; [] if there is no file.
+
+    The file is mended: a last line cut short is removed, and one that only lacks its newline gets it.
+    """
     path = Path(path)
     if not path.exists():
         return []
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
+    whole = content.rfind(b"\n") + 1  # bytes up to the last newline
     if last := content[whole:]:
         try:
             json.loads(last)
@@ -90,8 +103,9 @@ def require_fields(records, path, **kinds):
     """The records, if each has these fields, of these types. Errors: UserError that names file, line and field."""
     for number, record in enumerate(records, 1):
         for name, kind in kinds.items():
-            good = isinstance(record.get(name), kind) and (kind is not str or is_text(record[name]))
-            require(good, f"{path}, line {number}: no {name}, or another type than stage 02 or 03 writes")
+            value = record.get(name)
+            fits = isinstance(value, kind) and (kind is not str or is_text(value))
+            require(fits, f"{path}, line {number}: no {name}, or another type than stage 02 or 03 writes")
     return records
 
 
@@ -100,11 +114,19 @@ def read_run(folder, **kinds):
     path = Path(folder) / "run.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        good = all(isinstance(record["config"][name], kind) for name, kind in kinds.items())
+        fits = all(isinstance(record["config"][name], kind) for name, kind in kinds.items())
     except (OSError, ValueError, KeyError, TypeError):
-        good = False
-    require(good, f"{path} is not the record of a run of stage 02")
+        fits = False
+    require(fits, f"{path} is not the record of a run of stage 02")
     return record
+
+
+def is_text(text):
+    """Whether it can be written as UTF-8: no half of a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+# --- Locks and hashes ------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -121,29 +143,33 @@ def alone_in(folder):
         lock.release()
 
 
-def is_text(text):
-    """Whether it can be written as UTF-8: no half of a surrogate pair."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
-
-
 def sha256(path):
+    """The hash of a file's bytes, in hexadecimal digits."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+WEIGHTS_END = 2**20  # bytes
+
+
 def weights_hash(name):
-    """What tells a local model from another: hash of the names, sizes and both ends of its weight files; a hub
-    name stands for itself. (Reading 16 GB whole would take longer than some evaluations.)"""
-    files = sorted(Path(name).glob("*.safetensors"))
-    if not files:
+    """What tells a local model from another: hash of the names, sizes and both ends of its weight files.
+
+    A hub name stands for itself. (Reading 16 GB whole would take longer than some evaluations.)
+    """
+    paths = sorted(Path(name).glob("*.safetensors"))
+    if not paths:
         return name
     digest = hashlib.sha256()
-    for path in files:
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(2**20))
-            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read(WEIGHTS_END))
+            file.seek(max(0, size - WEIGHTS_END))
             digest.update(file.read())
     return digest.hexdigest()
 
 
 def text_hash(text):
+    """A short hash of a text: 16 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
