@@ -19,13 +19,15 @@ from support.tasks import GROUPS, SPLITS, get_task
 
 def main():
     flags = parse_flags(TaskFlags, __doc__.splitlines()[0])
-    for name in GROUPS.get(flags.task, [flags.task]):
+    names = GROUPS.get(flags.task, [flags.task])
+    for name in names:
         task = get_task(name, flags.extractor, flags.kind, flags.template)
         folder = prepare(task, flags.data_dir, flags.source, flags.own_rows)
         prepared = json.loads((folder / "task.json").read_text(encoding="utf-8"))
         counts = prepared["counts"]
         sizes = "  ".join(f"{split} {counts[split]:4d}" for split in SPLITS)
-        print(f"{task.name:44s} {sizes}  answers: {task.kind:7s} -> {folder}")
+        kind = f"answers: {task.kind:7s}"
+        print(f"{task.name:44s} {sizes}  {kind} -> {folder}")
 
 
 if __name__ == "__main__":
