@@ -9,26 +9,18 @@ ends with the same result; a run with other settings needs another --run-dir. Th
 rows and chosen on dev rows; the test rows are read once, at the end, for the initial and the chosen prompt.
 """
 
-import importlib.metadata
 import json
 import random
-import subprocess
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from support.files import (
-    ROOT,
-    UserError,
-    alone_in,
-    append_jsonl,
-    read_appended,
-    require,
-    weights_hash,
-    write_json,
-    write_jsonl,
-)
+from tqdm import tqdm
+
+from support.files import alone_in, append_jsonl, require, write_jsonl
+from support.runs import finalists, log_line, open_run, rank_prompts, read_steps, run_folder, scores_of
 from support.settings import ModelFlags, SearchSettings, TaskFlags, flag, parse_flags, run_script
 from support.sources import open_task
+from support.tokens import prompt_text
 
 
 @dataclass
@@ -52,120 +44,87 @@ def main():
         flags.train_rows <= available, f"--train-rows {flags.train_rows}: {task.name} has {available} training rows"
     )
     train = random.Random(f"{flags.seed}/rows").sample(splits["train"], flags.train_rows)
-    run_dir = open_run(flags, task, train)
+
+    run_dir = Path(flags.run_dir) if flags.run_dir else run_folder(task.name, flags.model, flags.seed)
+    prepared = json.loads((Path(flags.data_dir) / task.name / "task.json").read_text(encoding="utf-8"))
+    config = asdict(flags) | {"initial_prompt": task.initial_prompt}
+    open_run(run_dir, config, prepared, [row["id"] for row in train])
     with alone_in(run_dir):
-        search(flags, task, splits, train, run_dir)
+        optimize_task(flags, task, splits, train, run_dir)
 
 
-def search(flags, task, splits, train, run_dir):
+def optimize_task(flags, task, splits, train, run_dir):
     """The search, its finalists on dev rows, and the initial and the best prompt on test rows."""
-    # They import torch, so only after everything that can be wrong without it.
-    from tqdm import tqdm
-
-    import greater_core as core
+    # These import torch, so only after everything that can be wrong without it.
     from support.answerers import local_answerer
-    from support.engine import load_model
-    from support.evaluation import evaluate_once
+    from support.engine import load_engine
+    from support.evaluation import Evaluation, evaluate_once
+    from support.tokens import encode_prompt, encode_row
 
-    model, tokenizer = load_model(flags.model, flags.device, flags.dtype)
-    rows = [core.splice(tokenizer, task, row) for row in train]
-    start = core.encode_in_place(tokenizer, task, train[0]["question"], task.initial_prompt)[1]
-    history = read_appended(run_dir / "steps.jsonl")
-    if history:
-        print(f"going on behind step {history[-1]['step']} of {run_dir}")
-
-    with tqdm(total=flags.steps, initial=max(0, len(history) - 1), unit="step", dynamic_ncols=True) as bar:
-        for record in core.optimize(model, tokenizer, rows, start, flags, history):
-            append_jsonl(run_dir / "steps.jsonl", record)
-            history.append(record)
-            bar.write(log_line(record, flags.steps))
-            bar.set_postfix(position=record["position"], now=record["objective"], best=record["best"]["objective"])
-            bar.update(record["step"] > 0)
-
-    answerer = local_answerer(model, tokenizer, flags.model)
+    engine = load_engine(flags.model, flags.device, flags.dtype)
+    rows = [encode_row(engine.tokenizer, task, row) for row in train]
+    start = encode_prompt(engine.tokenizer, task, train[0]["question"], task.initial_prompt)[1]
+    steps = search(flags, engine, rows, start, run_dir)
+    answerer = local_answerer(engine, flags.model)
 
     def evaluate(prompt, role, split):
         chosen = splits[split][: flags.eval_rows or None]
-        return evaluate_once(answerer, task, chosen, prompt, flags, run_dir, role, split)
+        return evaluate_once(Evaluation(answerer, task, split, chosen, prompt, flags), run_dir, role)
 
-    scored = core.scores_of(history)
-    initial = next(iter(scored.values()))
-    finalists = core.finalists(tokenizer, scored, flags.finalists)
-    prompts = []
-    for score in tqdm([*finalists, *([] if initial in finalists else [initial])], desc="dev", unit="prompt"):
-        text = core.prompt_text(tokenizer, rows[0], score.prompt_ids).strip()
-        dev = evaluate(text, "candidate", "dev")
-        scores = {"dev_accuracy": dev["accuracy"], "dev_stderr": dev["stderr"], "initial": score is initial}
-        prompts.append({"task": task.name, "prompt": text, **core.as_record(score), **scores})
-    prompts = core.rank_prompts(prompts, flags.choose_on)
+    prompts = final_prompts(flags, engine.tokenizer, rows[0], steps)
+    for prompt in tqdm(prompts, desc="dev", unit="prompt"):
+        dev = evaluate(prompt["prompt"], "candidate", "dev")
+        prompt |= {"task": task.name, "dev_accuracy": dev["accuracy"], "dev_stderr": dev["stderr"]}
+    prompts = rank_prompts(prompts, flags.choose_on)
     write_jsonl(run_dir / "prompts.jsonl", prompts)
-    starting = next(p for p in prompts if p["initial"])
-    table = [
-        (role, p, [evaluate(p["prompt"], role, split) for split in ("dev", "test")])
-        for role, p in (("initial", starting), ("best", prompts[0]))
-    ]
+
+    initial = next(prompt for prompt in prompts if prompt["initial"])
+    table = []
+    for role, prompt in (("initial", initial), ("best", prompts[0])):
+        text = prompt["prompt"]
+        table.append((role, text, evaluate(text, role, "dev"), evaluate(text, role, "test")))
     report(table, run_dir)
 
 
-def open_run(flags, task, train):
-    """The run's folder, with run.json. Errors: UserError if another configuration has been run there."""
-    name = f"{task.name.replace('/', '-')}-{Path(flags.model).name}-seed{flags.seed}"
-    if Path(flags.model) == ROOT / "demo" / "model":
-        name = f"demo-seed{flags.seed}" if task.name == "demo" else name
-    run_dir = Path(flags.run_dir or Path("runs") / name)
-    data = json.loads((Path(flags.data_dir) / task.name / "task.json").read_text(encoding="utf-8"))
-    record = {
-        "config": asdict(flags) | {"initial_prompt": task.initial_prompt},
-        "task": {key: data[key] for key in ("name", "extractor", "template", "sha256", "grader_version")},
-        "train_ids": [row["id"] for row in train],
-        "model_hash": weights_hash(flags.model),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
-        "commit": git_commit(),
-    }
-    path = run_dir / "run.json"
-    if path.exists():
-        other = differences(path, record)
-        begun = (run_dir / "steps.jsonl").exists()  # one that ended before its first step may be begun otherwise
-        require(not (other and begun), f"{run_dir} holds a run with other {', '.join(other)}: choose another --run-dir")
-        if not other:
-            return run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
-    return run_dir
+def search(flags, engine, rows, start, run_dir):
+    """The steps of the search, each on disk before the next begins."""
+    from greater_core import optimize
+
+    steps = read_steps(run_dir / "steps.jsonl", growing=True)
+    if steps:
+        print(f"going on behind step {steps[-1].step} of {run_dir}")
+    with tqdm(total=flags.steps, initial=max(0, len(steps) - 1), unit="step", dynamic_ncols=True) as bar:
+        for step in optimize(engine, rows, start, flags, list(steps)):
+            append_jsonl(run_dir / "steps.jsonl", asdict(step))
+            steps.append(step)
+            bar.write(log_line(step, flags.steps))
+            bar.set_postfix(position=step.position, now=step.objective, best=step.best.objective)
+            bar.update(step.step > 0)
+    return steps
 
 
-def differences(path, record):
-    """Names of what differs between a recorded run and this one; where files lie does not count."""
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        both = [dict(r["config"], task=r["task"], model=r["model_hash"]) for r in (old, record)]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not the record of a run: choose another --run-dir") from None
-    names = both[0].keys() | both[1].keys()
-    return sorted(n for n in names - {"run_dir", "data_dir", "source"} if both[0].get(n) != both[1].get(n))
-
-
-def git_commit():
-    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return answer.stdout.strip() or None
-
-
-def log_line(record, steps):
-    numbers = "  ".join(f"{k} {record[f]:7.3f}" for k, f in (("objective", "objective"), ("ce", "cross_entropy")))
-    position = "start" if record["position"] is None else f"{record['position']:5d}"
-    return (
-        f"step {record['step']:3d}/{steps}  position {position}  {numbers}  error {record['error']:.2f}  "
-        f"nll {record['nll']:5.2f}  best {record['best']['objective']:7.3f}  "
-        f"{sum(record['seconds'].values()):5.1f} s  {record['prompt']}"
-    )
+def final_prompts(flags, tokenizer, row, steps):
+    """Records of the run's best finished prompts by training objective, and of the initial one."""
+    scores = scores_of(steps)
+    initial = next(iter(scores.values()))
+    chosen = finalists(tokenizer, scores, flags.finalists)
+    if initial not in chosen:
+        chosen.append(initial)
+    records = []
+    for score in chosen:
+        text = prompt_text(tokenizer, row, score.prompt_ids).strip()
+        records.append({"prompt": text, "initial": score == initial} | asdict(score))
+    return records
 
 
 def report(table, run_dir):
+    """Print what the initial and the best prompt reached: (role, prompt, dev result, test result) each."""
     print(f"\n{'':8s}  {'dev accuracy':>15s}  {'test accuracy':>15s}  prompt")
-    for role, prompt, results in table:
-        cells = [f"{100 * r['accuracy']:6.1f} ± {100 * r['stderr']:4.1f} %" for r in results]
-        print(f"{role:8s}  {cells[0]:>15s}  {cells[1]:>15s}  {prompt['prompt']}")
-    print(f"\n± is one standard error; dev {table[0][2][0]['n']} rows, test {table[0][2][1]['n']} rows")
+    for role, text, *results in table:
+        dev, test = (f"{100 * r['accuracy']:6.1f} ± {100 * r['stderr']:4.1f} %" for r in results)
+        print(f"{role:8s}  {dev:>15s}  {test:>15s}  {text}")
+    _, _, dev, test = table[0]
+    print(f"\n± is one standard error; dev {dev['n']} rows, test {test['n']} rows")
     for name in ("prompts.jsonl", "steps.jsonl", "results.jsonl", "predictions.jsonl"):
         print(f"  {run_dir / name}")
 

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -33,10 +34,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import greater_core as core
-from support.engine import ATTENTION, faster, load_model
+from support.engine import Engine, load_engine
 from support.settings import SearchSettings
 from support.sources import split_rows
 from support.tasks import get_task
+from support.tokens import Row, encode_prompt, encode_row
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary, tied embeddings
 SHAPES = {
@@ -45,7 +47,7 @@ SHAPES = {
     "1b": (2048, 8192, 16, 32, 8, 128256, True),
     "8b": (4096, 14336, 32, 32, 8, 128256, False),
 }
-BETWEEN, EXTRACTOR, ANSWER = 8, 36, 1  # tokens, as in the released golden example
+TURN_END, EXTRACTOR, ANSWER = 8, 36, 1  # tokens, as in the released golden example
 END = 2
 
 
@@ -69,7 +71,6 @@ def make_model(shape, device):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(False).eval()
-    model.generation_config.eos_token_id = [END]  # its logit is never the largest: see forbid_end
     return forbid_end(model)
 
 
@@ -96,10 +97,10 @@ def make_rows(flags, rng, vocabulary):
     def ids(count):
         return [rng.randrange(3, vocabulary) for _ in range(count)]
 
-    between, extractor = ids(BETWEEN), ids(EXTRACTOR)
+    turn_end, extractor = ids(TURN_END), ids(EXTRACTOR)
     drawn = [max(20, min(250, round(rng.lognormvariate(math.log(60), 0.4)))) for _ in range(flags.rows)]
     sizes = [flags.question or size for size in drawn]
-    return [core.Row(ids(size), between, extractor, ids(ANSWER)) for size in sizes], tuple(ids(flags.prompt))
+    return [Row(ids(size), turn_end, extractor, ids(ANSWER)) for size in sizes], tuple(ids(flags.prompt))
 
 
 def problem(flags, model):
@@ -119,28 +120,53 @@ def clock(device):
     return time.perf_counter()
 
 
+class DrawnLengths(Engine):
+    """An engine whose reasonings have the drawn lengths: {(prompt, row number): tokens}, not the settings' limit."""
+
+    lengths = {}
+
+    def over_rows(self, function, jobs, stage, size, cost):
+        def noted(batch):
+            self.batch = batch
+            return function(batch)
+
+        return super().over_rows(noted, jobs, stage, size, cost)
+
+    def generate(self, context, logits, limits):
+        limits = [self.lengths.get(job, limit) for job, limit in zip(self.batch, limits)]
+        return super().generate(context, logits, limits)
+
+
 def our_step(model, flags):
     """({stage: seconds} of a step, its token counts). What earlier steps left is made before the clock starts."""
-    faster(model).set_attn_implementation(ATTENTION)
     rows, prompt, position, candidates, lengths = problem(flags, model)
+    engine = DrawnLengths(model, SimpleNamespace(eos_token_id=END))
     settings = SearchSettings(batch_size=flags.batch_size, gradient_batch_size=flags.gradient_batch_size)
-    setup, work, device = core.Work(), core.Work(), model.device.type
-    questions = core.read_questions(model, rows, settings.batch_size, setup)
-    prefix = core.prefix_at(model, questions, prompt[: position - 1], setup)
-    current = {(0, i): lengths[flags.mu, i] for i in range(len(rows))}
-    (score,) = core.score_prompts(model, rows, questions, [prompt], settings, setup, current)
-
-    times = [clock(device)]
-    prefix = core.prefix_at(model, questions, prompt[:position], work, known=prefix)
-    allowed = torch.ones(prefix.log_probs.shape[1], dtype=torch.bool, device=model.device)
-    core.propose_candidates(prefix.log_probs, allowed, [list(range(min(5, len(rows))))], 10, 0, lambda token: True)
-    times.append(clock(device))
-    core.candidate_gradients(model, rows, prefix, prompt, candidates, score.reasoning, settings, work)
-    times.append(clock(device))
+    search = core.Search(engine, rows, settings, allowed=None, initial=prompt)
     tried = [(*prompt[:position], token, *prompt[position + 1 :]) for token in candidates[: flags.mu]]
-    core.score_prompts(model, rows, prefix, tried, settings, work, lengths)
+    # Before the clock starts the lengths are the current prompt's, whose reasoning is there when a step begins.
+    engine.lengths = {(prompt, i): lengths[flags.mu, i] for i in range(len(rows))}
+    questions = core.prefill_questions(engine, rows, settings.batch_size)
+    prefix = core.prefix_at(engine, questions, prompt[: position - 1])
+    ((_, reasoning),) = core.score_prompts(search, questions, [prompt])
+    engine.lengths = {(tried[n], i): length for (n, i), length in lengths.items() if n < flags.mu}
+    engine.counts.clear()
+
+    device = model.device.type
+    times = [clock(device)]
+    prefix = core.prefix_at(engine, questions, prompt[:position], known=prefix)
+    core.propose_candidates(prefix.log_probs, [list(range(min(5, len(rows))))], 10, 0, lambda token: True)
     times.append(clock(device))
-    return dict(zip(("propose", "gradient", "select"), (b - a for a, b in zip(times, times[1:])))), dict(work.counts)
+    core.candidate_gradients(search, prefix, prompt, candidates, reasoning)
+    times.append(clock(device))
+    core.score_prompts(search, prefix, tried)
+    times.append(clock(device))
+    return stages(("propose", "gradient", "select"), times), dict(engine.counts)
+
+
+def stages(names, times):
+    """{stage: seconds} from the clock at the start and behind each stage."""
+    return {name: end - start for name, start, end in zip(names, times, times[1:])}
 
 
 def plain_step(model, flags):
@@ -149,13 +175,13 @@ def plain_step(model, flags):
     device = model.device.type
 
     def generate(row, prompt, length):
-        ids = torch.tensor([row.before + list(prompt) + row.between], device=model.device)
+        ids = torch.tensor([row.question + list(prompt) + row.turn_end], device=model.device)
         more = {"do_sample": False, "min_new_tokens": length, "max_new_tokens": length}
         return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **more)[0, ids.shape[1] :].tolist()
 
     def loss(row, prompt, reasoning, one_hot=None):
-        ids = row.before + list(prompt) + row.between + reasoning + row.extractor + row.answer
-        ids, embed, start = torch.tensor([ids], device=model.device), model.get_input_embeddings(), len(row.before)
+        ids = row.question + list(prompt) + row.turn_end + reasoning + row.extractor + row.answer
+        ids, embed, start = torch.tensor([ids], device=model.device), model.get_input_embeddings(), len(row.question)
         embeddings = embed(ids)
         if one_hot is not None:
             chosen = one_hot @ embed(torch.tensor(candidates, device=model.device))
@@ -172,7 +198,7 @@ def plain_step(model, flags):
     times = [clock(device)]
     with torch.no_grad():
         for row in rows:
-            ids = torch.tensor([row.before + list(prompt[:position])], device=model.device)
+            ids = torch.tensor([row.question + list(prompt[:position])], device=model.device)
             model(input_ids=ids, use_cache=False).logits[0, -1].topk(10)
     times.append(clock(device))
     reasoning = [generate(row, prompt, lengths[flags.mu, i]) for i, row in enumerate(rows)]
@@ -188,7 +214,7 @@ def plain_step(model, flags):
             with torch.no_grad():
                 loss(row, tried, generate(row, tried, lengths[n, i]))
     times.append(clock(device))
-    return dict(zip(("propose", "reason", "gradient", "select"), (b - a for a, b in zip(times, times[1:])))), {}
+    return stages(("propose", "reason", "gradient", "select"), times), {}
 
 
 def generate_batch_step(model, flags):
@@ -200,7 +226,7 @@ def generate_batch_step(model, flags):
         def generate(jobs):
             for (n, i), length in jobs:
                 tried = (*prompt[:position], candidates[n], *prompt[position + 1 :])
-                manager.add_request(rows[i].before + list(tried) + rows[i].between, max_new_tokens=length)
+                manager.add_request(rows[i].question + list(tried) + rows[i].turn_end, max_new_tokens=length)
             left = len(jobs)
             while left:
                 result = manager.get_result(timeout=1)
@@ -219,15 +245,15 @@ def generate_batch_step(model, flags):
 def first_step(device):
     """Seconds from the loaded demo model to the record of the first step: the start prompt's score and one step."""
     task = get_task("demo")
-    model, tokenizer = load_model(str(ROOT / "demo" / "model"), device)
+    engine = load_engine(str(ROOT / "demo" / "model"), device)
     data = split_rows(task)["train"]
-    started = clock(model.device.type)
+    started = clock(engine.device.type)
     settings = SearchSettings(**{n: v for n, v in task.defaults.items() if n in vars(SearchSettings())})
-    rows = [core.splice(tokenizer, task, row) for row in data[: settings.train_rows]]
-    prompt = core.encode_in_place(tokenizer, task, data[0]["question"], task.initial_prompt)[1]
-    records = core.optimize(model, tokenizer, rows, prompt, settings)
-    next(records), next(records)
-    return clock(model.device.type) - started
+    rows = [encode_row(engine.tokenizer, task, row) for row in data[: settings.train_rows]]
+    prompt = encode_prompt(engine.tokenizer, task, data[0]["question"], task.initial_prompt)[1]
+    steps = core.optimize(engine, rows, prompt, settings)
+    next(steps), next(steps)
+    return clock(engine.device.type) - started
 
 
 def measure_hardware(model, flags):
@@ -262,9 +288,11 @@ def floor(model, flags, bandwidth, rate):
     config = model.config
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
     jobs = [
-        (len(rows[i].before) + flags.prompt + BETWEEN, length, i) for (n, i), length in lengths.items() if n < flags.mu
+        (len(rows[i].question) + flags.prompt + TURN_END, length, i)
+        for (n, i), length in lengths.items()
+        if n < flags.mu
     ]
-    behind = flags.prompt - position + BETWEEN
+    behind = flags.prompt - position + TURN_END
     gradient_tokens = sum(behind + lengths[flags.mu, i] + EXTRACTOR + ANSWER for i in range(len(rows)))
     read_tokens = sum(behind + EXTRACTOR + ANSWER for _ in jobs)
 

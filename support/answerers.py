@@ -34,47 +34,46 @@ def open_answerer(flags, model, endpoint=""):
     """The Answerer that --model, or --endpoint and --model, name; the model is loaded, or the server asked."""
     if endpoint:
         return server_answerer(flags, endpoint, model)
-    from support.engine import load_model
+    from support.engine import load_engine
 
-    return local_answerer(*load_model(model, flags.device, flags.dtype), model)
+    return local_answerer(load_engine(model, flags.device, flags.dtype), model)
 
 
 # --- A model loaded here ------------------------------------------------------------------------------
 
 
-def local_answerer(model, tokenizer, path):
+def local_answerer(engine, path):
     """The Answerer that is the model loaded here from `path`."""
-    from greater_core import answer_ids, encode, generate_greedily
-    from support.engine import rows_for_generation
+    from support.tokens import encode, encode_chat, extractor_ids
 
-    def context_ids(task, row, prompt):
-        turn = [{"role": "user", "content": task.user_turn(row["question"], prompt)}]
-        return encode(tokenizer, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    tokenizer = engine.tokenizer
 
     def generate(task, rows, prompt, settings, done):
         unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encode(tokenizer, " " + prompt)
         require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
-        contexts = {row["id"]: context_ids(task, row, prompt) for row in rows}
+        contexts = {row["id"]: encode_chat(tokenizer, task, row["question"], prompt) for row in rows}
+        extractor = extractor_ids(tokenizer, task)
         ordered = sorted(rows, key=lambda row: len(contexts[row["id"]]))
-        columns = max(map(len, contexts.values())) + settings.max_new_tokens
-        size = settings.batch_size or rows_for_generation(model, columns)
+        longest = max(map(len, contexts.values()))
+        size = settings.batch_size or engine.rows_that_fit(longest + settings.max_new_tokens)
         # A batch is whole or not there, so an evaluation that was killed goes on with the same batches.
         for start in range(0, len(rows), size):
             batch = ordered[start : start + size]
             if done.issuperset(row["id"] for row in batch):
                 continue
             asked = [contexts[row["id"]] for row in batch]
-            reasoning = generate_greedily(model, asked, settings.max_new_tokens, size)
-            extractors = [answer_ids(tokenizer, task, row["answer"])[0] for row in batch]
-            asked = [context + ids + more for context, (ids, _), more in zip(asked, reasoning, extractors)]
-            replies = generate_greedily(model, asked, settings.answer_tokens(task), size)
-            yield [
-                (row, *(tokenizer.decode(part, skip_special_tokens=True) for part in (ids, reply)), len(ids), not ended)
-                for row, (ids, ended), (reply, _) in zip(batch, reasoning, replies)
-                if row["id"] not in done
-            ]
+            reasoning = engine.complete(asked, settings.max_new_tokens, size)
+            asked = [context + ids + extractor for context, (ids, _) in zip(asked, reasoning)]
+            replies = engine.complete(asked, settings.answer_tokens(task), size)
+            answered = []
+            for row, (ids, stopped), (reply_ids, _) in zip(batch, reasoning, replies):
+                if row["id"] not in done:
+                    text = tokenizer.decode(ids, skip_special_tokens=True)
+                    reply = tokenizer.decode(reply_ids, skip_special_tokens=True)
+                    answered.append((row, text, reply, len(ids), not stopped))
+            yield answered
 
-    return Answerer(short_name(path), (weights_hash(path), str(model.dtype)), generate)
+    return Answerer(short_name(path), (weights_hash(path), str(engine.model.dtype)), generate)
 
 
 # --- A model behind a server ---------------------------------------------------------------------------

@@ -1,407 +1,438 @@
-"""A frozen model, and how it reads: new tokens behind keys and values that are kept, and shared where rows agree.
+"""The frozen model as an engine: forward passes behind keys and values that are kept, and greedy decoding.
 
-Nothing here is particular to the method. Every shortcut gives what the plain forward pass gives: to 1e-7 in float64 and
-1e-5 in float32, say the tests; in bfloat16 as nearly as transformers' own attention.
+Nothing here is particular to the method. Five verbs:
 
-Shape letters: B rows, T tokens of a padded sequence, S new tokens, C columns of keys and values before them, H hidden
-size, N questions that rows share, D columns of a question, L positions whose logits are read, V vocabulary.
+    load_engine     hub name or folder -> Engine
+    prefill         token sequences -> Context, logits of the next token
+    forward         new tokens behind a Context -> logits where they are asked for (differentiable in embeddings)
+    generate        greedy decoding behind a Context; rows leave the batch as they end
+    over_rows       a function over many rows, in batches that fit into memory
+
+A Context is a batch's keys and values. `forward` appends to it; whoever wants to keep the shorter one takes a copy
+first, with `select`, which is also how some rows, or one row several times, are picked.
+
+All of it gives what the model's plain forward pass gives; `Engine` compares the two before anything else.
+
+Shape letters: B rows, S new tokens, C columns of keys and values before them, L positions whose logits are read,
+E embedding size, V vocabulary.
 """
 
 import logging
-import platform
+import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 
 from support.files import UserError, require
 
-# --- Loading ----------------------------------------------------------------------------------------
+LOOK_EVERY = {"cpu": 1, "cuda": 8}  # decoding steps between looks at which rows have ended: a look waits for the device
+LEAVE_TOGETHER = 8  # rows that `generate` hands out at once, so that the copy of their keys and values stays small
+ROOM = 64  # columns by which keys and values grow
 
 
-def load_model(name, device="auto", dtype="auto"):
-    """(model, tokenizer) from a hub name or a local folder; the model frozen, in eval mode, decoding greedily.
+# --- Keys and values -------------------------------------------------------------------------------
 
-    Only safetensors are read and no code from the model's folder is run. `dtype` "auto" means bfloat16 on CUDA
-    and float32 on the CPU. Errors: UserError when the model is not there, gated, or has no chat template.
+
+class Growing(DynamicLayer):
+    """One layer's keys and values [B, heads, C, head size], written in place into tensors with room to grow.
+
+    DynamicLayer copies all of them for every decoded token.
+    """
+
+    def __init__(self, keys, values):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.key_buffer, self.value_buffer = keys, values  # of which keys and values are the first C columns
+
+    def update(self, keys, values, *args, **kwargs):
+        start = self.keys.shape[2]
+        end = start + keys.shape[2]
+        if end > self.key_buffer.shape[2]:
+            self.key_buffer = with_room(self.keys, end + ROOM)
+            self.value_buffer = with_room(self.values, end + ROOM)
+        self.key_buffer[:, :, start:end] = keys
+        self.value_buffer[:, :, start:end] = values
+        self.keys, self.values = self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
+        return self.keys, self.values
+
+
+def with_room(states, columns):
+    """A copy of keys or values [B, heads, C, head size] at the start of a tensor with so many columns."""
+    buffer = states.new_empty(*states.shape[:2], columns, states.shape[3])
+    buffer[:, :, : states.shape[2]] = states
+    return buffer
+
+
+@dataclass
+class Context:
+    """What the model has read of B rows: a `Growing` layer per layer that keeps something, and mask [B, C], 0 for
+    padding. Padding stands on the left; `forward` may put some behind the last tokens of its rows, once."""
+
+    layers: list
+    mask: torch.Tensor
+
+    def select(self, rows):
+        """A copy of some rows, a list of numbers, without columns that are padding in all of them."""
+        index = torch.tensor(rows, device=self.mask.device)
+        mask = self.mask.index_select(0, index)
+        first = int(mask.any(0).int().argmax())
+        layers = [
+            Growing(layer.keys[:, :, first:].index_select(0, index), layer.values[:, :, first:].index_select(0, index))
+            for layer in self.layers
+        ]
+        return Context(layers, mask[:, first:])
+
+    def row(self, n):
+        """Row n alone; nothing is copied."""
+        layers = [Growing(layer.keys[n : n + 1], layer.values[n : n + 1]) for layer in self.layers]
+        return Context(layers, self.mask[n : n + 1])
+
+    def keep(self, index):
+        """Drop all but the rows index [b], a layer at a time, so that no second copy of all layers exists."""
+        self.mask = self.mask.index_select(0, index)
+        for n, layer in enumerate(self.layers):
+            self.layers[n] = Growing(layer.keys.index_select(0, index), layer.values.index_select(0, index))
+
+    def rewind(self, index, columns):
+        """A copy of the rows index [b] without their last `columns` [b] columns; padded on the left instead."""
+        source = torch.arange(self.mask.shape[1], device=self.mask.device) - columns[:, None]  # [b, C]
+        inside = source >= 0
+        source = source.clamp(min=0)
+
+        def moved(states):  # [B, heads, C, head size] -> [b, heads, C, head size]
+            return states.transpose(1, 2)[index[:, None], source].transpose(1, 2)
+
+        layers = [Growing(moved(layer.keys), moved(layer.values)) for layer in self.layers]
+        return Context(layers, self.mask[index].gather(1, source) * inside)
+
+
+def join(contexts):
+    """One Context of the rows of several, padded on the left to the longest. Their layers are used up."""
+    longest = max(context.mask.shape[1] for context in contexts)
+    masks = [F.pad(context.mask, (longest - context.mask.shape[1], 0)) for context in contexts]
+    layers = []
+    while contexts[0].layers:  # a layer at a time, so that no second copy of all layers exists
+        parts = [context.layers.pop(0) for context in contexts]
+        keys = stacked([layer.keys for layer in parts], longest)
+        layers.append(Growing(keys, stacked([layer.values for layer in parts], longest)))
+    return Context(layers, torch.cat(masks))
+
+
+def stacked(parts, columns):
+    """Keys or values of several contexts as one tensor [B, heads, columns, head size], zeros on the left."""
+    count = sum(len(part) for part in parts)
+    states = parts[0].new_zeros(count, parts[0].shape[1], columns, parts[0].shape[3])
+    start = 0
+    for part in parts:
+        states[start : start + len(part), :, columns - part.shape[2] :] = part
+        start += len(part)
+    return states
+
+
+@dataclass
+class Ended:
+    """Rows of a batch whose generation has ended."""
+
+    rows: list[int]  # their numbers in the batch
+    ids: list[list[int]]  # what was generated, without the end token
+    stopped: list[bool]  # by an end token, not by the limit
+    context: Context  # what was read before them, and `ids`
+
+
+# --- The engine ------------------------------------------------------------------------------------
+
+
+class Engine:
+    """A model that is not trained any more, with its tokenizer.
+
+    Errors: UserError if it never stops, has layers that are not attention, or is read wrongly in pieces.
+    """
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model.requires_grad_(False).eval(), tokenizer
+        self.device = model.device
+        self.config = model.config.get_text_config()
+        # In Gemma-3n and -4 every layer looks a token up once more; see `embed`.
+        extra = getattr(self.config, "hidden_size_per_layer_input", 0)
+        self.extra_embeddings = model.get_decoder().get_per_layer_inputs if extra else None
+        self.end_ids = end_tokens(model, tokenizer)
+        self.counts = Counter()  # tokens in forward passes (with padding), in backward passes, generated
+        self.batch_sizes = {}  # {stage: rows at once}, lowered when CUDA memory runs out
+        self.check()
+
+    @torch.no_grad()
+    def check(self):
+        """Compare the plain forward pass with reading in pieces, on a few tokens, before any long work."""
+        others = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        kinds = ", ".join(sorted(others))
+        require(not others, f"--model has layers of type {kinds}: use one of full or sliding attention")
+        ids = torch.arange(3, 15, device=self.device)[None] % self.config.vocab_size  # [1, 12]
+        try:
+            plain = self.model(input_ids=ids).logits[0, 5:].float()  # [7, V]
+            context, first = self.prefill([ids[0, 2:6].tolist(), ids[0, :6].tolist()], 2)  # row 1 is the one to compare
+            later = self.forward(context, self.embed(ids[:, 6:].expand(2, -1)), columns=[list(range(6))] * 2)
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise UserError(f"--model cannot be read in pieces ({error!r:.200}): use another model") from None
+        pieces = torch.cat([first[1:], later[1]]).float()
+        tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.1
+        scale = plain.nan_to_num().abs().max().item()
+        same = torch.allclose(pieces, plain, rtol=0, atol=tolerance * scale + 1e-6, equal_nan=True)
+        require(same, "--model gives other logits when it is read in pieces than in one: use another model")
+        per_layer = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in context.layers]
+        self.column_bytes = sum(per_layer) * self.model.dtype.itemsize  # keys and values of one token
+        self.counts.clear()
+
+    def embed(self, ids):
+        """Embeddings [..., E] of token ids [...], as `forward` takes them: all that the model looks up for a token.
+
+        E is the hidden size, and in Gemma-3n and -4 behind it what each layer looks up.
+        """
+        embedded = self.model.get_input_embeddings()(ids)
+        if self.extra_embeddings is None:
+            return embedded
+        return torch.cat([embedded, self.extra_embeddings(ids).flatten(-2)], -1)
+
+    def as_inputs(self, tokens):
+        """The model's own arguments for ids [B, S] or embeddings [B, S, E]."""
+        if not tokens.is_floating_point():
+            return {"input_ids": tokens}
+        if self.extra_embeddings is None:
+            return {"inputs_embeds": tokens}
+        size = self.config.hidden_size
+        per_layer = tokens[..., size:].unflatten(-1, (self.config.num_hidden_layers, -1))
+        return {"inputs_embeds": tokens[..., :size], "per_layer_inputs": per_layer}
+
+    @torch.no_grad()
+    def prefill(self, sequences, batch_size=0):
+        """(Context, logits [B, V] of the next token) of B lists of ids, read from nothing.
+
+        batch_size: sequences at once; 0: as many as fit.
+        """
+
+        def run(batch):
+            ids, mask = pad(batch, self.device, left=True)  # [b, S]
+            context = Context([], mask[:, :0])
+            logits = self.forward(context, ids, mask)[:, 0]  # [b, V]
+            return [(context.row(n), logits[n]) for n in range(len(batch))]
+
+        size = batch_size or self.rows_that_fit(max(map(len, sequences)))
+        parts = self.over_rows(run, sequences, "reading questions", size, cost=len)
+        return join([context for context, _ in parts]), torch.stack([logits for _, logits in parts])
+
+    def forward(self, context, tokens, mask=None, columns=None):
+        """Logits [B, L, V], float32 or better, at some of the new tokens, which are appended to the context.
+
+        tokens: ids [B, S], or embeddings [B, S, E] of `embed`. mask [B, S]: 0 for padding; None: there is none.
+        columns: for each row the L new tokens whose logits are read, where shorter lists repeat their last one;
+        None: the last token.
+        """
+        mask = context.mask.new_ones(tokens.shape[:2]) if mask is None else mask
+        context.mask = torch.cat([context.mask, mask], 1)  # [B, C + S]
+        positions = (context.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        cache = DynamicCache()
+        if context.layers:
+            cache.layers = context.layers
+        inputs = self.as_inputs(tokens) | {"attention_mask": context.mask, "position_ids": positions}
+        logits = self.logits_at(columns, **inputs, cache=cache, use_cache=True)
+        if not context.layers:
+            context.layers = [Growing(layer.keys, layer.values) for layer in cache.layers]
+        self.counts["forward_tokens"] += tokens.shape[0] * tokens.shape[1]
+        return logits
+
+    def logits_at(self, columns, **inputs):
+        """Logits [B, L, V] at some columns, never [B, S, V]: the output embedding is applied to these alone, and what
+        the model does to logits afterwards (Gemma-2 caps them) it does to these."""
+        if columns is None:
+            places = slice(None), slice(-1, None)
+        else:
+            longest = max(map(len, columns))
+            full = [row + row[-1:] * (longest - len(row)) for row in columns]
+            places = torch.arange(len(full), device=self.device)[:, None], torch.tensor(full, device=self.device)
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0][places],))
+        try:
+            logits = self.model(**inputs).logits
+        finally:
+            hook.remove()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.inference_mode()
+    def generate(self, context, logits, limits):
+        """Greedy decoding behind a context whose next-token logits [B, V] are known; yields `Ended` rows.
+
+        Each row goes to an end token or its limit, one of a list of B. Rows leave the batch soon after they end. The
+        context is used up.
+        """
+        ends = torch.tensor(self.end_ids, device=self.device)
+        look_every = LOOK_EVERY.get(self.device.type, 8)
+        longest = max(limits)
+        limits = torch.tensor(limits, device=self.device)
+        rows = torch.arange(len(logits), device=self.device)  # those still in the batch
+        ids = logits.argmax(-1, keepdim=True)  # [B, n]
+        while True:
+            logits = self.forward(context, ids[:, -1:])  # [B, 1, V]
+            n = ids.shape[1]
+            if n % look_every == 0 or n >= longest:
+                is_end = torch.isin(ids, ends)
+                before_end = torch.where(is_end.any(1), is_end.int().argmax(1), n)
+                length = torch.minimum(before_end, limits)
+                over = (before_end < n) | (limits <= n)
+                if over.float().mean() >= 1 / 8 or n >= longest:  # fewer are not worth the copying
+                    for some in over.nonzero()[:, 0].split(LEAVE_TOGETHER):
+                        counts = length[some].tolist()
+                        texts = [row[:count] for row, count in zip(ids[some].tolist(), counts)]
+                        stopped = (before_end < limits)[some].tolist()
+                        self.counts["generated_tokens"] += sum(counts) + sum(stopped)
+                        yield Ended(rows[some].tolist(), texts, stopped, context.rewind(some, n - length[some]))
+                    if over.all():
+                        return
+                    going = (~over).nonzero()[:, 0]
+                    context.keep(going)
+                    rows, ids, limits, logits = rows[going], ids[going], limits[going], logits[going]
+            ids = torch.cat([ids, logits[:, 0].argmax(-1, keepdim=True)], 1)
+
+    def complete(self, sequences, max_new_tokens, batch_size=0):
+        """For each sequence of ids: (the ids generated behind it, without the end token, whether it stopped by itself).
+
+        batch_size: rows at once; 0: as many as fit.
+        """
+
+        def run(batch):
+            context, logits = self.prefill(batch, len(batch))
+            results = [None] * len(batch)
+            for ended in self.generate(context, logits, [max_new_tokens] * len(batch)):
+                for n, ids, stopped in zip(ended.rows, ended.ids, ended.stopped):
+                    results[n] = ids, stopped
+            return results
+
+        size = batch_size or self.rows_that_fit(max(map(len, sequences)) + max_new_tokens)
+        return self.over_rows(run, sequences, "generation", size, cost=len)
+
+    # --- Batches ---
+
+    def over_rows(self, function, jobs, stage, size, cost):
+        """[result of each job], in the jobs' order, of function(batch of jobs) -> [results].
+
+        The costliest come first, `size` at a time, so that a batch needs little padding and memory runs out early.
+        On CUDA out-of-memory the stage's size halves and the work goes on.
+        """
+        order = sorted(range(len(jobs)), key=lambda n: -cost(jobs[n]))
+        results, start = [None] * len(jobs), 0
+        while start < len(jobs):
+            size = min(size, self.batch_sizes.get(stage, size))
+            batch, found = order[start : start + size], None
+            try:
+                found = function([jobs[n] for n in batch])
+            except torch.OutOfMemoryError:
+                require(size > 1, "out of memory with a single row: use a smaller model or fewer tokens")
+            if found is None:  # not in the except block, where the error still holds the batch's tensors
+                torch.cuda.empty_cache()
+                self.batch_sizes[stage] = (min(size, len(batch)) + 1) // 2
+                logging.getLogger(__name__).warning(
+                    "out of memory: %s in batches of %d", stage, self.batch_sizes[stage]
+                )
+                continue
+            for n, result in zip(batch, found):
+                results[n] = result
+            start += size
+        return results
+
+    def require_positions(self, columns):
+        """Errors: UserError if the model does not know positions enough for a row of so many tokens."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        known = getattr(self.config, "max_position_embeddings", None) or columns
+        if rope.get("rope_type") in ("longrope", "dynamic"):  # behind these positions a row would change the others
+            known = rope.get("original_max_position_embeddings") or known
+        require(
+            columns <= known, f"--max-new-tokens: a row could have {columns} tokens, the model knows {known}: lower it"
+        )
+
+    def rows_that_fit(self, columns, positions_read=1):
+        """How many rows to generate at once, if each has so many columns of keys and values and so many positions
+        whose logits are read. The same on the same machine, so that a resumed run makes the same batches."""
+        self.require_positions(columns)
+        if self.device.type == "cuda":
+            weights = sum(weight.numel() * weight.dtype.itemsize for weight in self.model.parameters())
+            memory = torch.cuda.get_device_properties(self.device).total_memory * 4 // 5 - weights
+        else:  # a CPU gains little from more rows than fit into 4 GiB
+            memory = min(2**32, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+        # Logits three times: as they come, in float32, and as logarithms of probabilities.
+        logits = 3 * 4 * self.config.vocab_size * positions_read
+        return max(1, memory // (self.column_bytes * columns + logits))
+
+    def rows_for_backward(self, tokens):
+        """How many rows of so many tokens to read forward and back at once. Activations, mostly the linear layers'
+        outputs and half as much again, live from the one to the other."""
+        cuda = self.device.type == "cuda"
+        # Bytes. A CPU is as fast with a few hundred tokens as with thousands.
+        memory = torch.cuda.get_device_properties(self.device).total_memory // 8 if cuda else 192 * 2**20
+        linear = [layer for layer in self.model.modules() if isinstance(layer, torch.nn.Linear)]
+        outputs = sum(layer.out_features for layer in linear)
+        return max(1, memory // int(1.5 * self.model.dtype.itemsize * outputs * tokens))
+
+
+def pad(sequences, device, left=False):
+    """(ids [B, S], mask [B, S]) of lists of ids, padded on one side. Padding is id 0, masked everywhere."""
+    longest = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for n, sequence in enumerate(sequences):
+        place = slice(longest - len(sequence), None) if left else slice(len(sequence))
+        ids[n, place] = torch.tensor(sequence, dtype=torch.long)
+        mask[n, place] = 1
+    return ids.to(device), mask.to(device)
+
+
+# --- Loading ---------------------------------------------------------------------------------------
+
+
+def load_engine(name, device="auto", dtype="auto"):
+    """The `Engine` of a hub name or a local folder.
+
+    Only safetensors are read and no code from the model's folder is run. dtype "auto": bfloat16 on CUDA, float32 on
+    the CPU. Errors: UserError when the model is not there, gated, or has no chat template, and those of `Engine`.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
-    dtype = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}.get(dtype) or getattr(torch, dtype)
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    tokenizer = pretrained(AutoTokenizer, name)
+    require(tokenizer.chat_template, f"--model {name} has no chat template: choose an instruction-tuned model")
+    model = pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype), use_safetensors=True)
+    return Engine(model.to(device), tokenizer)
+
+
+def pretrained(kind, name, **options):
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if tokenizer.chat_template is None:
-            raise UserError(f"--model {name} has no chat template: choose an instruction-tuned model")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        return kind.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"cannot load --model {name} ({reason}). Ways out: `hf auth login` for a gated model, "
             "an open model by its hub name, a local folder, or --task demo, whose model is included"
         ) from None
-    return freeze(model.to(device), tokenizer), tokenizer
 
 
-def freeze(model, tokenizer):
-    """The model without weight gradients or dropout, and with greedy decoding in place of its own sampling settings.
-
-    Errors: UserError if its layers keep something else than attention's keys and values, or share these among
-    themselves; if its attention cannot be replaced by the one below; or if it never stops.
-    """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if others := kinds - {"full_attention", "sliding_attention"}:
-        raise UserError(f"--model has layers of type {', '.join(sorted(others))}: use one of full or sliding attention")
-    alone = not getattr(config, "num_kv_shared_layers", 0) and not getattr(config, "hidden_size_per_layer_input", 0)
-    model.set_attn_implementation(ATTENTION)
-    require(alone and model.config._attn_implementation == ATTENTION, OTHER_MODEL)
-    faster(model.requires_grad_(False).eval())
-    own = model.generation_config
-    ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
-    if not ends:
-        raise UserError("the model names no end-of-sequence token, so its reasoning would never stop")
-    # Padding is masked everywhere, so any id serves; an end token is always in the vocabulary.
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
-    return model
-
-
-# --- Linear layers on a CPU -----------------------------------------------------------------------------
-
-
-def faster(model):
-    """The same model, on an x86 CPU and in float32 with its linear layers in oneDNN.
-
-    Decoding multiplies few rows by large matrices. PyTorch's own way, MKL, is slow there; oneDNN, which PyTorch
-    brings along, is faster, most of all with weights in its own order.
-    """
-    usable = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-    needed = ("_linear_pointwise", "_reorder_linear_weight")
-    if not (usable and all(hasattr(torch.ops.mkldnn, name) for name in needed)):
-        return model
-    for layer in model.modules():
-        weight = getattr(layer, "weight", None)
-        if type(layer) is torch.nn.Linear and (weight.dtype, weight.device.type) == (torch.float32, "cpu"):
-            layer.__class__ = OneDnnLinear
-            if weight is not model.get_input_embeddings().weight:  # whose rows are looked up
-                ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-                layer.weight = torch.nn.Parameter(ordered, requires_grad=False)
-    return model
-
-
-class OneDnnLinear(torch.nn.Linear):
-    def forward(self, inputs):
-        product = OneDnnProduct.apply if inputs.requires_grad else one_dnn_product
-        return product(inputs, self.weight, self.bias)
-
-
-def one_dnn_product(inputs, weight, bias=None):
-    """F.linear, by an operator that PyTorch has for its compiler, without a derivative."""
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-
-
-class OneDnnProduct(torch.autograd.Function):
-    """The same with its derivative; the weights are frozen."""
-
-    @staticmethod
-    def forward(ctx, inputs, weight, bias):
-        ctx.weight = weight
-        return one_dnn_product(inputs, weight, bias)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        # oneDNN's order serves one direction; a copy in the usual order costs little beside the product.
-        weight = ctx.weight.to_dense() if ctx.weight.is_mkldnn else ctx.weight
-        return one_dnn_product(gradient.contiguous(), weight.t()), None, None
-
-
-# --- Batches ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Work:
-    """What a run has done, in tokens read forward, backward and generated, and the batch sizes that fit:
-    {stage: size}, lowered when CUDA memory runs out."""
-
-    counts: Counter = field(default_factory=Counter)
-    sizes: dict = field(default_factory=dict)
-
-
-def in_batches(function, items, stage, size, work):
-    """[function(items[a:b]), ...] over batches; on CUDA out-of-memory the stage's size halves and the work goes on."""
-    results, start = [], 0
-    while start < len(items):
-        size, full = min(size, work.sizes.get(stage, size)), False
-        try:
-            results.append(function(items[start : start + size]))
-            start += size
-        except torch.OutOfMemoryError:
-            full = True
-        if full:  # not in the except block, where the error still holds the batch's tensors
-            require(size > 1, "out of memory with a single row: use a smaller model or fewer tokens")
-            torch.cuda.empty_cache()
-            work.sizes[stage] = (min(size, len(items)) + 1) // 2
-            logging.getLogger(__name__).warning("out of memory: %s in batches of %d", stage, work.sizes[stage])
-    return results
-
-
-def rows_for_generation(model, columns, read=1):
-    """How many rows to generate at once if each has so many columns of keys and values and so many positions whose
-    logits are read: as many as surely fit. The same on the same machine, so that a resumed run makes the same batches.
-
-    Errors: UserError if the model does not know so many positions.
-    """
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    known = getattr(config, "max_position_embeddings", None) or columns
-    if rope.get("rope_type") in ("longrope", "dynamic"):  # behind these positions a row would change the others
-        known = rope.get("original_max_position_embeddings") or known
-    require(columns <= known, f"--max-new-tokens: a row could have {columns} tokens, the model knows {known}: lower it")
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if model.device.type == "cuda":
-        weights = sum(weight.numel() * weight.dtype.itemsize for weight in model.parameters())
-        memory = torch.cuda.get_device_properties(model.device).total_memory * 4 // 5 - weights
-    else:
-        memory = 2**32  # bytes; a CPU gains little from more rows than these hold
-    states = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * columns
-    logits = 3 * 4 * config.vocab_size * read  # as they come, in float32, and as logarithms of probabilities
-    return max(1, memory // (states + logits))
-
-
-def rows_for_backward(model, tokens):
-    """How many rows of so many tokens to read forward and back at once. Activations, mostly the linear layers'
-    outputs and half as much again, live from the one to the other."""
-    cuda = model.device.type == "cuda"
-    # Bytes. A CPU is as fast with a few hundred tokens as with thousands.
-    memory = torch.cuda.get_device_properties(model.device).total_memory // 8 if cuda else 192 * 2**20
-    outputs = sum(layer.out_features for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-    return max(1, memory // int(1.5 * model.dtype.itemsize * outputs * tokens))
-
-
-def pad(sequences, device, left=False):
-    """(ids [B, T], mask [B, T]) of lists of ids, padded on one side. Padding is id 0, masked everywhere."""
-    longest = max(map(len, sequences))
-    gaps = [[0] * (longest - len(s)) for s in sequences]
-    ids = [g + s if left else s + g for s, g in zip(sequences, gaps)]
-    ones = [[1] * len(s) for s in sequences]
-    mask = [g + o if left else o + g for o, g in zip(ones, gaps)]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-# --- Reading --------------------------------------------------------------------------------------------
-
-
-def logits_at(model, columns, **inputs):
-    """Logits [B, L, V], float32 or better, at `columns` [B, L] of each row, never for the whole sequence.
-
-    The output embedding is applied to the chosen hidden states only; whatever the model does to its logits
-    afterwards (Gemma-2 caps them) it does to these.
-    """
-    rows = torch.arange(len(columns), device=columns.device)[:, None]
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][rows, columns],))
-    try:
-        logits = model(**inputs).logits
-    finally:
-        hook.remove()
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def read(model, layers, mask, tokens, columns, shared=None):
-    """Read new tokens behind the keys and values in `layers`: logits [B, L, V] at `columns` of the new tokens.
-
-    layers: per layer of the model what holds its keys and values, `Picked`, `Growing` or transformers' own.
-    tokens: ids [B, S] or embeddings [B, S, H]. mask [B, C + S]: padding only before the first and behind the last
-    token of a row. With `shared` questions before the layers: mask [B, D + C + S], padding anywhere.
-    """
-    past = DynamicCache()
-    past.layers = layers
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-    inputs = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens, "position_ids": positions}
-    if shared is not None:
-        inputs |= {"shared": shared, "visible": VisibleColumns(mask, tokens.shape[1], model.dtype)}
-        mask = mask[:, shared.columns :]
-    logits = logits_at(model, columns, **inputs, attention_mask=mask, past_key_values=past, use_cache=True)
-    if shared is not None:  # a model whose layers do not ask, or not for their window, would read something else
-        config = model.config.get_text_config()
-        kinds = getattr(config, "layer_types", None)
-        slides = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
-        require(inputs["visible"].keys() - ({None} if slides else set()), OTHER_MODEL)
-    return logits
-
-
-class VisibleColumns(dict):
-    """What the last S tokens of mask [B, C + S] see, by the sliding window of a layer (None: everything before them):
-    [B, 1, 1, S, C + S], 0 for a visible column and a very negative number otherwise. Made once for all layers."""
-
-    def __init__(self, mask, new, dtype):
-        super().__init__()
-        places = mask.cumsum(1)  # columns of padding do not count
-        self.back = places[:, -new:, None] - places[:, None]
-        self.seen, self.dtype = (self.back >= 0) & mask.bool()[:, None], torch.promote_types(dtype, torch.float32)
-
-    def __missing__(self, window):
-        seen = self.seen if window is None else self.seen & (self.back < window)
-        self[window] = hidden(seen, self.dtype)[:, None, None]
-        return self[window]
-
-
-def hidden(seen, dtype):
-    """What is added to scores: 0 where seen, else a very negative number (infinity makes NaN of a row without any)."""
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-
-
-# --- Keys and values ---------------------------------------------------------------------------------------
-
-
-def empty(kind, model):
-    return [kind() for _ in range(model.config.get_text_config().num_hidden_layers)]
-
-
-class Picked(DynamicLayer):
-    """Keys and values that others use too. They are picked and joined with the new ones only while their layer is
-    read, so that the copy is one layer's and lives no longer (with gradients until the way back).
-
-    pieces: [(keys, values), ...], each [rows, heads, columns, head size], one behind the other; pick(states) takes
-    some rows of these. Afterwards `keys` and `values` are the new ones alone.
-    """
-
-    def __init__(self, pieces=(), pick=None):
-        super().__init__()
-        self.pieces, self.pick, self.is_initialized = pieces, pick, True
-
-    def get_seq_length(self):
-        return sum(keys.shape[2] for keys, _ in self.pieces)
-
-    def update(self, keys, values, *args, **kwargs):
-        self.keys, self.values = keys, values
-        return self.join(0, keys), self.join(1, values)
-
-    def join(self, which, *behind):
-        return torch.cat([*(self.pick(piece[which]) for piece in self.pieces), *behind], 2)
-
-
-class Growing(Picked):
-    """Keys and values that grow in place, where DynamicLayer copies all of them for every decoded token. What they
-    begin with is copied at the first token."""
-
-    room = 0  # columns that the two tensors in `all` can hold
-
-    def update(self, keys, values, *args, **kwargs):
-        start, new = self.get_seq_length(), (keys, values)
-        end = start + keys.shape[2]
-        if end > self.room:
-            self.room = end + 64
-            more = [states.new_empty(*states.shape[:2], self.room - start, states.shape[3]) for states in new]
-            self.all = [self.join(n, states) for n, states in enumerate(more)]
-        for whole, states in zip(self.all, new):
-            whole[:, :, start:end] = states
-        self.keys, self.values = (whole[:, :, :end] for whole in self.all)
-        self.pieces, self.pick = [(self.keys, self.values)], lambda states: states
-        return self.keys, self.values
-
-    def keep(self, rows):
-        """Drop all but some rows. The next token copies these, a layer at a time."""
-        before = self.pick
-        self.pick, self.room = lambda states: before(states).index_select(0, rows), 0
-
-
-class SharedQuestions:
-    """Questions' keys and values, in front of what each row has of its own: one copy for all rows of a question.
-
-    past: per layer (keys, values), each [N, heads, D, head size]. of: the question of each row, a list [B] of numbers
-    below N. Questions without a row are left out: of a copy of the others, or with copy=False whenever a layer is read.
-    """
-
-    def __init__(self, past, of, copy=True):
-        used = sorted(set(of))
-        numbers = [used.index(question) for question in of]
-        if copy and len(used) < len(past[0][0]):
-            index = torch.tensor(used, device=past[0][0].device)
-            past, of, used = [tuple(states.index_select(0, index) for states in pair) for pair in past], numbers, None
-        self.past, self.of, self.columns, device = past, of, past[0][0].shape[2], past[0][0].device
-        self.used = None if used is None or len(used) == len(past[0][0]) else torch.tensor(used, device=device)
-        # The rows of a question stand side by side when they meet its keys, in as many slots as the fullest question
-        # has rows. An empty slot repeats row 0, and nobody reads what comes of it.
-        self.deep = max(Counter(numbers).values())
-        places = [numbers[:row].count(number) for row, number in enumerate(numbers)]
-        slots = [number * self.deep + place for number, place in zip(numbers, places)]
-        row_in = dict(zip(slots, range(len(slots))))
-        rows = [row_in.get(slot, 0) for slot in range(self.deep * (max(numbers) + 1))]
-        self.slots, self.rows = torch.tensor(slots, device=device), torch.tensor(rows, device=device)
-        self.in_place = slots == rows == list(range(len(slots)))  # each row in its slot, and no slot is empty
-
-    def keep(self, rows, copy=True):
-        """The same for some of the rows, a list."""
-        return SharedQuestions(self.past, [self.of[row] for row in rows], copy)
-
-    # Below, "heads" are those of keys and values, and n counts the queries of one: its query heads times S.
-
-    def scores(self, query, layer):
-        """Products [B, heads, n, D] of queries [B, heads, n, head size] and the keys."""
-        return self.apart(self.together(query) @ self.states(layer, 0).transpose(2, 3))
-
-    def mix(self, weights, layer):
-        """Values [B, heads, n, head size], mixed by weights [B, heads, n, D]."""
-        return self.apart(self.together(weights) @ self.states(layer, 1))
-
-    def states(self, layer, which):
-        states = self.past[layer][which]
-        return states if self.used is None else states.index_select(0, self.used)
-
-    def together(self, states):
-        """[B, heads, n, x] as [N, heads, deep * n, x]"""
-        states = states if self.in_place else states.index_select(0, self.rows)
-        return states.unflatten(0, (-1, self.deep)).transpose(1, 2).flatten(2, 3)
-
-    def apart(self, states):
-        """[N, heads, deep * n, x] as [B, heads, n, x]"""
-        states = states.unflatten(2, (self.deep, -1)).transpose(1, 2).flatten(0, 1)
-        return states if self.in_place else states.index_select(0, self.slots)
-
-
-ATTENTION = "shared-questions"
-OTHER_MODEL = "--model computes attention in a way that cannot be shared here: use another model"
-
-
-def attention(module, query, keys, values, mask, scaling, shared=None, visible=None, softcap=None, **kwargs):
-    """([B, S, heads, head size], None) for queries [B, heads, S, head size] and keys and values [B, key heads, C + S,
-    head size], behind `shared` questions if there are some: in the form of transformers' AttentionInterface.
-
-    mask: transformers' own, bool [B, 1, S, C + S]; behind questions `visible`, a `VisibleColumns`, stands in its place.
-    softcap: Gemma-2's bound on scores. Errors: UserError where a model adds to the scores what is unknown here.
-    """
-    require(kwargs.get("s_aux") is None and kwargs.get("position_bias") is None, OTHER_MODEL)
-    if shared is None and softcap is None:
-        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling, **kwargs)
-    new, layer = query.shape[2], module.layer_idx
-    query = query.reshape(len(query), keys.shape[1], -1, query.shape[3])  # the heads of a key stand side by side
-    scores = query @ keys.transpose(2, 3)
-    if shared is not None:
-        scores = torch.cat([shared.scores(query, layer), scores], 3)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    bias = hidden(mask, scores.dtype)[:, :, None] if shared is None else visible[kwargs.get("sliding_window")]
-    weights = (scores.unflatten(2, (-1, new)) + bias).softmax(4).flatten(2, 3).to(values.dtype)
-    if shared is None:
-        mixed = weights @ values
-    else:
-        mixed = shared.mix(weights[..., : shared.columns], layer) + weights[..., shared.columns :] @ values
-    return mixed.unflatten(2, (-1, new)).flatten(1, 2).transpose(1, 2), None
-
-
-AttentionInterface.register(ATTENTION, attention)
-# A mask is always made: `attention` has no other way to know what is causal.
-AttentionMaskInterface.register(ATTENTION, lambda **sizes: sdpa_mask(**{**sizes, "allow_is_causal_skip": False}))
+def end_tokens(model, tokenizer):
+    """Ids that end a generation: the model's and the tokenizer's. Errors: UserError if there are none."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    ends = sorted({*named, tokenizer.eos_token_id} - {None})
+    require(ends, "the model names no end-of-sequence token, so its reasoning would never stop")
+    return ends

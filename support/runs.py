@@ -10,11 +10,13 @@ Results and predictions of prompts belong to evaluation.py.
 import importlib.metadata
 import json
 import subprocess
-from dataclasses import asdict, dataclass, field
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from support.files import ROOT, UserError, read_appended, read_jsonl, require, weights_hash, write_json
-from support.tokens import ends_sentence
+from support.tokens import ends_sentence, prompt_text
 
 # --- Records of a search: the fields are the columns of steps.jsonl ----------------------------------
 
@@ -36,8 +38,8 @@ class Candidate:
     """A token that could stand at the step's position; the last one is the incumbent, unless the prompt grows."""
 
     token: int
-    text: str
     gradient: float | None  # of the loss, mean over the rows; None where no gradient was taken
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Tried(Score):
     """A shortlisted token, and the score of the prompt that has it."""
 
     token: int
-    text: str
     new: bool  # scored in this step, not in an earlier one
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,20 +65,51 @@ class Step(Score):
 
     step: int  # 0 is the start: the initial prompt's score, nothing tried
     position: int | None  # in the prompt's tokens; None at the start
-    prompt: str  # its text
-    best: Best
-    totals: dict[str, int]  # since the start: forward_tokens, backward_tokens, generated_tokens
-    batch_sizes: dict[str, int]  # {stage: rows at once}, where memory ran out
     seconds: dict[str, float]  # propose, gradient, select
     k: int | None = None  # the top-k at which enough candidates were found
     grows: bool = False  # the position was behind the last token
     candidates: list[Candidate] = field(default_factory=list)
     shortlist: list[Tried] = field(default_factory=list)
+    prompt: str = ""  # its text
+    best: Best | None = None
+    totals: dict[str, int] = field(default_factory=dict)  # since the start: forward_, backward_, generated_tokens
+    batch_sizes: dict[str, int] = field(default_factory=dict)  # {stage: rows at once}, where memory ran out
+
+
+def described(step, engine, row, scores):
+    """The `Step` with texts for its ids, the best prompt so far, and what the engine has counted.
+
+    row: the tokens.Row in which prompts are read; scores: {prompt ids: Score} so far, the initial one first.
+    """
+
+    def text_of(prompt_ids):
+        return prompt_text(engine.tokenizer, row, prompt_ids).strip()
+
+    (best,) = finalists(engine.tokenizer, scores, 1)
+    candidates = [replace(candidate, text=engine.tokenizer.decode([candidate.token])) for candidate in step.candidates]
+    shortlist = [replace(tried, text=engine.tokenizer.decode([tried.token])) for tried in step.shortlist]
+    return replace(
+        step,
+        candidates=candidates,
+        shortlist=shortlist,
+        prompt=text_of(step.prompt_ids),
+        best=Best(best.objective, text_of(best.prompt_ids)),
+        totals=dict(engine.counts),
+        batch_sizes=dict(engine.batch_sizes),
+    )
 
 
 def score_of(record):
     """The `Score` part of a `Step` or a `Tried`."""
     return Score(record.prompt_ids, record.cross_entropy, record.error, record.nll, record.objective, record.tokens)
+
+
+@contextmanager
+def timed(seconds, name):
+    """Put the seconds that the block takes into the dict `seconds`."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
 
 
 def as_step(record):
@@ -115,6 +148,16 @@ def scores_of(steps):
         for record in (step, *step.shortlist):
             scores.setdefault(record.prompt_ids, score_of(record))
     return scores
+
+
+def last_job(steps):
+    """(number of the step at which the current prompt became the current one, the prompts generated together then)."""
+    number = len(steps) - 1
+    while number and steps[number - 1].prompt_ids == steps[number].prompt_ids:
+        number -= 1
+    prompt_ids = steps[number].prompt_ids
+    together = [tried.prompt_ids for tried in steps[number].shortlist if tried.new]
+    return number, together if prompt_ids in together else [prompt_ids]
 
 
 # --- The configuration -----------------------------------------------------------------------------
@@ -187,9 +230,13 @@ def git_commit():
 # --- Final prompts, and a line of the log ------------------------------------------------------------
 
 
-def finalists(tokenizer, scores, initial, count):
-    """The `count` scores with the lowest objective among prompts that end a sentence, and the initial one."""
-    complete = [score for score in scores if score.prompt_ids == initial or ends_sentence(tokenizer, score.prompt_ids)]
+def finalists(tokenizer, scores, count):
+    """The `count` scores with the lowest objective among prompts that end a sentence, and the initial one.
+
+    scores: {prompt ids: Score}, the initial one first.
+    """
+    initial = next(iter(scores))
+    complete = [scores[ids] for ids in scores if ids == initial or ends_sentence(tokenizer, ids)]
     return sorted(complete, key=lambda score: score.objective)[:count]
 
 
@@ -206,8 +253,3 @@ def log_line(step, steps):
         f"ce {step.cross_entropy:7.3f}  error {step.error:.2f}  nll {step.nll:5.2f}  "
         f"best {step.best.objective:7.3f}  {sum(step.seconds.values()):5.1f} s  {step.prompt}"
     )
-
-
-def as_record(score):
-    """The fields of a score as JSON."""
-    return asdict(score) | {"prompt_ids": list(score.prompt_ids)}

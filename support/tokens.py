@@ -114,3 +114,17 @@ def survives_encoding(tokenizer, row, prompt_ids):
 
 def ends_sentence(tokenizer, prompt_ids):
     return tokenizer.decode(prompt_ids[-1:]).strip().endswith(SENTENCE_ENDS)
+
+
+def allowed_ids(tokenizer, count):
+    """Which of the first `count` tokens may enter a prompt: those that read as a word, a piece of one, or
+    punctuation. Special and added tokens may not."""
+    excluded = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    ids = [[i] for i in range(min(len(tokenizer), count))]
+    allowed = []
+    for i, text in enumerate(tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)):
+        word = text.removeprefix(" ")
+        is_word = word.isascii() and word.isalpha()
+        if i not in excluded and (is_word or text in PUNCTUATION):
+            allowed.append(i)
+    return allowed
