@@ -12,7 +12,7 @@ import json
 import subprocess
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from support.files import ROOT, UserError, read_appended, read_jsonl, require, weights_hash, write_json
