@@ -67,12 +67,12 @@ def main():
     from tqdm import tqdm
 
     from support.answerers import open_answerer
-    from support.evaluation import evaluate_once
+    from support.evaluation import Evaluation, evaluate_once
 
     answerer = open_answerer(flags, flags.model, flags.endpoint)  # imports torch only where a model is loaded here
     with alone_in(run_dir):
         results = [
-            evaluate_once(answerer, framed, rows, prompt, flags, run_dir, role, flags.split, name)
+            evaluate_once(Evaluation(answerer, framed, flags.split, rows, prompt, flags), run_dir, role, name)
             for role, name, framed, prompt in tqdm(prompts, desc="prompts", unit="prompt")
         ]
         report(results, rows, run_dir, flags)

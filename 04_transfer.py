@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from support.answerers import open_answerer
-from support.evaluation import evaluate_once, rows_hash, short_name
+from support.evaluation import Evaluation, evaluate_once, rows_hash, short_name
 from support.files import alone_in, read_jsonl, read_run, require, require_fields, write_jsonl
 from support.settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
 
@@ -81,9 +81,8 @@ def transfer(flags, targets, jobs, out):
             folder = out / job.task.name.replace("/", "-") / answerer.name.replace("/", "-")
             folder.mkdir(parents=True, exist_ok=True)
             name = " ".join((job.method, job.source, job.run))
-            done = evaluate_once(
-                answerer, job.task, job.rows, job.prompt, job.settings, folder, "transfer", flags.split, name
-            )
+            evaluation = Evaluation(answerer, job.task, flags.split, job.rows, job.prompt, job.settings)
+            done = evaluate_once(evaluation, folder, "transfer", name)
             labels = {"task": job.task.name, "method": job.method, "source": job.source, "run": job.run}
             kept = "split n accuracy stderr harness_accuracy harness_stderr unread truncated mean_tokens max_new_tokens"
             target = answerer.name + " (server)" * bool(answerer.endpoint)

@@ -20,7 +20,7 @@ from conftest import ROOT, own_task, settings
 
 from support import answerers as server
 from support.answerers import local_answerer, server_answerer
-from support.evaluation import evaluate, evaluate_once
+from support.evaluation import Evaluation, evaluate, evaluate_once
 from support.files import UserError, read_jsonl
 from support.settings import ServerFlags
 
@@ -109,6 +109,10 @@ def rows():
     return [{"id": str(i), "question": f"{i} + 1", "answer": str(i + 1)} for i in range(12)]
 
 
+def asked(answerer, rows):
+    return Evaluation(answerer, own_task(), "dev", rows, "think.", settings())
+
+
 def trouble(kind):
     """A server that makes every other question wait or fail once in this way before it answers well."""
 
@@ -161,7 +165,7 @@ def test_what_fails_for_a_passing_reason_is_asked_again_and_nothing_is_lost_or_c
     with serving(trouble(kind)) as web:
         limits = flags(concurrency=6, request_timeout=1.0 if kind in SLOW else 20.0)
         answerer = server_answerer(limits, web.url, "m")
-        record = evaluate_once(answerer, own_task(), rows, "think.", settings(), tmp_path, "given", "dev")
+        record = evaluate_once(asked(answerer, rows), tmp_path, "given")
     assert (record["n"], record["correct"], record["harness_accuracy"], record["mean_tokens"]) == (12, 12, 1.0, 3.0)
     predictions = read_jsonl(tmp_path / "predictions.jsonl")
     assert sorted(p["id"] for p in predictions) == sorted(row["id"] for row in rows)
@@ -192,7 +196,7 @@ def test_a_server_that_never_recovers_ends_the_run_with_one_line_and_the_next_ru
 
     def once():
         answerer = server_answerer(flags(concurrency=2, tries=3), web.url, "m")
-        return evaluate_once(answerer, own_task(), rows, "think.", settings(), tmp_path, "given", "dev")
+        return evaluate_once(asked(answerer, rows), tmp_path, "given")
 
     with serving(behave) as web:
         with pytest.raises(UserError) as error:
@@ -313,7 +317,7 @@ def test_when_one_request_fails_for_good_those_under_way_are_waited_for(tmp_path
     with serving(behave) as web:
         answerer = server_answerer(flags(concurrency=12), web.url, "m")
         with pytest.raises(UserError, match="too long.* on disk"):
-            evaluate_once(answerer, own_task(), rows, "think.", settings(), tmp_path, "given", "dev")
+            evaluate_once(asked(answerer, rows), tmp_path, "given")
     assert len(read_jsonl(tmp_path / "predictions.jsonl")) == 11
 
 
@@ -432,8 +436,8 @@ def test_a_real_server_gives_the_texts_answers_and_scores_of_the_model_loaded_he
         folder = tmp_path / str(len(records))
         folder.mkdir()
         long_enough = settings(max_new_tokens=40)
-        arguments = demo_task, rows, "show each step .", long_enough, folder, "given", "dev"
-        record = evaluate_once(answerer, *arguments)
+        evaluation = Evaluation(answerer, demo_task, "dev", rows, "show each step .", long_enough)
+        record = evaluate_once(evaluation, folder, "given")
         records.append((record, {p["id"]: p for p in read_jsonl(folder / "predictions.jsonl")}))
     (served, far), (loaded, near) = records
     numbers = ("n", "correct", "accuracy", "harness_accuracy", "unread", "truncated", "mean_tokens")
