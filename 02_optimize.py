@@ -64,7 +64,7 @@ def search(flags, task, splits, train, run_dir):
     import greater_core as core
     from support.answerers import local_answerer
     from support.engine import load_model
-    from support.evaluation import evaluate_once
+    from support.evaluation import Evaluation, evaluate_once
 
     model, tokenizer = load_model(flags.model, flags.device, flags.dtype)
     rows = [core.splice(tokenizer, task, row) for row in train]
@@ -85,7 +85,7 @@ def search(flags, task, splits, train, run_dir):
 
     def evaluate(prompt, role, split):
         chosen = splits[split][: flags.eval_rows or None]
-        return evaluate_once(answerer, task, chosen, prompt, flags, run_dir, role, split)
+        return evaluate_once(Evaluation(answerer, task, split, chosen, prompt, flags), run_dir, role)
 
     scored = core.scores_of(history)
     initial = next(iter(scored.values()))
