@@ -18,8 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT, own_task, settings
 
-from support import answerers as server
-from support.answerers import local_answerer, server_answerer
+from support import answerers
+from support.answerers import Server, local_answerer, server_answerer
 from support.evaluation import Evaluation, evaluate, evaluate_once
 from support.files import UserError, read_jsonl
 from support.settings import ServerFlags
@@ -27,7 +27,7 @@ from support.settings import ServerFlags
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(server, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(answerers, "FIRST_PAUSE", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_user")
 
@@ -291,9 +291,9 @@ def test_each_way_to_ask_for_the_answer_sends_its_own_messages(rows):
 
 def test_each_way_to_ask_is_an_evaluation_of_its_own_and_an_endpoint_is_not(rows):
     with serving(behave_well) as web, serving(behave_well) as other:
-        answerers = [server_answerer(flags(answer_turn=way), web.url, "a/b/m") for way in ("prefill", "ask")]
+        both = [server_answerer(flags(answer_turn=way), web.url, "a/b/m") for way in ("prefill", "ask")]
         moved = server_answerer(flags(), other.url, "a/b/m")
-    assert answerers[0].identity != answerers[1].identity and moved.identity == answerers[0].identity
+    assert both[0].identity != both[1].identity and moved.identity == both[0].identity
     assert moved.endpoint == other.url and moved.name == "b/m"
 
 
@@ -336,22 +336,38 @@ def test_more_requests_than_one_client_has_connections_are_under_way_at_once():
 
 
 def test_the_pause_doubles_with_each_try_up_to_a_minute(monkeypatch):
-    pauses, sleep, limits = [], asyncio.sleep, flags(tries=9)
+    pauses, sleep = [], asyncio.sleep
 
     async def no_sleep(seconds):
         pauses.append(seconds)
         await sleep(0)
 
     def ask(client, turns):
-        return server.chat(client, limits, "m", turns, 1)
+        return answerers.chat(client, there, turns, 1)
 
-    monkeypatch.setattr(server, "FIRST_PAUSE", 1.0)
-    monkeypatch.setattr(server.asyncio, "sleep", no_sleep)
+    monkeypatch.setattr(answerers, "FIRST_PAUSE", 1.0)
+    monkeypatch.setattr(answerers.asyncio, "sleep", no_sleep)
     with serving(lambda handler, body, before: handler.say(503, {})) as web:
+        there = Server(web.url, "m", flags(tries=9))
         with pytest.raises(UserError, match="9 tries"):
-            list(server.in_parallel(limits, web.url, ask, [[]]))
+            list(answerers.in_parallel(there, ask, [[]]))
     expected = [1, 2, 4, 8, 16, 32, 60, 60]
     assert len(pauses) == 8 and all(p <= pause <= 1.3 * p for p, pause in zip(expected, pauses))
+
+
+def test_the_key_stands_in_no_object_that_a_message_could_show(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    there = Server("http://127.0.0.1:9/v1", "m", flags())
+    assert there.read_key() == "sk-very-secret" and "secret" not in repr(there)
+
+
+def test_a_server_that_sends_requests_elsewhere_does_not_send_the_key_with_them(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    with serving(behave_well) as elsewhere:
+        with serving(lambda handler, body, before: handler.say(307, b"", location=elsewhere.url)) as web:
+            server_answerer(flags(), web.url, "m")
+    assert web.requests[0][1]["authorization"] == "Bearer sk-very-secret"
+    assert len(elsewhere.requests) == 1 and "secret" not in json.dumps(elsewhere.requests)
 
 
 @pytest.mark.parametrize("key", ["sk-two words", "sk-tab\tinside", "sk-ümlaut"])
