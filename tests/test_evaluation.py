@@ -13,11 +13,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import greater_core
-from greater_core import encode_in_place
 from support import evaluation
-from support.answerers import Answerer, local_answerer
-from support.evaluation import Evaluation, compare, evaluate, evaluate_once, mcnemar, regrade
+from support.answerers import Answerer
+from support.evaluation import Evaluation, Generation, compare, evaluate, evaluate_once, mcnemar, regrade
 from support.files import UserError, read_jsonl, text_hash, write_jsonl
 from support.tasks import GRADER_VERSION
 
@@ -68,37 +66,18 @@ def test_equal_answers_differ_by_nothing_and_lists_of_other_lengths_are_refused(
 # --- Two readings of one generation ---------------------------------------------------------------------------
 
 
-class Model:
-    dtype = "float32"
-
-
-@pytest.fixture
-def scripted(monkeypatch, demo_tokenizer):
-    """Generations that say what the test wants: [(reasoning, stopped)] and the replies behind the extractor."""
-
-    def install(reasoning, replies):
-        calls = []
-
-        def generate(model, contexts, max_new_tokens, batch_size, work=None):
-            calls.append((contexts, max_new_tokens))
-            texts = reasoning if len(calls) % 2 else [(reply, True) for reply in replies]
-            return [(demo_tokenizer.encode(text, add_special_tokens=False), stopped) for text, stopped in texts]
-
-        monkeypatch.setattr(greater_core, "generate_greedily", generate)
-        return calls
-
-    return install
-
-
 ROWS = [
     {"id": "a", "question": "tom has 3 pens . how many pens ?", "answer": "3"},
     {"id": "b", "question": "ann has 20 pens . how many pens ?", "answer": "20"},
 ]
 
 
-def test_each_reading_looks_at_its_own_text(scripted, demo_tokenizer, demo_task):
-    calls = scripted([("1 + 2 = 3 .", True), ("4 + 5 = 20", False)], ["5", "tom <|end|>"])
-    answerer = local_answerer(Model(), demo_tokenizer, "m")
+def test_each_reading_looks_at_its_own_text(demo_task):
+    def generate(task, rows, prompt, settings, done):
+        yield [Generation(rows[1], "4 + 5 = 20", "tom", 5, True)]
+        yield [Generation(rows[0], "1 + 2 = 3 .", "5", 6, False)]
+
+    answerer = Answerer("m", ("m", "float32"), generate)
     found = evaluate(answerer, demo_task, ROWS, "find this .", settings(max_new_tokens=9))
     assert [(p["id"], p["gold"], p["answer"], p["correct"]) for p in found] == [
         ("a", "3", "5", False),
@@ -109,54 +88,10 @@ def test_each_reading_looks_at_its_own_text(scripted, demo_tokenizer, demo_task)
         (6, False, "1 + 2 = 3 .", "5"),
         (5, True, "4 + 5 = 20", "tom"),
     ]
-    (contexts, limit), (asked, reply_limit) = calls
-    assert (limit, reply_limit) == (9, 12)
-    text = demo_tokenizer.decode(asked[0])
-    assert asked[0][: len(contexts[0])] == contexts[0] and text.endswith("1 + 2 = 3 . so the answer is")
     record = evaluation.summarize(found)
     assert (record["accuracy"], record["harness_accuracy"], record["correct"], record["n"]) == (0.0, 1.0, 0, 2)
     assert (record["unread"], record["harness_unread"], record["truncated"]) == (0.5, 0.0, 0.5)
     assert (record["mean_tokens"], record["grader_version"]) == (5.5, GRADER_VERSION)
-
-
-def test_evaluation_reads_the_same_ids_as_the_search(monkeypatch, subword_tokenizer):
-    seen = []
-
-    def generate(model, contexts, max_new_tokens, batch_size, work=None):
-        seen.append(contexts)
-        return [([], True) for _ in contexts]
-
-    monkeypatch.setattr(greater_core, "generate_greedily", generate)
-    task, row = own_task("choice", choices="AB"), {"id": "r", "question": "Is it A?\nOptions:\n(A) yes", "answer": "A"}
-    prompt = "logical steps, then the answer."
-    evaluate(local_answerer(Model(), subword_tokenizer, "m"), task, [row], prompt, settings())
-    assert seen[0] == [sum(encode_in_place(subword_tokenizer, task, row["question"], prompt), [])]
-
-
-def test_a_bare_prompt_stands_behind_the_question_and_an_empty_one_leaves_the_question_alone(
-    monkeypatch, subword_tokenizer
-):
-    asked = []
-
-    def generate(model, contexts, max_new_tokens, batch_size, work=None):
-        asked.append([subword_tokenizer.decode(ids) for ids in contexts])
-        return [([], True) for _ in contexts]
-
-    monkeypatch.setattr(greater_core, "generate_greedily", generate)
-    task = own_task(template="Question: {question}\nNow use {prompt}")
-    row = {"id": "r", "question": "3 + 14", "answer": "17"}
-    for prompt in ("", "Let's think step by step."):
-        evaluate(local_answerer(Model(), subword_tokenizer, "m"), task.bare, [row], prompt, settings())
-    empty, thought = asked[0][0], asked[2][0]
-    assert "Question: 3 + 14" in empty and "Now use" not in empty
-    assert thought.replace("\nLet's think step by step.", "", 1) == empty
-    assert own_task(template="{question} please {prompt}").bare.template == "{question} {prompt}"
-
-
-def test_a_prompt_with_a_word_the_tokenizer_does_not_know_is_refused(demo_tokenizer, demo_task):
-    answerer = local_answerer(Model(), demo_tokenizer, "m")
-    with pytest.raises(UserError, match="does not know all of the prompt"):
-        evaluate(answerer, demo_task, ROWS, "find this theorem .", settings())
 
 
 # --- On disk: nothing twice, nothing lost ---------------------------------------------------------------------
@@ -313,17 +248,6 @@ def test_a_recorded_evaluation_is_found_again_and_recorded_predictions_are_not_m
     assert once(tmp_path, RECORDED_ROWS, silent_answerer()) == json.loads(RECORDED_RESULT)
 
 
-def test_a_model_loaded_here_is_known_by_its_weights_and_its_dtype(tmp_path, demo_tokenizer):
-    (tmp_path / "m").mkdir()
-    found = set()
-    for weights, dtype in ((b"1", "float32"), (b"2", "float32"), (b"2", "bfloat16")):
-        (tmp_path / "m" / "model.safetensors").write_bytes(weights)
-        model = Model()
-        model.dtype = dtype
-        found.add(local_answerer(model, demo_tokenizer, tmp_path / "m").identity)
-    assert len(found) == 3
-
-
 def test_minutes_are_those_of_the_generation(tmp_path, many, monkeypatch):
     clock = iter([60.0, 180.0])
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
@@ -382,22 +306,6 @@ def test_a_killed_evaluation_goes_on_with_the_rows_it_lacks_and_ends_the_same(tm
     assert log == [row["id"] for row in many[3 if torn > 1 else 4 :]]
     by_id = [sorted(map(json.dumps, read_jsonl(folder / "predictions.jsonl"))) for folder in (whole, killed)]
     assert by_id[0] == by_id[1]
-
-
-def test_a_killed_evaluation_of_a_real_model_ends_the_same(tmp_path, demo_model, demo_tokenizer, demo_task, demo_data):
-    rows, results = demo_data["dev"][:10], []
-    for cut in (None, 5):  # in the middle of the second batch
-        folder = tmp_path / str(cut)
-        folder.mkdir()
-        answerer = local_answerer(demo_model, demo_tokenizer, "m")
-        asked = Evaluation(answerer, demo_task, "dev", rows, "check each step .", settings(batch_size=3))
-        evaluate_once(asked, folder, "best")
-        if cut:
-            (folder / "results.jsonl").unlink()
-            write_jsonl(folder / "predictions.jsonl", read_jsonl(folder / "predictions.jsonl")[:cut])
-        results.append((without_time(evaluate_once(asked, folder, "best")), read_jsonl(folder / "predictions.jsonl")))
-    (first, in_order), (second, resumed) = results
-    assert first == second and sorted(map(json.dumps, in_order)) == sorted(map(json.dumps, resumed))
 
 
 def test_an_unfinished_evaluation_is_not_mixed_with_another_model_or_other_rows(tmp_path, many):
