@@ -162,6 +162,13 @@ class ServerFlags:
         require(self.answer_turn in known, f"--answer-turn must be one of {', '.join(known)}, not {self.answer_turn!r}")
 
 
+def check_split_and_counts(flags, **least):
+    """Errors: UserError if --split is neither dev nor test, or if one of these flags is below its least number."""
+    require(flags.split in ("dev", "test"), f"--split must be dev or test, not {flags.split!r}")
+    for name, number in least.items():
+        require(getattr(flags, name) >= number, f"--{name.replace('_', '-')} must be at least {number}")
+
+
 def parse_flags(flags_class, description, more_defaults=lambda known: {}):
     """The dataclass `flags_class` filled from the command line. A task's own defaults count before the paper's, and
     `more_defaults(early)` before both, where `early` holds the flags --task and --run-dir.
