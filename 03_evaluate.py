@@ -15,9 +15,24 @@ evaluated with the same model, rows, extractor and settings is not run again; a 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from support.files import alone_in, is_text, read_jsonl, read_run, require, require_fields
-from support.settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
+from tqdm import tqdm
+
+from support.answerers import open_answerer
+from support.evaluation import Evaluation, compare, evaluate_once, read_predictions, regrade
+from support.files import alone_in, is_text, read_jsonl, require, require_fields
+from support.runs import read_run
+from support.settings import (
+    GenerationSettings,
+    ModelFlags,
+    ServerFlags,
+    TaskFlags,
+    check_split_and_counts,
+    flag,
+    parse_flags,
+    run_script,
+)
 from support.sources import open_task
+from support.tasks import Task
 
 
 @dataclass
@@ -39,12 +54,19 @@ class Flags(GenerationSettings, ServerFlags, ModelFlags, TaskFlags):
     report: str = flag("", "only write tables and pictures of this run, or of all runs in this folder")
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to evaluate, and what it is called."""
+
+    role: str  # baseline, initial, given, candidate or best
+    name: str | None  # tells prompts of one role apart; None: the role says it all
+    task: Task  # frames it
+    text: str
+
+
 def main():
     flags = parse_flags(Flags, __doc__.splitlines()[0], run_defaults)
-    require(flags.split in ("dev", "test"), f"--split must be dev or test, not {flags.split!r}")
-    for name in ("eval_rows", "mistakes", "top"):
-        least = 1 if name == "top" else 0
-        require(getattr(flags, name) >= least, f"--{name.replace('_', '-')} must be at least {least}")
+    check_split_and_counts(flags, eval_rows=0, mistakes=0, top=1)
     flags.check_server_flags()
     if flags.report:
         from support.report import write_report
@@ -57,26 +79,9 @@ def main():
     default_dir = Path("runs") / f"evaluate-{task.name.replace('/', '-')}-{Path(flags.model).name}"
     run_dir = Path(flags.run_dir) if flags.run_dir else default_dir
     if flags.regrade:
-        require(run_dir.is_dir(), f"{run_dir} holds no evaluation")
-        with alone_in(run_dir):
-            regrade(run_dir, task, splits)
-        return
-    rows = splits[flags.split][: flags.eval_rows or None]
-    prompts = chosen_prompts(flags, run_dir, task)
-    run_dir.mkdir(parents=True, exist_ok=True)
-
-    from tqdm import tqdm
-
-    from support.answerers import open_answerer
-    from support.evaluation import evaluate_once
-
-    answerer = open_answerer(flags, flags.model, flags.endpoint)  # imports torch only where a model is loaded here
-    with alone_in(run_dir):
-        results = [
-            evaluate_once(answerer, framed, rows, prompt, flags, run_dir, role, flags.split, name)
-            for role, name, framed, prompt in tqdm(prompts, desc="prompts", unit="prompt")
-        ]
-        report(results, rows, run_dir, flags)
+        regrade_folder(run_dir, task, splits)
+    else:
+        evaluate_prompts(flags, task, splits[flags.split], run_dir)
 
 
 def run_defaults(early):
@@ -89,92 +94,172 @@ def run_defaults(early):
     return {name: value for name, value in config.items() if name in names}
 
 
+def evaluate_prompts(flags, task, split_rows, run_dir):
+    """Evaluate the prompts that the flags choose, and print how they do."""
+    rows = split_rows[: flags.eval_rows or None]
+    prompts = chosen_prompts(flags, run_dir, task)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    answerer = open_answerer(flags, flags.model, flags.endpoint)  # imports torch only where a model is loaded here
+    with alone_in(run_dir):
+        results = []
+        for prompt in tqdm(prompts, desc="prompts", unit="prompt"):
+            evaluation = Evaluation(answerer, prompt.task, flags.split, rows, prompt.text, flags)
+            results.append(evaluate_once(evaluation, run_dir, prompt.role, prompt.name))
+        print_results(flags, run_dir, results, rows)
+
+
+# --- Which prompts ---------------------------------------------------------------------------------------
+
+
 def chosen_prompts(flags, run_dir, task):
-    """[(role, name, task that frames it, prompt)]: baselines, initial, then those given or the best of the file."""
-    chosen = []
-    if flags.baselines:
-        named = (("empty", ""), ("zero-shot chain of thought", task.chain_of_thought))
-        chosen += [("baseline", name, task.bare, prompt) for name, prompt in named]
+    """[Prompt]: baselines, initial, then those given or the best of the file."""
+    compared, chosen = [], []
     initial = task.initial_prompt
+    if flags.baselines:
+        compared = [
+            Prompt("baseline", "empty", task.bare, ""),
+            Prompt("baseline", "zero-shot chain of thought", task.bare, task.chain_of_thought),
+        ]
     if flags.prompt:
-        good = all(prompt.strip() and is_text(prompt) for prompt in flags.prompt)
-        require(good, "--prompt must not be empty (--baselines evaluates no prompt) and must be readable text")
-        found = [("given", None, task, prompt.strip()) for prompt in flags.prompt]
+        chosen = given_prompts(flags.prompt, task)
     elif flags.prompts or flags.run_dir:
-        path = Path(flags.prompts or run_dir / "prompts.jsonl")
-        records = require_fields(read_jsonl(path), path, prompt=str)
-        require(records and all(r["prompt"].strip() for r in records), f"{path} holds no prompts, or an empty one")
-        for number, r in enumerate(records, 1):
-            other = r.get("task", task.name)
-            require(other == task.name, f"{path}, line {number}: a prompt of the task {other}, not of {task.name}")
-        initial = next((r["prompt"] for r in records if r.get("initial")), initial)
-        ranked = [("candidate", f"rank {rank}") for rank in range(2, flags.top + 1)]
-        ranked = list(zip([("best", None), *ranked], records))
-        found = [(*label, task, r["prompt"]) for label, r in reversed(ranked)]
+        records = read_prompts(Path(flags.prompts or run_dir / "prompts.jsonl"), task)
+        initial = next((record["prompt"] for record in records if record.get("initial")), initial)
+        chosen = best_prompts(records, flags.top, task)
     else:
-        require(chosen, "say what to evaluate: --run-dir of a run of stage 02, --prompt, --prompts or --baselines")
-        found = []
-    if flags.baselines or not flags.prompt:
-        chosen.append(("initial", None, task, initial))
-    return chosen + found
+        require(compared, "say what to evaluate: --run-dir of a run of stage 02, --prompt, --prompts or --baselines")
+    if compared or not flags.prompt:
+        compared.append(Prompt("initial", None, task, initial))
+    return compared + chosen
 
 
-def regrade(run_dir, task, splits):
-    from support.evaluation import regrade
-
-    for old, new in regrade(run_dir, task, splits):
-        paper, harness = (
-            f"{reading} {100 * old[key]:5.1f} -> {100 * new[key]:5.1f} %"
-            for reading, key in (("paper", "accuracy"), ("harness", "harness_accuracy"))
-        )
-        print(f"{new['role']:9s}  {new['split']:4s}  {paper}  {harness}  {new['prompt'] or '(no prompt)'}")
-    print(f"  {run_dir / 'results.jsonl'}\n  {run_dir / 'predictions.jsonl'}")
+def given_prompts(texts, task):
+    """The prompts of --prompt. Errors: UserError for one that is empty or no text."""
+    good = all(text.strip() and is_text(text) for text in texts)
+    require(good, "--prompt must not be empty (--baselines evaluates no prompt) and must be readable text")
+    return [Prompt("given", None, task, text.strip()) for text in texts]
 
 
-def report(results, rows, run_dir, flags):
-    from support.evaluation import compare, read_predictions
+def read_prompts(path, task):
+    """The records of a file like a run's prompts.jsonl. Errors: UserError for no or empty prompts, another task's."""
+    records = require_fields(read_jsonl(path), path, prompt=str)
+    good = records and all(record["prompt"].strip() for record in records)
+    require(good, f"{path} holds no prompts, or an empty one")
+    for number, record in enumerate(records, 1):
+        other = record.get("task", task.name)
+        require(other == task.name, f"{path}, line {number}: a prompt of the task {other}, not of {task.name}")
+    return records
 
-    labels = [r.get("name", r["role"]) for r in results]
-    if labels.count("given") > 1:
-        first = labels.index("given")
-        labels = labels[:first] + [f"given {i}" for i in range(1, len(labels) - first + 1)]  # they come last
-    width = max(8, *map(len, labels))
-    print(f"\n{'':{width}s}  {'paper':>15s}  {'harness':>15s}  {'unread':>6s}  {'cut':>6s}  {'tokens':>6s}  prompt")
-    for label, r in zip(labels, results):
-        paper, harness = (
-            f"{100 * r[mean]:6.1f} ± {100 * r[error]:4.1f} %"
-            for mean, error in (("accuracy", "stderr"), ("harness_accuracy", "harness_stderr"))
-        )
-        rates = f"{100 * r['unread']:4.1f} %  {100 * r['truncated']:4.1f} %  {r['mean_tokens']:6.1f}"
-        print(f"{label:{width}s}  {paper:>15s}  {harness:>15s}  {rates}  {r['prompt'] or '(none)'}")
-    minutes = sum(r["minutes"] for r in results)
+
+def best_prompts(records, count, task):
+    """The first `count` prompts of the records, which stand best first; the best one last."""
+    prompts = [Prompt("best", None, task, records[0]["prompt"])]
+    for rank, record in enumerate(records[1:count], 2):
+        prompts.append(Prompt("candidate", f"rank {rank}", task, record["prompt"]))
+    return prompts[::-1]
+
+
+# --- What is printed --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One of the two readings of a generation, and the fields of results and predictions that hold it."""
+
+    name: str
+    accuracy: str
+    stderr: str
+    correct: str
+
+
+READINGS = (
+    Reading("paper", "accuracy", "stderr", "correct"),
+    Reading("harness", "harness_accuracy", "harness_stderr", "harness_correct"),
+)
+
+
+def regrade_folder(run_dir, task, splits):
+    """Grade the kept texts of a folder again, and print what changed."""
+    require(run_dir.is_dir(), f"{run_dir} holds no evaluation")
+    with alone_in(run_dir):
+        for old, new in regrade(run_dir, task, splits):
+            line = f"{new['role']:9s}  {new['split']:4s}"
+            for reading in READINGS:
+                line += f"  {reading.name} {100 * old[reading.accuracy]:5.1f} -> {100 * new[reading.accuracy]:5.1f} %"
+            print(f"{line}  {new['prompt'] or '(no prompt)'}")
+        print_paths(run_dir)
+
+
+def print_results(flags, run_dir, results, rows):
+    """The table of prompts, the last against each of the others, and mistakes of the last."""
+    labels = labels_of(results)
+    print_accuracies(labels, results)
+    minutes = sum(result["minutes"] for result in results)
     print(
         f"\n{flags.split}, {len(rows)} rows; ± is one standard error; unread: no answer found behind the extractor; "
         f"cut: at --max-new-tokens; {minutes:.1f} minutes of generation"
     )
-    outcomes = [read_predictions(run_dir, r, rows) for r in results]
+    predictions = [read_predictions(run_dir, result, rows) for result in results]
     if len(results) > 1:
-        print(f"\n{'last against':{width}s}  reading   difference  95 % interval     gained  lost  p (exact McNemar)")
-    for label, other in zip(labels[:-1], outcomes):
-        for reading, key in (("paper", "correct"), ("harness", "harness_correct")):
-            c = compare([p[key] for p in other], [p[key] for p in outcomes[-1]])
-            interval = f"{100 * c['low']:+6.1f} to {100 * c['high']:+6.1f}"
+        print_comparisons(labels, predictions)
+    show_mistakes(predictions[-1], rows, flags)
+    print_paths(run_dir)
+
+
+def labels_of(results):
+    """What the table calls each result: its name or role; prompts that were given, if several, by number."""
+    labels = [result.get("name", result["role"]) for result in results]
+    given = labels.count("given")
+    if given > 1:  # they come last
+        labels = labels[:-given] + [f"given {number}" for number in range(1, given + 1)]
+    return labels
+
+
+def width_of(labels):
+    return max(8, *map(len, labels))
+
+
+def print_accuracies(labels, results):
+    width = width_of(labels)
+    print(f"\n{'':{width}s}  {'paper':>15s}  {'harness':>15s}  {'unread':>6s}  {'cut':>6s}  {'tokens':>6s}  prompt")
+    for label, result in zip(labels, results):
+        line = f"{label:{width}s}"
+        for reading in READINGS:
+            cell = f"{100 * result[reading.accuracy]:6.1f} ± {100 * result[reading.stderr]:4.1f} %"
+            line += f"  {cell:>15s}"
+        line += f"  {100 * result['unread']:4.1f} %  {100 * result['truncated']:4.1f} %  {result['mean_tokens']:6.1f}"
+        print(f"{line}  {result['prompt'] or '(none)'}")
+
+
+def print_comparisons(labels, predictions):
+    """How the last prompt does on the rows of each of the others; predictions: a list per label."""
+    width = width_of(labels)
+    print(f"\n{'last against':{width}s}  reading   difference  95 % interval     gained  lost  p (exact McNemar)")
+    for label, other in zip(labels[:-1], predictions):
+        for reading in READINGS:
+            first = [prediction[reading.correct] for prediction in other]
+            last = [prediction[reading.correct] for prediction in predictions[-1]]
+            change = compare(first, last)
+            interval = f"{100 * change['low']:+6.1f} to {100 * change['high']:+6.1f}"
             print(
-                f"{label:{width}s}  {reading:7s}  {100 * c['difference']:+9.1f} %  {interval}  {c['gained']:6d}  "
-                f"{c['lost']:4d}  {c['p']:.2g}"
+                f"{label:{width}s}  {reading.name:7s}  {100 * change['difference']:+9.1f} %  {interval}  "
+                f"{change['gained']:6d}  {change['lost']:4d}  {change['p']:.2g}"
             )
-    show_mistakes(outcomes[-1], rows, flags)
-    print(f"  {run_dir / 'results.jsonl'}\n  {run_dir / 'predictions.jsonl'}")
 
 
 def show_mistakes(predictions, rows, flags):
-    wrong = [(row, p) for row, p in zip(rows, predictions) if not p["correct"]]
-    if wrong[: flags.mistakes]:
-        print(f"\n{len(wrong[: flags.mistakes])} of {len(wrong)} mistakes of the last prompt:")
-    for row, p in wrong[: flags.mistakes]:
-        print(f"  {p['id']}  gold {p['gold']}, read {p['answer']}")
-        for text in (row["question"], p["text"]):
-            print(f"    {text[-200:]!r}")
+    wrong = [(row, prediction) for row, prediction in zip(rows, predictions) if not prediction["correct"]]
+    shown = wrong[: flags.mistakes]
+    if shown:
+        print(f"\n{len(shown)} of {len(wrong)} mistakes of the last prompt:")
+    for row, prediction in shown:
+        print(f"  {prediction['id']}  gold {prediction['gold']}, read {prediction['answer']}")
+        print(f"    {row['question'][-200:]!r}")
+        print(f"    {prediction['text'][-200:]!r}")
+
+
+def print_paths(run_dir):
+    print(f"  {run_dir / 'results.jsonl'}\n  {run_dir / 'predictions.jsonl'}")
 
 
 if __name__ == "__main__":

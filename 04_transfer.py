@@ -12,11 +12,39 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from tqdm import tqdm
+
 from support.answerers import open_answerer
-from support.evaluation import evaluate_once, rows_hash, short_name
-from support.files import alone_in, read_jsonl, read_run, require, require_fields, write_jsonl
-from support.settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
+from support.evaluation import Evaluation, evaluate_once, rows_hash, short_name
+from support.files import alone_in, read_jsonl, require, require_fields, write_jsonl
+from support.runs import read_run
+from support.settings import (
+    GenerationSettings,
+    ModelFlags,
+    ServerFlags,
+    TaskFlags,
+    check_split_and_counts,
+    flag,
+    parse_flags,
+    run_script,
+)
 from support.sources import open_task
+from support.tasks import Task
+
+# Fields of a result that stand in transfer.jsonl, too.
+RESULT_FIELDS = (
+    "split",
+    "n",
+    "accuracy",
+    "stderr",
+    "harness_accuracy",
+    "harness_stderr",
+    "unread",
+    "truncated",
+    "mean_tokens",
+    "max_new_tokens",
+    "prompt",
+)
 
 
 @dataclass
@@ -38,20 +66,18 @@ class Flags(ServerFlags):
 class Job:
     """A prompt to evaluate on every target."""
 
-    task: object
-    rows: list
+    task: Task
+    rows: list[dict]
     settings: GenerationSettings
-    method: str
+    method: str  # what found it
     source: str  # the model that found the prompt; "-" for an initial prompt, which no model found
-    run: str
-    prompt: str
+    run: str  # its folder; "" for an initial prompt
+    prompt: str  # its text
 
 
 def main():
     flags = parse_flags(Flags, __doc__.splitlines()[0])
-    require(flags.split in ("dev", "test"), f"--split must be dev or test, not {flags.split!r}")
-    for name in ("eval_rows", "max_new_tokens", "batch_size"):
-        require(getattr(flags, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
+    check_split_and_counts(flags, eval_rows=0, max_new_tokens=0, batch_size=0)
     flags.check_server_flags()
     require(flags.runs, "say which prompts: --runs with folders of stage 02")
     require(flags.targets, "say on which models: --targets")
@@ -59,44 +85,58 @@ def main():
     names = [short_name(model) for model, _ in targets]
     for name in names:
         require(names.count(name) == 1, f"--targets: two are called {name}, so the table could not tell them apart")
-    jobs = distinct_jobs(job for folder in flags.runs for job in open_run(Path(folder), flags))
+    jobs = []
+    for folder in flags.runs:
+        jobs += jobs_of_run(Path(folder), flags)
+    jobs = distinct_jobs(jobs)
     out = Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
-        transfer(flags, targets, jobs, out)
+        write_matrix(transfer(flags, targets, jobs, out), out)
 
 
 def transfer(flags, targets, jobs, out):
-    from tqdm import tqdm
-
-    from support.report import transfer_picture, transfer_table
-
+    """A record for transfer.jsonl of each job on each target, target by target."""
     records = []
     # A server that is not there shall be noticed before any long work.
     servers = {name: open_answerer(flags, name, endpoint) for name, endpoint in targets if endpoint}
-    bar = tqdm(total=len(targets) * len(jobs), unit="prompt")
-    for model, _ in targets:
-        answerer = None  # so that the last model is gone before the next is loaded
-        answerer = servers.get(model) or open_answerer(flags, model)
-        for job in jobs:
-            folder = out / job.task.name.replace("/", "-") / answerer.name.replace("/", "-")
-            folder.mkdir(parents=True, exist_ok=True)
-            name = " ".join((job.method, job.source, job.run))
-            done = evaluate_once(
-                answerer, job.task, job.rows, job.prompt, job.settings, folder, "transfer", flags.split, name
-            )
-            labels = {"task": job.task.name, "method": job.method, "source": job.source, "run": job.run}
-            kept = "split n accuracy stderr harness_accuracy harness_stderr unread truncated mean_tokens max_new_tokens"
-            target = answerer.name + " (server)" * bool(answerer.endpoint)
-            records.append(labels | {"target": target} | {key: done[key] for key in [*kept.split(), "prompt"]})
-            bar.update()
-    bar.close()
+    with tqdm(total=len(targets) * len(jobs), unit="prompt") as bar:
+        for model, _ in targets:
+            answerer = None  # so that the last model is gone before the next is loaded
+            answerer = servers.get(model) or open_answerer(flags, model)
+            for job in jobs:
+                records.append(evaluate_job(job, answerer, flags.split, out))
+                bar.update()
+    return records
+
+
+def evaluate_job(job, answerer, split, out):
+    """The record for transfer.jsonl of one job on one target; results and predictions lie in a folder of theirs."""
+    folder = out / job.task.name.replace("/", "-") / answerer.name.replace("/", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluation = Evaluation(answerer, job.task, split, job.rows, job.prompt, job.settings)
+    result = evaluate_once(evaluation, folder, "transfer", f"{job.method} {job.source} {job.run}")
+    record = {
+        "task": job.task.name,
+        "method": job.method,
+        "source": job.source,
+        "run": job.run,
+        "target": f"{answerer.name} (server)" if answerer.endpoint else answerer.name,
+    }
+    return record | {name: result[name] for name in RESULT_FIELDS}
+
+
+def write_matrix(records, out):
+    """Write transfer.jsonl, and from it the table and the picture; print the table."""
+    from support.report import transfer_picture, transfer_table
+
     write_jsonl(out / "transfer.jsonl", records)
     table = transfer_table(records)
     (out / "transfer.md").write_text(table, encoding="utf-8")
     transfer_picture(records, out / "transfer.png")
     print(table)
-    print("\n".join(f"  {out / name}" for name in ("transfer.md", "transfer.png", "transfer.jsonl")))
+    for name in ("transfer.md", "transfer.png", "transfer.jsonl"):
+        print(f"  {out / name}")
 
 
 def distinct_jobs(jobs):
@@ -104,12 +144,13 @@ def distinct_jobs(jobs):
 
     Errors: UserError if two runs call different rows by one name, which their rows in the table could not tell apart.
     """
-    kept, rows = {}, {}
+    kept, data = {}, {}
     for job in jobs:
+        name = job.task.name
         own = rows_hash(job.rows), job.task.extractor, job.task.template
-        same = rows.setdefault(job.task.name, own) == own
-        require(same, f"two runs of the task {job.task.name} are on other rows or questions: transfer them one by one")
-        kept.setdefault((job.task.name, job.settings.max_new_tokens, job.prompt, job.source, job.run), job)
+        same = data.setdefault(name, own) == own
+        require(same, f"two runs of the task {name} are on other rows or questions: transfer them one by one")
+        kept.setdefault((name, job.settings.max_new_tokens, job.prompt, job.source, job.run), job)
     return list(kept.values())
 
 
@@ -123,34 +164,51 @@ def as_target(text, flags):
     return ModelFlags(text, flags.device, flags.dtype).model_path(), ""
 
 
-def open_run(folder, flags):
+def jobs_of_run(folder, flags):
     """The jobs of a finished run: its initial and its best prompt.
 
     Errors: UserError if the run is not there or not finished, or if its task's data is not what it was searched with.
     """
-    texts = [*(f.name for f in fields(TaskFlags)), "model", "initial_prompt"]
-    record = read_run(folder, **dict.fromkeys(texts, str), max_new_tokens=int, batch_size=int)
+    task_fields = [f.name for f in fields(TaskFlags)]
+    texts = dict.fromkeys([*task_fields, "model", "initial_prompt"], str)
+    record = read_run(folder, **texts, max_new_tokens=int, batch_size=int)
     config = record["config"]
-    asked = {f.name: config[f.name] for f in fields(TaskFlags)}
-    asked |= {name: value for name in ("data_dir", "source") if (value := getattr(flags, name))}
+    asked = {name: config[name] for name in task_fields}
+    asked["data_dir"] = flags.data_dir or config["data_dir"]
+    asked["source"] = flags.source or config["source"]
     task, splits = open_task(TaskFlags(**asked))
     now = json.loads((Path(asked["data_dir"]) / task.name / "task.json").read_text(encoding="utf-8"))
     same = now["sha256"] == record["task"]["sha256"]
     require(same, f"{folder} was searched with other rows of {task.name} than {asked['data_dir']} holds")
-    require((folder / "prompts.jsonl").exists(), f"{folder} is not finished: no prompts.jsonl; run its stage 02 again")
-    prompts = require_fields(read_jsonl(folder / "prompts.jsonl"), folder / "prompts.jsonl", prompt=str)
-    require(prompts, f"{folder / 'prompts.jsonl'} holds no prompts")
-    limits = [getattr(flags, name) or config[name] for name in ("max_new_tokens", "batch_size")]
-    job = Job(
-        replace(task, initial_prompt=config["initial_prompt"]),
-        splits[flags.split][: flags.eval_rows or None],
-        GenerationSettings(*limits),
-        config.get("method", "GReaTer"),
-        short_name(config["model"]),
-        str(folder),
-        prompts[0]["prompt"],
+    initial = Job(
+        task=replace(task, initial_prompt=config["initial_prompt"]),
+        rows=splits[flags.split][: flags.eval_rows or None],
+        settings=GenerationSettings(
+            max_new_tokens=flags.max_new_tokens or config["max_new_tokens"],
+            batch_size=flags.batch_size or config["batch_size"],
+        ),
+        method="initial prompt",
+        source="-",
+        run="",
+        prompt=config["initial_prompt"],
     )
-    return [replace(job, method="initial prompt", source="-", run="", prompt=config["initial_prompt"]), job]
+    best = replace(
+        initial,
+        method=config.get("method", "GReaTer"),
+        source=short_name(config["model"]),
+        run=str(folder),
+        prompt=best_prompt(folder),
+    )
+    return [initial, best]
+
+
+def best_prompt(folder):
+    """The text of a run's best prompt. Errors: UserError if the run is not finished."""
+    path = folder / "prompts.jsonl"
+    require(path.exists(), f"{folder} is not finished: no prompts.jsonl; run its stage 02 again")
+    prompts = require_fields(read_jsonl(path), path, prompt=str)
+    require(prompts, f"{path} holds no prompts")
+    return prompts[0]["prompt"]
 
 
 if __name__ == "__main__":

@@ -1,27 +1,34 @@
-"""A model behind an OpenAI-compatible server (vLLM, SGLang, llama.cpp, `transformers serve`) as one that answers.
+"""Who answers: a model loaded here, or one behind a server. Both are an `Answerer`: who evaluates need not know which.
 
-Requests go through huggingface_hub's client, many at once, each with a time limit. What fails for a passing reason
-(429, 5xx, a closed connection, no answer in time, a broken reply) is sent again after a growing pause. The key comes
-from an environment variable, is sent to this endpoint only, and is kept out of every message.
+A model loaded here answers rows in batches; torch is imported only when one is loaded.
+
+A server is OpenAI-compatible (vLLM, SGLang, llama.cpp, `transformers serve`). Requests go through huggingface_hub's
+client, many at once, each with a time limit. What fails for a passing reason (429, 5xx, a closed connection, no answer
+in time, a broken reply) is sent again after a growing pause. The key comes from an environment variable, is sent to
+this endpoint only, and is kept out of every message.
 """
 
 import asyncio
+import itertools
+import math
 import os
 import random
 import urllib.parse
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from support.evaluation import short_name
+from support.evaluation import Generation, short_name
 from support.files import UserError, require, weights_hash
+from support.settings import ServerFlags
 
 
 @dataclass(frozen=True)
 class Answerer:
     """What writes reasoning and answer.
 
-    `generate(task, rows, prompt, settings, done)` yields lists of (row, reasoning text, reply behind the extractor,
-    number of reasoning tokens, whether it was cut at the limit), in any order; not for the ids in `done`.
+    `generate(task, rows, prompt, settings, done)` yields lists of `Generation` (row, reasoning text, reply behind the
+    extractor, number of reasoning tokens, whether it was cut at the limit), in any order; not for the ids in `done`.
     """
 
     name: str  # as tables show it
@@ -81,14 +88,7 @@ def local_answerer(engine, path):
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries
 CONNECTIONS = 100  # that one client opens at most
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}  # as vLLM and SGLang name it
-
-
-@dataclass(frozen=True)
-class Reply:
-    text: str
-    tokens: int  # generated
-    prompt_tokens: int
-    truncated: bool
+CHECK_TRIES = 2  # whoever mistyped an address shall not wait long to be told
 
 
 class ServerError(UserError):
@@ -99,31 +99,59 @@ class ServerError(UserError):
         self.status = status
 
 
+@dataclass(frozen=True)
+class Server:
+    """A model on a server, and how to ask it."""
+
+    endpoint: str  # URL
+    model: str  # the server's name for it
+    flags: ServerFlags
+
+    def read_key(self):
+        """The server's key, "" for none: read from the environment where it is needed, and not kept here.
+
+        Errors: UserError, without the key, if it cannot stand in a header.
+        """
+        key = os.environ.get(self.flags.key_variable, "").strip()
+        good = key.isascii() and key.isprintable() and " " not in key
+        require(good, f"{self.flags.key_variable} does not hold a key: it has spaces or other odd characters")
+        return key
+
+    def open_clients(self):
+        """As many clients of huggingface_hub as the requests under way need connections."""
+        from huggingface_hub import AsyncInferenceClient
+
+        # Without a key of its own the client would send the user's token for the hub to whatever server this is.
+        key = self.read_key() or "none"
+        count = math.ceil(self.flags.concurrency / CONNECTIONS)
+        return [AsyncInferenceClient(base_url=self.endpoint, api_key=key) for _ in range(count)]
+
+    def generate(self, task, rows, prompt, settings, done):
+        """As `Answerer.generate`. Errors: UserError if a request fails for good."""
+
+        async def ask_row(client, row):
+            turns = [{"role": "user", "content": task.user_turn(row["question"], prompt)}]
+            reasoning = await chat(client, self, turns, settings.max_new_tokens)
+            turns, fields = answer_turns(self.flags.answer_turn, turns, reasoning.text, task.extractor)
+            reply = await chat(client, self, turns, settings.answer_tokens(task), fields)
+            return Generation(row, reasoning.text, reply.text, reasoning.tokens, reasoning.truncated)
+
+        missing = [row for row in rows if row["id"] not in done]
+        try:
+            yield from in_parallel(self, ask_row, missing)
+        except ServerError as error:
+            raise UserError(f"{error}; what was answered is on disk, and the same command goes on from there") from None
+
+
 def server_answerer(flags, endpoint, model):
     """The Answerer that is the model called `model` on the server at `endpoint`; `flags` are ServerFlags.
 
     Errors: UserError if the server is not there, does not have the model, refuses the key, or cannot continue an
     assistant's message although it shall (--answer-turn).
     """
-    check_server(flags, endpoint, model)
-
-    async def ask_row(client, task, row, prompt, settings):
-        turns = [{"role": "user", "content": task.user_turn(row["question"], prompt)}]
-        reasoning = await chat(client, flags, model, turns, settings.max_new_tokens)
-        turns, fields = answer_turns(flags.answer_turn, turns, reasoning.text, task.extractor)
-        reply = await chat(client, flags, model, turns, settings.answer_tokens(task), fields)
-        return row, reasoning.text, reply.text, reasoning.tokens, reasoning.truncated
-
-    def generate(task, rows, prompt, settings, done):
-        def ask(client, row):
-            return ask_row(client, task, row, prompt, settings)
-
-        try:
-            yield from in_parallel(flags, endpoint, ask, [row for row in rows if row["id"] not in done])
-        except ServerError as error:
-            raise UserError(f"{error}; what was answered is on disk, and the same command goes on from there") from None
-
-    return Answerer(short_name(model), ("server", model, flags.answer_turn), generate, endpoint)
+    server = Server(endpoint, model, flags)
+    check_server(server)
+    return Answerer(short_name(model), ("server", model, flags.answer_turn), server.generate, endpoint)
 
 
 def answer_turns(answer_turn, turns, reasoning, extractor):
@@ -138,91 +166,133 @@ def answer_turns(answer_turn, turns, reasoning, extractor):
     return [*turns, half_written], CONTINUE if answer_turn == "continue" else {}
 
 
-def check_server(flags, endpoint, model):
+# --- Is the server fit for it? ---------------------------------------------------------------------------
+
+
+def check_server(server):
     """Short requests before any long work: is the server there, has it the model, does it continue a message?
 
     A server that continues an assistant's message reads fewer prompt tokens than one that closes it and opens
     another; one that ignores the fields that ask for it reads as many.
     """
-    server_key(flags)
-    address = urllib.parse.urlsplit(endpoint)
-    valid = address.scheme in ("http", "https") and address.hostname
-    require(valid, f"--endpoint {endpoint!r} is no URL such as http://localhost:8000/v1")
-    require("@" not in address.netloc, f"a key does not belong in a URL: set it as {flags.key_variable}")
-    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]
-
-    def short(messages, fields=None):
-        def ask(client, turns):
-            return chat(client, flags, model, turns, 1, fields, tries=2)
-
-        return list(in_parallel(flags, endpoint, ask, [messages]))[0][0]
-
-    short(turns[:1])
-    if flags.answer_turn != "continue":
+    server.read_key()  # a bad one is refused before anything is sent
+    require_address(server)
+    question = {"role": "user", "content": "1"}
+    begun = {"role": "assistant", "content": "1"}
+    ask_one_token(server, [question])
+    if server.flags.answer_turn != "continue":
         return
     way_out = "--answer-turn ask puts the extractor as a turn of its own, prefill trusts in servers that go on anyway"
     try:
-        closed, continued = short(turns), short(turns, CONTINUE)
+        closed = ask_one_token(server, [question, begun])
+        continued = ask_one_token(server, [question, begun], CONTINUE)
     except ServerError as error:
         require(error.status not in (400, 422), f"{error}; it cannot continue an assistant's message: {way_out}")
         raise
     shorter = continued.prompt_tokens < closed.prompt_tokens
-    require(shorter, f"--endpoint {endpoint} does not continue an assistant's message: {way_out}")
+    require(shorter, f"--endpoint {server.endpoint} does not continue an assistant's message: {way_out}")
 
 
-def in_parallel(flags, endpoint, ask, items):
-    """Yield [result of `await ask(client, item)`] for each item as they come, at most flags.concurrency under way.
+def require_address(server):
+    """Errors: UserError if the endpoint is no plain URL."""
+    address = urllib.parse.urlsplit(server.endpoint)
+    valid = address.scheme in ("http", "https") and address.hostname
+    require(valid, f"--endpoint {server.endpoint!r} is no URL such as http://localhost:8000/v1")
+    require("@" not in address.netloc, f"a key does not belong in a URL: set it as {server.flags.key_variable}")
+
+
+def ask_one_token(server, turns, fields=None):
+    """The `Reply`, of one token, to the messages `turns`. Errors: ServerError."""
+    hasty = replace(server, flags=replace(server.flags, tries=CHECK_TRIES))
+
+    async def ask(client, messages):
+        return await chat(client, hasty, messages, 1, fields)
+
+    [[reply]] = in_parallel(hasty, ask, [turns])
+    return reply
+
+
+# --- Requests -------------------------------------------------------------------------------------------
+
+
+def in_parallel(server, ask, items):
+    """Yield lists of the results of `await ask(client, item)`, one for each item, as they come; at most
+    --concurrency are under way.
 
     When one fails for good no more are begun, those under way are waited for and yielded, then the error is raised.
     """
-    from huggingface_hub import AsyncInferenceClient
-
-    # Without a key of its own the client would send the user's token for the hub to whatever server this is.
-    key = server_key(flags) or "none"
-    waiting, running, failure = list(reversed(items)), set(), None
+    waiting, running, failure = deque(items), set(), None
     with asyncio.Runner() as runner:
-        some = range(0, flags.concurrency, CONNECTIONS)
-        clients = [AsyncInferenceClient(base_url=endpoint, api_key=key) for _ in some]
+        clients = server.open_clients()
+        next_client = itertools.cycle(clients)
         while running or (waiting and not failure):
-            while waiting and not failure and len(running) < flags.concurrency:
-                client = clients[len(waiting) % len(clients)]
-                running.add(runner.get_loop().create_task(ask(client, waiting.pop())))
+            while waiting and not failure and len(running) < server.flags.concurrency:
+                request = ask(next(next_client), waiting.popleft())
+                running.add(runner.get_loop().create_task(request))
             finished, running = runner.run(asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
-            for task in finished:
-                failure = failure or task.exception()
-            if results := [task.result() for task in finished if not task.exception()]:
+            results = []
+            for request in finished:
+                if request.exception():
+                    failure = failure or request.exception()
+                else:
+                    results.append(request.result())
+            if results:
                 yield results
         for client in clients:
             runner.run(client.close())
     if isinstance(failure, ServerError):
-        raise ServerError(f"--endpoint {endpoint}: {failure}", failure.status)
+        raise ServerError(f"--endpoint {server.endpoint}: {failure}", failure.status)
     if failure:
         raise failure
 
 
-def server_key(flags):
-    """The server's key, "" for none. Errors: UserError, without the key, if it cannot stand in a header."""
-    key = os.environ.get(flags.key_variable, "").strip()
-    good = key.isascii() and key.isprintable() and " " not in key
-    require(good, f"{flags.key_variable} does not hold a key: it has spaces or other odd characters")
-    return key
+@dataclass(frozen=True)
+class Reply:
+    """What the model wrote to some messages."""
+
+    text: str
+    tokens: int  # generated
+    prompt_tokens: int
+    truncated: bool
 
 
-async def chat(client, flags, model, turns, max_tokens, fields=None, tries=None):
-    """The greedy reply to the messages `turns`. Errors: ServerError for a refusal, or when all tries have failed."""
-    tries = tries or flags.tries
-    for attempt in range(1, tries + 1):
+@dataclass(frozen=True)
+class Failure:
+    """Why a try gave no reply."""
+
+    reason: str  # in a few words
+    status: int | None = None  # of HTTP; None: no answer, or one that cannot be read
+    pause: float = 0.0  # seconds that the server asks to wait
+
+    @property
+    def passing(self):
+        """Whether another try may do better."""
+        return self.status is None or self.status in (408, 429) or self.status >= 500
+
+
+async def chat(client, server, turns, max_tokens, fields=None):
+    """The greedy `Reply` to the messages `turns`. fields: more of the request.
+
+    Errors: ServerError for a refusal, or when all tries have failed.
+    """
+    for attempt in range(1, server.flags.tries + 1):
         try:
             request = client.chat_completion(
-                turns, model=model, max_tokens=max_tokens, temperature=0.0, extra_body=fields
+                turns, model=server.model, max_tokens=max_tokens, temperature=0.0, extra_body=fields
             )
-            return as_reply(await asyncio.wait_for(request, flags.request_timeout))
+            return as_reply(await asyncio.wait_for(request, server.flags.request_timeout))
         except Exception as error:  # the client's own, its HTTP library's, and those of taking a broken reply apart
-            reason, status, pause = explain(error, flags, model)
-            passing = status is None or status in (408, 429) or status >= 500
-            if not passing or attempt == tries:
-                raise ServerError(reason + f", {attempt} tries" * (attempt > 1), status) from None
-        await asyncio.sleep(min(LONGEST_PAUSE, max(pause, FIRST_PAUSE * 2 ** (attempt - 1))) * random.uniform(1, 1.3))
+            failure = explain(error, server)
+        if not failure.passing or attempt == server.flags.tries:
+            tries = f", {attempt} tries" if attempt > 1 else ""
+            raise ServerError(failure.reason + tries, failure.status)
+        await asyncio.sleep(pause_before_next_try(attempt, failure))
+
+
+def pause_before_next_try(attempt, failure):
+    """Seconds: doubled with each try, at least what the server asks for, and not the same for all that wait."""
+    doubled = FIRST_PAUSE * 2 ** (attempt - 1)
+    return min(LONGEST_PAUSE, max(failure.pause, doubled)) * random.uniform(1, 1.3)
 
 
 def as_reply(output):
@@ -232,19 +302,27 @@ def as_reply(output):
     return Reply(choice.message.content or "", max(0, tokens), usage.prompt_tokens, truncated)
 
 
-def explain(error, flags, model):
-    """(what went wrong in a few words, HTTP status or None, seconds that the server asks to wait)."""
-
-    def in_short(text):
-        key = server_key(flags)
-        return " ".join((text.replace(key, "***") if key else text).split())[:200]
-
+def explain(error, server):
+    """The `Failure` behind an exception of a try."""
     if isinstance(error, TimeoutError):
-        return f"no answer in {flags.request_timeout:g} s (--request-timeout)", None, 0.0
+        return Failure(f"no answer in {server.flags.request_timeout:g} s (--request-timeout)")
     response = getattr(error, "response", None)
     if response is None:
-        return f"{type(error).__name__}: {in_short(str(error)) or 'no reply'}", None, 0.0
-    status, said = response.status_code, in_short(response.text)
-    hint = {401: f"; its key belongs in {flags.key_variable}", 404: f"; does it have --model {model}?"}.get(status, "")
+        return Failure(f"{type(error).__name__}: {in_short(str(error), server.read_key()) or 'no reply'}")
+    hints = {
+        401: f"; its key belongs in {server.flags.key_variable}",
+        404: f"; does it have --model {server.model}?",
+    }
+    status = response.status_code
     asked = response.headers.get("retry-after", "")
-    return f"HTTP {status} {said}{hint}", status, float(asked) if asked.isdigit() else 0.0
+    return Failure(
+        f"HTTP {status} {in_short(response.text, server.read_key())}{hints.get(status, '')}",
+        status,
+        float(asked) if asked.isdigit() else 0.0,
+    )
+
+
+def in_short(text, key):
+    """The text's first 200 characters on one line; hidden is every copy of the key in it."""
+    hidden = text.replace(key, "***") if key else text
+    return " ".join(hidden.split())[:200]

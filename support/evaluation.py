@@ -4,18 +4,26 @@ The model reasons greedily under the prompt. `paper` reading: the extractor is a
 answer, and that is graded. `harness` reading: lm-evaluation-harness's flexible extraction looks into the reasoning
 itself, so that numbers can be compared with published ones. They are two columns, never mixed.
 
-Who generates is an `Answerer`: a model loaded here (`local_answerer`) or one behind a server (server.py). Every
-generation is on disk before the next begins, so a killed evaluation goes on where it was; its texts are kept, so it can
-be graded again without a model. Nothing here imports torch before a local model answers.
+Who generates is an `Answerer` of answerers.py: a model loaded here or one behind a server. Every generation is on disk
+before the next begins, so a killed evaluation goes on where it was; its texts are kept, so it can be graded again
+without a model. Works without torch.
+
+A folder with evaluations holds two files, whose fields are those of `Prediction` and `Result`:
+
+    predictions.jsonl   a `Prediction` per evaluation and row, as they come
+    results.jsonl       a `Result` per evaluation and role of its prompt
 """
 
 import json
 import math
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
+from tqdm import tqdm
 
 from support.files import (
     UserError,
@@ -26,9 +34,82 @@ from support.files import (
     text_hash,
     write_jsonl,
 )
-from support.tasks import GRADER_VERSION, grade, grade_harness, read_answer, read_answer_harness
+from support.tasks import GRADER_VERSION, Task, grade, grade_harness, read_answer, read_answer_harness
+
+# --- Records ------------------------------------------------------------------------------------------------
+
+
+class Reference(NamedTuple):
+    """The fields by which a record says to which evaluation it belongs."""
+
+    split: str  # dev or test
+    prompt_hash: str  # `Evaluation.prompt_hash`
+    evaluation: str  # `Evaluation.key`
+
+
+class Prediction(TypedDict):
+    """A line of predictions.jsonl: what was written for one row, and how it was read and graded."""
+
+    split: str  # these three: see `Reference`
+    prompt_hash: str
+    evaluation: str
+    id: str  # of the row
+    text: str  # the reasoning
+    reply: str  # what the model wrote behind the extractor
+    tokens: int  # of the reasoning
+    truncated: bool  # the reasoning was cut at max_new_tokens
+    gold: str  # the right answer
+    answer: str | None  # `paper` reading: the answer in the reply, None if none was found
+    correct: bool  # whether that is the right one
+    harness_answer: str | None  # `harness` reading: the answer in the reasoning, None if none was found
+    harness_correct: bool  # whether that is the right one
+    grader_version: int  # of tasks.py, that gave the readings and the grades
+
+
+class Result(TypedDict):
+    """A line of results.jsonl: a prompt's scores on the rows of a split. Shares are of 1, not percent."""
+
+    role: str  # what the prompt is there: initial, candidate, best, baseline, given or transfer
+    name: NotRequired[str]  # tells prompts of one role apart
+    task: str  # its name
+    model: str  # the answerer's name in tables
+    endpoint: str  # of the server that answered; empty: a model loaded here
+    split: str  # these three: see `Reference`
+    prompt_hash: str
+    evaluation: str
+    rows: str  # hash of the rows, ids, questions and answers
+    prompt: str  # its text
+    max_new_tokens: int  # the limit of the reasoning
+    n: int  # rows
+    correct: int  # rows answered right, `paper` reading
+    accuracy: float  # `paper` reading: share of right answers
+    stderr: float  # of the accuracy
+    harness_accuracy: float  # the same of the `harness` reading
+    harness_stderr: float
+    unread: float  # share of rows where no answer was found, `paper` reading
+    harness_unread: float  # the same of the `harness` reading
+    truncated: float  # share of reasonings that were cut at max_new_tokens
+    mean_tokens: float  # of a reasoning
+    grader_version: int
+    minutes: float  # of the call that finished the evaluation
+
+
+def reference_of(record):
+    """The `Reference` of a `Prediction` or a `Result`."""
+    return Reference(record["split"], record["prompt_hash"], record["evaluation"])
+
 
 # --- Generating and grading ---------------------------------------------------------------------------------
+
+
+class Generation(NamedTuple):
+    """What an `Answerer` wrote for one row."""
+
+    row: dict
+    text: str  # the reasoning
+    reply: str  # behind the extractor
+    tokens: int  # of the reasoning
+    truncated: bool  # the reasoning was cut at max_new_tokens
 
 
 def short_name(model):
@@ -36,170 +117,259 @@ def short_name(model):
     return "/".join(Path(model).parts[-2:])
 
 
-def prediction(task, row, text, reply, tokens, truncated):
-    """The record of one row. A reading that fails is null and counts as wrong."""
-    return {"id": row["id"], "text": text, "reply": reply, "tokens": tokens, "truncated": truncated} | readings(
-        task, row, text, reply
-    )
+def graded(task, generation):
+    """The `Prediction` of one `Generation`, without its reference. A reading that fails is None and counts as wrong."""
+    row, text, reply, tokens, truncated = generation
+    written = {"id": row["id"], "text": text, "reply": reply, "tokens": tokens, "truncated": truncated}
+    return written | readings(task, row, text, reply)
 
 
 def readings(task, row, text, reply):
     """What of a prediction comes from the grader alone, so that it can be made again without a model."""
-    answer, harness = read_answer(task, reply), read_answer_harness(task, row["question"], text)
+    answer = read_answer(task, reply)
+    harness_answer = read_answer_harness(task, row["question"], text)
     return {
         "gold": row["answer"],
         "answer": answer,
         "correct": grade(task, row["answer"], answer),
-        "harness_answer": harness,
-        "harness_correct": grade_harness(row["answer"], harness),
+        "harness_answer": harness_answer,
+        "harness_correct": grade_harness(row["answer"], harness_answer),
         "grader_version": GRADER_VERSION,
     }
 
 
 def evaluate(answerer, task, rows, prompt, settings):
     """Predictions of the prompt's text `prompt` for all rows, in their order; nothing is written."""
-    batches = answerer.generate(task, rows, prompt, settings, frozenset())
-    found = {row["id"]: prediction(task, row, *rest) for batch in batches for row, *rest in batch}
+    found = {}
+    for batch in answerer.generate(task, rows, prompt, settings, frozenset()):
+        for generation in batch:
+            prediction = graded(task, generation)
+            found[prediction["id"]] = prediction
     return [found[row["id"]] for row in rows]
 
 
 # --- Evaluations on disk -------------------------------------------------------------------------------------
 
 
-def evaluation_key(answerer, task, rows, settings):
-    """Hash of all that an evaluation's texts depend on besides the prompt and the machine."""
-    parts = [task.kind, task.choices, task.extractor, task.template, rows_hash(rows), settings.max_new_tokens]
-    return text_hash(json.dumps([*parts, *answerer.identity]))
+@dataclass(frozen=True)
+class Evaluation:
+    """One prompt on some rows of a split, answered by one model."""
+
+    answerer: object  # an `Answerer`
+    task: Task
+    split: str  # dev or test
+    rows: list[dict]  # of that split
+    prompt: str  # its text
+    settings: object  # `GenerationSettings`
+
+    @property
+    def prompt_hash(self):
+        return text_hash(self.prompt)
+
+    @property
+    def key(self):
+        """Hash of all that the texts depend on besides the prompt and the machine."""
+        parts = [
+            self.task.kind,
+            self.task.choices,
+            self.task.extractor,
+            self.task.template,
+            rows_hash(self.rows),
+            self.settings.max_new_tokens,
+        ]
+        return text_hash(json.dumps(parts + list(self.answerer.identity)))
+
+    @property
+    def reference(self):
+        return Reference(self.split, self.prompt_hash, self.key)
 
 
 def rows_hash(rows):
     return text_hash(json.dumps(rows))
 
 
-def evaluate_once(answerer, task, rows, prompt, settings, run_dir, role, split, name=None):
-    """The results record of a prompt on a split; taken from run_dir/results.jsonl if it is there, else evaluated
-    and appended there, with its predictions in predictions.jsonl. Its minutes are those of this call alone.
+def evaluate_once(evaluation, run_dir, role, name=None):
+    """The `Result` of an `Evaluation`, whose prompt has this role, and this name if there are more of the role.
+
+    Taken from run_dir/results.jsonl if it is there, else evaluated and appended there, with its predictions in
+    predictions.jsonl. Its minutes are those of this call alone.
 
     Errors: UserError if predictions.jsonl holds an unfinished evaluation of the prompt with another model, other rows
     or settings, rows of other data, or another version's grades.
     """
-    results, predictions = (Path(run_dir) / f"{file}.jsonl" for file in ("results", "predictions"))
-    triple = {
-        "split": split,
-        "prompt_hash": text_hash(prompt),
-        "evaluation": evaluation_key(answerer, task, rows, settings),
-    }
-    finished = read_results(results)
-    require_this_grader(finished, results)
-    known = [record for record in finished if triple.items() <= record.items()]
-    for record in known:
-        if (record["role"], record.get("name")) == (role, name):
-            return record
-    labels = {"role": role} | ({"name": name} if name else {})
-    if known:
-        record = {key: value for key, value in known[0].items() if key != "name"} | labels
+    results_path = Path(run_dir) / "results.jsonl"
+    results = read_results(results_path)
+    require_this_grader(results, results_path)
+    reference = evaluation.reference
+    known = [result for result in results if reference_of(result) == reference]
+    for result in known:
+        if result["role"] == role and result.get("name") == name:
+            return result
+    labels = {"role": role}
+    if name:
+        labels["name"] = name
+    if known:  # under another role or name
+        result = {field: value for field, value in known[0].items() if field != "name"} | labels
     else:
-        started = time.perf_counter()
-        new = resumed(answerer, task, rows, prompt, settings, predictions, triple, finished)
-        record = labels | {"task": task.name, "model": answerer.name, "endpoint": answerer.endpoint} | triple
-        record |= {"rows": rows_hash(rows), "prompt": prompt, "max_new_tokens": settings.max_new_tokens}
-        record |= summarize(new) | {"minutes": (time.perf_counter() - started) / 60}
-    append_jsonl(results, record)
-    return record
+        result = labels | run_evaluation(evaluation, Path(run_dir) / "predictions.jsonl", results)
+    append_jsonl(results_path, result)
+    return result
 
 
-def resumed(answerer, task, rows, prompt, settings, path, triple, finished):
-    """Predictions in the rows' order: those in the file at `path`, and the missing ones, appended to it."""
-    from tqdm import tqdm
+def run_evaluation(evaluation, path, results):
+    """The `Result` of an evaluation that is not in `results`, without the prompt's role and name. Its predictions are
+    taken from the file at `path`; the missing ones are made and appended."""
+    started = time.perf_counter()
+    kept = kept_predictions(evaluation, path, results)
+    predictions = add_missing(evaluation, path, kept)
+    head = {
+        "task": evaluation.task.name,
+        "model": evaluation.answerer.name,
+        "endpoint": evaluation.answerer.endpoint,
+        **evaluation.reference._asdict(),
+        "rows": rows_hash(evaluation.rows),
+        "prompt": evaluation.prompt,
+        "max_new_tokens": evaluation.settings.max_new_tokens,
+    }
+    return head | summarize(predictions) | {"minutes": (time.perf_counter() - started) / 60}
 
-    whole = {tuple(record[key] for key in triple) for record in finished}
+
+def kept_predictions(evaluation, path, results):
+    """{row's id: `Prediction`} that the file at `path` holds of the evaluation; `results`: the finished ones.
+
+    Errors: UserError, as `evaluate_once` says.
+    """
+    own = evaluation.reference
+    finished = {reference_of(result) for result in results}
     kept = {}
-    for p in read_kept(path):
-        own = tuple(p[key] for key in triple)
-        if own == tuple(triple.values()):
-            require(p["id"] not in kept, f"{path}: two predictions of row {p['id']} for one prompt; remove one")
-            kept[p["id"]] = p
-        elif own not in whole and own[:2] == (triple["split"], triple["prompt_hash"]):
+    for prediction in read_all_predictions(path):
+        reference = reference_of(prediction)
+        if reference == own:
+            row_id = prediction["id"]
+            require(row_id not in kept, f"{path}: two predictions of row {row_id} for one prompt; remove one")
+            kept[row_id] = prediction
+        elif reference not in finished and (reference.split, reference.prompt_hash) == (own.split, own.prompt_hash):
             raise UserError(
-                f"{path} holds an unfinished evaluation of {prompt!r} on {triple['split']} with another model, other "
-                "rows or settings: finish it with those, remove its lines, or choose another --run-dir"
+                f"{path} holds an unfinished evaluation of {evaluation.prompt!r} on {own.split} with another model, "
+                "other rows or settings: finish it with those, remove its lines, or choose another --run-dir"
             )
-    strangers = kept.keys() - {row["id"] for row in rows}
-    require(not strangers, f"{path}: {min(strangers, default='')} is no row of {task.name}'s {triple['split']} split")
+    strangers = kept.keys() - {row["id"] for row in evaluation.rows}
+    if strangers:
+        raise UserError(f"{path}: {min(strangers)} is no row of {evaluation.task.name}'s {evaluation.split} split")
     require_this_grader(kept.values(), path)
-    with tqdm(total=len(rows), initial=len(kept), unit="row", desc=triple["split"], leave=False) as bar:
-        for batch in answerer.generate(task, rows, prompt, settings, frozenset(kept)):
-            new = [triple | prediction(task, row, *rest) for row, *rest in batch]
-            append_jsonl(path, *new)
-            kept |= {p["id"]: p for p in new}
-            bar.set_postfix(accuracy=f"{100 * sum(p['correct'] for p in kept.values()) / len(kept):.1f} %")
-            bar.update(len(new))
-    return [kept[row["id"]] for row in rows]
+    return kept
+
+
+def add_missing(evaluation, path, kept):
+    """Predictions of all rows, in their order: those in `kept`, and the missing ones, made now and appended at `path`,
+    a batch at a time."""
+    task, rows = evaluation.task, evaluation.rows
+    reference = evaluation.reference._asdict()
+    found = dict(kept)
+    batches = evaluation.answerer.generate(task, rows, evaluation.prompt, evaluation.settings, frozenset(kept))
+    with tqdm(total=len(rows), initial=len(kept), unit="row", desc=evaluation.split, leave=False) as bar:
+        for batch in batches:
+            predictions = [reference | graded(task, generation) for generation in batch]
+            append_jsonl(path, *predictions)
+            for prediction in predictions:
+                found[prediction["id"]] = prediction
+            right = sum(prediction["correct"] for prediction in found.values())
+            bar.set_postfix(accuracy=f"{100 * right / len(found):.1f} %")
+            bar.update(len(predictions))
+    return [found[row["id"]] for row in rows]
+
+
+# --- Reading the files, and grading their texts again ----------------------------------------------------------
 
 
 def read_results(path):
-    texts = "role split prompt_hash evaluation prompt".split()
-    numbers = "accuracy stderr harness_accuracy harness_stderr unread truncated mean_tokens minutes".split()
-    kinds = dict.fromkeys(texts, str) | dict.fromkeys(numbers, (float, int))
-    return require_fields(read_appended(path), path, **kinds, n=int, max_new_tokens=int)
+    """All results of the file at `path`, [] if there is none. Errors: UserError that names a line without a field."""
+    texts = ("role", *Reference._fields, "prompt")
+    numbers = (
+        "accuracy",
+        "stderr",
+        "harness_accuracy",
+        "harness_stderr",
+        "unread",
+        "truncated",
+        "mean_tokens",
+        "minutes",
+    )
+    kinds = dict.fromkeys(texts, str) | dict.fromkeys(numbers, (float, int)) | {"n": int, "max_new_tokens": int}
+    return require_fields(read_appended(path), path, **kinds)
 
 
-def read_kept(path):
-    texts = dict.fromkeys(("split", "prompt_hash", "evaluation", "id", "text", "reply"), str)
-    outcomes = dict.fromkeys(("truncated", "correct", "harness_correct"), bool)
-    return require_fields(read_appended(path), path, **texts, **outcomes, tokens=int)
+def read_all_predictions(path):
+    """The predictions of all evaluations in the file at `path`, [] if there is none. Errors: as `read_results`."""
+    texts = (*Reference._fields, "id", "text", "reply")
+    outcomes = ("truncated", "correct", "harness_correct")
+    kinds = dict.fromkeys(texts, str) | dict.fromkeys(outcomes, bool) | {"tokens": int}
+    return require_fields(read_appended(path), path, **kinds)
+
+
+def read_predictions(run_dir, result, rows):
+    """The predictions behind a `Result`, in the order of `rows`. Errors: UserError if one is missing."""
+    path = Path(run_dir) / "predictions.jsonl"
+    found = {}
+    for prediction in read_all_predictions(path):
+        if reference_of(prediction) == reference_of(result):
+            found[prediction["id"]] = prediction
+    missing = [row["id"] for row in rows if row["id"] not in found]
+    require(not missing, f"{path} lacks row {missing[:1]} of an evaluation that results.jsonl counts as finished")
+    return [found[row["id"]] for row in rows]
 
 
 def require_this_grader(records, path):
-    versions = {record.get("grader_version") for record in records} - {GRADER_VERSION}
-    if versions:
+    """Errors: UserError if another version of the grader graded one of the records in the file at `path`."""
+    if any(record.get("grader_version") != GRADER_VERSION for record in records):
         folder = Path(path).parent
         raise UserError(
             f"{path} was graded by another version of the grader: python 03_evaluate.py --run-dir {folder} --regrade"
         )
 
 
-def read_predictions(run_dir, result, rows):
-    """The predictions behind a results record, in the order of `rows`."""
-    same = {key: result[key] for key in ("split", "prompt_hash", "evaluation")}.items()
-    path = Path(run_dir) / "predictions.jsonl"
-    found = {p["id"]: p for p in read_kept(path) if same <= p.items()}
-    missing = [row["id"] for row in rows if row["id"] not in found]
-    require(not missing, f"{path} lacks row {missing[:1]} of an evaluation that results.jsonl counts as finished")
-    return [found[row["id"]] for row in rows]
-
-
 def regrade(run_dir, task, splits):
-    """Read and grade the kept texts of a folder again, with no model. Returns [(old record, new record)].
+    """Read and grade the kept texts of a folder again, with no model. Returns [(old `Result`, new `Result`)].
 
     Errors: UserError, with nothing written, if a text belongs to no row of the task as it is now.
     """
-    results, predictions = (Path(run_dir) / f"{file}.jsonl" for file in ("results", "predictions"))
-    require(
-        results.exists() and predictions.exists(), f"{run_dir} holds no evaluation: no results or predictions.jsonl"
-    )
-    rows = {(split, row["id"]): row for split in splits for row in splits[split]}
-    groups, graded = defaultdict(list), []
-    for number, p in enumerate(read_kept(predictions), 1):
-        row = rows.get((p["split"], p["id"]))
-        require(row, f"{predictions}, line {number}: {p['id']} is no row of {task.name}'s {p['split']} split")
-        graded.append(p | readings(task, row, p["text"], p["reply"]))
-        groups[p["split"], p["prompt_hash"], p["evaluation"]].append(graded[-1])
+    results_path = Path(run_dir) / "results.jsonl"
+    predictions_path = Path(run_dir) / "predictions.jsonl"
+    both = results_path.exists() and predictions_path.exists()
+    require(both, f"{run_dir} holds no evaluation: no results or predictions.jsonl")
+    predictions = graded_again(predictions_path, task, splits)
+    by_evaluation = defaultdict(list)
+    for prediction in predictions:
+        by_evaluation[reference_of(prediction)].append(prediction)
     changes = []
-    for number, old in enumerate(read_results(results), 1):
-        where = f"{results}, line {number}"
+    for number, old in enumerate(read_results(results_path), 1):
+        where = f"{results_path}, line {number}"
         require(old.get("task") == task.name, f"{where} is of the task {old.get('task')}, not {task.name}")
-        own = groups[old["split"], old["prompt_hash"], old["evaluation"]]
-        ids = {p["id"] for p in own}
-        used = [row for row in splits.get(old["split"], []) if row["id"] in ids]
-        found = f"{predictions} has {len(own)} predictions of {len(ids)}"
+        own = by_evaluation[reference_of(old)]
+        ids = {prediction["id"] for prediction in own}
+        found = f"{predictions_path} has {len(own)} predictions of {len(ids)}"
         require(len(ids) == len(own) == old["n"], f"{where} counts {old['n']} rows, {found}")
-        same = rows_hash(used) == old.get("rows")
+        rows = [row for row in splits.get(old["split"], []) if row["id"] in ids]
+        same = rows_hash(rows) == old.get("rows")
         require(same, f"{where} was evaluated on other questions or answers of the same ids")
         changes.append((old, old | summarize(own)))
-    write_jsonl(predictions, graded)
-    write_jsonl(results, [new for _, new in changes])
+    write_jsonl(predictions_path, predictions)
+    write_jsonl(results_path, [new for _, new in changes])
     return changes
+
+
+def graded_again(path, task, splits):
+    """The predictions of the file at `path`, read and graded by the present grader; nothing is written.
+
+    Errors: UserError that names the line whose row the task does not have.
+    """
+    rows = {(split, row["id"]): row for split in splits for row in splits[split]}
+    predictions = []
+    for number, old in enumerate(read_all_predictions(path), 1):
+        row = rows.get((old["split"], old["id"]))
+        require(row, f"{path}, line {number}: {old['id']} is no row of {task.name}'s {old['split']} split")
+        predictions.append(old | readings(task, row, old["text"], old["reply"]))
+    return predictions
 
 
 # --- Numbers ----------------------------------------------------------------------------------------------

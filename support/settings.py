@@ -176,6 +176,13 @@ class ServerFlags:
         require(self.answer_turn in known, f"--answer-turn must be one of {', '.join(known)}, not {self.answer_turn!r}")
 
 
+def check_split_and_counts(flags, **least):
+    """Errors: UserError if --split is neither dev nor test, or if one of these flags is below its least number."""
+    require(flags.split in ("dev", "test"), f"--split must be dev or test, not {flags.split!r}")
+    for name, number in least.items():
+        require(getattr(flags, name) >= number, f"--{name.replace('_', '-')} must be at least {number}")
+
+
 # --- The command line --------------------------------------------------------------------------------------------
 
 

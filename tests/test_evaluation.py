@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
@@ -12,11 +13,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import greater_core
-from greater_core import encode_in_place
 from support import evaluation
-from support.answerers import Answerer, local_answerer
-from support.evaluation import compare, evaluate, evaluate_once, mcnemar, regrade
+from support.answerers import Answerer
+from support.evaluation import Evaluation, Generation, compare, evaluate, evaluate_once, mcnemar, regrade
 from support.files import UserError, read_jsonl, text_hash, write_jsonl
 from support.tasks import GRADER_VERSION
 
@@ -67,37 +66,18 @@ def test_equal_answers_differ_by_nothing_and_lists_of_other_lengths_are_refused(
 # --- Two readings of one generation ---------------------------------------------------------------------------
 
 
-class Model:
-    dtype = "float32"
-
-
-@pytest.fixture
-def scripted(monkeypatch, demo_tokenizer):
-    """Generations that say what the test wants: [(reasoning, stopped)] and the replies behind the extractor."""
-
-    def install(reasoning, replies):
-        calls = []
-
-        def generate(model, contexts, max_new_tokens, batch_size, work=None):
-            calls.append((contexts, max_new_tokens))
-            texts = reasoning if len(calls) % 2 else [(reply, True) for reply in replies]
-            return [(demo_tokenizer.encode(text, add_special_tokens=False), stopped) for text, stopped in texts]
-
-        monkeypatch.setattr(greater_core, "generate_greedily", generate)
-        return calls
-
-    return install
-
-
 ROWS = [
     {"id": "a", "question": "tom has 3 pens . how many pens ?", "answer": "3"},
     {"id": "b", "question": "ann has 20 pens . how many pens ?", "answer": "20"},
 ]
 
 
-def test_each_reading_looks_at_its_own_text(scripted, demo_tokenizer, demo_task):
-    calls = scripted([("1 + 2 = 3 .", True), ("4 + 5 = 20", False)], ["5", "tom <|end|>"])
-    answerer = local_answerer(Model(), demo_tokenizer, "m")
+def test_each_reading_looks_at_its_own_text(demo_task):
+    def generate(task, rows, prompt, settings, done):
+        yield [Generation(rows[1], "4 + 5 = 20", "tom", 5, True)]
+        yield [Generation(rows[0], "1 + 2 = 3 .", "5", 6, False)]
+
+    answerer = Answerer("m", ("m", "float32"), generate)
     found = evaluate(answerer, demo_task, ROWS, "find this .", settings(max_new_tokens=9))
     assert [(p["id"], p["gold"], p["answer"], p["correct"]) for p in found] == [
         ("a", "3", "5", False),
@@ -108,54 +88,10 @@ def test_each_reading_looks_at_its_own_text(scripted, demo_tokenizer, demo_task)
         (6, False, "1 + 2 = 3 .", "5"),
         (5, True, "4 + 5 = 20", "tom"),
     ]
-    (contexts, limit), (asked, reply_limit) = calls
-    assert (limit, reply_limit) == (9, 12)
-    text = demo_tokenizer.decode(asked[0])
-    assert asked[0][: len(contexts[0])] == contexts[0] and text.endswith("1 + 2 = 3 . so the answer is")
     record = evaluation.summarize(found)
     assert (record["accuracy"], record["harness_accuracy"], record["correct"], record["n"]) == (0.0, 1.0, 0, 2)
     assert (record["unread"], record["harness_unread"], record["truncated"]) == (0.5, 0.0, 0.5)
     assert (record["mean_tokens"], record["grader_version"]) == (5.5, GRADER_VERSION)
-
-
-def test_evaluation_reads_the_same_ids_as_the_search(monkeypatch, subword_tokenizer):
-    seen = []
-
-    def generate(model, contexts, max_new_tokens, batch_size, work=None):
-        seen.append(contexts)
-        return [([], True) for _ in contexts]
-
-    monkeypatch.setattr(greater_core, "generate_greedily", generate)
-    task, row = own_task("choice", choices="AB"), {"id": "r", "question": "Is it A?\nOptions:\n(A) yes", "answer": "A"}
-    prompt = "logical steps, then the answer."
-    evaluate(local_answerer(Model(), subword_tokenizer, "m"), task, [row], prompt, settings())
-    assert seen[0] == [sum(encode_in_place(subword_tokenizer, task, row["question"], prompt), [])]
-
-
-def test_a_bare_prompt_stands_behind_the_question_and_an_empty_one_leaves_the_question_alone(
-    monkeypatch, subword_tokenizer
-):
-    asked = []
-
-    def generate(model, contexts, max_new_tokens, batch_size, work=None):
-        asked.append([subword_tokenizer.decode(ids) for ids in contexts])
-        return [([], True) for _ in contexts]
-
-    monkeypatch.setattr(greater_core, "generate_greedily", generate)
-    task = own_task(template="Question: {question}\nNow use {prompt}")
-    row = {"id": "r", "question": "3 + 14", "answer": "17"}
-    for prompt in ("", "Let's think step by step."):
-        evaluate(local_answerer(Model(), subword_tokenizer, "m"), task.bare, [row], prompt, settings())
-    empty, thought = asked[0][0], asked[2][0]
-    assert "Question: 3 + 14" in empty and "Now use" not in empty
-    assert thought.replace("\nLet's think step by step.", "", 1) == empty
-    assert own_task(template="{question} please {prompt}").bare.template == "{question} {prompt}"
-
-
-def test_a_prompt_with_a_word_the_tokenizer_does_not_know_is_refused(demo_tokenizer, demo_task):
-    answerer = local_answerer(Model(), demo_tokenizer, "m")
-    with pytest.raises(UserError, match="does not know all of the prompt"):
-        evaluate(answerer, demo_task, ROWS, "find this theorem .", settings())
 
 
 # --- On disk: nothing twice, nothing lost ---------------------------------------------------------------------
@@ -186,9 +122,16 @@ def many():
     return [{"id": str(i), "question": f"{i} + 1", "answer": str(i + 1)} for i in range(7)]
 
 
-def once(folder, rows, answerer=None, prompt="find this .", role="best", split="dev", name=None, **changes):
-    arguments = answerer or stub(), own_task(), rows, prompt, settings(**changes), folder, role, split, name
-    return evaluate_once(*arguments)
+def of(rows, answerer=None, prompt="find this .", split="dev", **changes):
+    return Evaluation(answerer or stub(), own_task(), split, rows, prompt, settings(**changes))
+
+
+def once(folder, rows, answerer=None, role="best", name=None, **changes):
+    return evaluate_once(of(rows, answerer, **changes), folder, role, name)
+
+
+def without_time(record):
+    return {key: value for key, value in record.items() if key != "minutes"}
 
 
 def test_what_was_evaluated_is_not_evaluated_again_and_what_differs_is(tmp_path, many):
@@ -216,32 +159,93 @@ def test_what_was_evaluated_is_not_evaluated_again_and_what_differs_is(tmp_path,
 
 def test_the_key_of_an_evaluation_depends_on_all_that_its_texts_depend_on(many):
     task = own_task("choice", choices=("A", "B"), template="{question} {prompt}")
-    same = [stub(), task, many, settings()]
+    same = Evaluation(stub(), task, "dev", many, "find this .", settings())
     others = [
-        [0, stub("other")],
-        [0, Answerer("m", ("m", "bfloat16"), None)],
-        [1, own_task("choice", choices=("A", "B", "C"), template=task.template)],
-        [1, own_task("boolean", choices=("A", "B"), template=task.template)],
-        [1, own_task("choice", choices=("A", "B"), template="{question}\n{prompt}")],
-        [1, own_task("choice", "It is $", choices=("A", "B"), template=task.template)],
-        [2, many[:-1]],
-        [2, [many[0] | {"question": "2 + 3"}, *many[1:]]],
-        [3, settings(max_new_tokens=13)],
+        {"answerer": stub("other")},
+        {"answerer": Answerer("m", ("m", "bfloat16"), None)},
+        {"task": own_task("choice", choices=("A", "B", "C"), template=task.template)},
+        {"task": own_task("boolean", choices=("A", "B"), template=task.template)},
+        {"task": own_task("choice", choices=("A", "B"), template="{question}\n{prompt}")},
+        {"task": own_task("choice", "It is $", choices=("A", "B"), template=task.template)},
+        {"rows": many[:-1]},
+        {"rows": [many[0] | {"question": "2 + 3"}, *many[1:]]},
+        {"settings": settings(max_new_tokens=13)},
     ]
-    keys = {evaluation.evaluation_key(*same[:i], other, *same[i + 1 :]) for i, other in others}
-    assert len(keys) == len(others) and evaluation.evaluation_key(*same) not in keys
-    assert evaluation.evaluation_key(*same[:3], settings(batch_size=3)) == evaluation.evaluation_key(*same)
+    keys = {replace(same, **other).key for other in others}
+    assert len(keys) == len(others) and same.key not in keys
+    assert replace(same, settings=settings(batch_size=3)).key == same.key
 
 
-def test_a_model_loaded_here_is_known_by_its_weights_and_its_dtype(tmp_path, demo_tokenizer):
-    (tmp_path / "m").mkdir()
-    found = set()
-    for weights, dtype in ((b"1", "float32"), (b"2", "float32"), (b"2", "bfloat16")):
-        (tmp_path / "m" / "model.safetensors").write_bytes(weights)
-        model = Model()
-        model.dtype = dtype
-        found.add(local_answerer(model, demo_tokenizer, tmp_path / "m").identity)
-    assert len(found) == 3
+# What the first version of the records holds: an evaluation that is on a user's disk must stay valid.
+RECORDED_ROWS = [{"id": str(i), "question": f"{i} + 1", "answer": str(i + 1)} for i in range(3)]
+RECORDED_PREDICTIONS = """\
+{"split": "dev", "prompt_hash": "4aa75daec0028960", "evaluation": "dfbdfc41e0793446", "id": "0", "text": "it is 1", \
+"reply": "1", "tokens": 3, "truncated": false, "gold": "1", "answer": "1", "correct": true, "harness_answer": "1", \
+"harness_correct": true, "grader_version": 1}
+{"split": "dev", "prompt_hash": "4aa75daec0028960", "evaluation": "dfbdfc41e0793446", "id": "1", "text": "it is 0", \
+"reply": "none", "tokens": 3, "truncated": true, "gold": "2", "answer": null, "correct": false, \
+"harness_answer": "0", "harness_correct": false, "grader_version": 1}
+{"split": "dev", "prompt_hash": "4aa75daec0028960", "evaluation": "dfbdfc41e0793446", "id": "2", "text": "so 3", \
+"reply": "3", "tokens": 4, "truncated": false, "gold": "3", "answer": "3", "correct": true, "harness_answer": "3", \
+"harness_correct": true, "grader_version": 1}
+"""
+RECORDED_RESULT = """\
+{"role": "best", "task": "own", "model": "m", "endpoint": "", "split": "dev", "prompt_hash": "4aa75daec0028960", \
+"evaluation": "dfbdfc41e0793446", "rows": "c63590f5f4b1d3c0", "prompt": "find this .", "max_new_tokens": 12, "n": 3, \
+"correct": 2, "accuracy": 0.6666666666666666, "stderr": 0.33333333333333337, \
+"harness_accuracy": 0.6666666666666666, "harness_stderr": 0.33333333333333337, "unread": 0.3333333333333333, \
+"harness_unread": 0.0, "truncated": 0.3333333333333333, "mean_tokens": 3.3333333333333335, "grader_version": 1, \
+"minutes": 0.5}
+"""
+
+
+def recorded_answerer():
+    """It writes what the recorded predictions hold."""
+
+    def generate(task, rows, prompt, settings, done):
+        written = [(rows[0], "it is 1", "1", 3, False), (rows[1], "it is 0", "none", 3, True)]
+        yield [generation for generation in written if generation[0]["id"] not in done]
+        yield [(rows[2], "so 3", "3", 4, False)]
+
+    return Answerer("m", ("m", "float32"), generate)
+
+
+def silent_answerer():
+    """It may be asked for no row that is not done."""
+
+    def generate(task, rows, prompt, settings, done):
+        assert {row["id"] for row in rows} == done
+        yield from ()
+
+    return Answerer("m", ("m", "float32"), generate)
+
+
+def test_the_keys_of_evaluations_are_those_of_the_records_that_users_have():
+    assert of(RECORDED_ROWS, recorded_answerer()).key == "dfbdfc41e0793446"
+    server = Answerer("s", ("server", "s", "continue"), None)
+    task = own_task("choice", "It is $", ("A", "B"), template="{question} {prompt}")
+    there = Evaluation(server, task, "test", RECORDED_ROWS, "", settings(max_new_tokens=7))
+    assert (there.key, there.prompt_hash) == ("932177d7a2626bcd", "e3b0c44298fc1c14")
+
+
+def test_the_files_of_an_evaluation_are_those_that_users_have_byte_for_byte(tmp_path, monkeypatch):
+    clock = iter([60.0, 90.0])
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
+    once(tmp_path, RECORDED_ROWS, recorded_answerer())
+    assert (tmp_path / "predictions.jsonl").read_text() == RECORDED_PREDICTIONS
+    assert (tmp_path / "results.jsonl").read_text() == RECORDED_RESULT
+    once(tmp_path, RECORDED_ROWS, silent_answerer(), role="baseline", name="empty")
+    labelled = RECORDED_RESULT.replace('"best"', '"baseline"').replace("}", ', "name": "empty"}')
+    assert (tmp_path / "results.jsonl").read_text() == RECORDED_RESULT + labelled
+
+
+def test_a_recorded_evaluation_is_found_again_and_recorded_predictions_are_not_made_again(tmp_path):
+    (tmp_path / "predictions.jsonl").write_text(RECORDED_PREDICTIONS)
+    result = once(tmp_path, RECORDED_ROWS, silent_answerer())
+    assert without_time(result) == without_time(json.loads(RECORDED_RESULT))
+    (tmp_path / "results.jsonl").write_text(RECORDED_RESULT)
+    (tmp_path / "predictions.jsonl").unlink()  # it is not even looked at
+    assert once(tmp_path, RECORDED_ROWS, silent_answerer()) == json.loads(RECORDED_RESULT)
 
 
 def test_minutes_are_those_of_the_generation(tmp_path, many, monkeypatch):
@@ -286,10 +290,6 @@ def test_a_results_line_without_a_field_is_named(tmp_path, many):
                 action()
 
 
-def without_time(record):
-    return {key: value for key, value in record.items() if key != "minutes"}
-
-
 @pytest.mark.parametrize("torn", [0, 1, 30])
 def test_a_killed_evaluation_goes_on_with_the_rows_it_lacks_and_ends_the_same(tmp_path, many, torn):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -306,22 +306,6 @@ def test_a_killed_evaluation_goes_on_with_the_rows_it_lacks_and_ends_the_same(tm
     assert log == [row["id"] for row in many[3 if torn > 1 else 4 :]]
     by_id = [sorted(map(json.dumps, read_jsonl(folder / "predictions.jsonl"))) for folder in (whole, killed)]
     assert by_id[0] == by_id[1]
-
-
-def test_a_killed_evaluation_of_a_real_model_ends_the_same(tmp_path, demo_model, demo_tokenizer, demo_task, demo_data):
-    rows, results = demo_data["dev"][:10], []
-    for cut in (None, 5):  # in the middle of the second batch
-        folder = tmp_path / str(cut)
-        folder.mkdir()
-        answerer = local_answerer(demo_model, demo_tokenizer, "m")
-        arguments = answerer, demo_task, rows, "check each step .", settings(batch_size=3), folder, "best", "dev"
-        evaluate_once(*arguments)
-        if cut:
-            (folder / "results.jsonl").unlink()
-            write_jsonl(folder / "predictions.jsonl", read_jsonl(folder / "predictions.jsonl")[:cut])
-        results.append((without_time(evaluate_once(*arguments)), read_jsonl(folder / "predictions.jsonl")))
-    (first, in_order), (second, resumed) = results
-    assert first == second and sorted(map(json.dumps, in_order)) == sorted(map(json.dumps, resumed))
 
 
 def test_an_unfinished_evaluation_is_not_mixed_with_another_model_or_other_rows(tmp_path, many):

@@ -1,4 +1,5 @@
-"""Evaluation through a server: a real one with the demo's model, and one that misbehaves in every way we know."""
+"""Who answers: a model loaded here; a server, a real one with the demo's model, and one that misbehaves in every way
+we know."""
 
 import asyncio
 import json
@@ -18,22 +19,141 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT, own_task, settings
 
-from support import answerers as server
-from support.answerers import local_answerer, server_answerer
-from support.evaluation import evaluate, evaluate_once
-from support.files import UserError, read_jsonl
+import greater_core
+from greater_core import encode_in_place
+from support import answerers
+from support.answerers import Server, local_answerer, server_answerer
+from support.evaluation import Evaluation, evaluate, evaluate_once
+from support.files import UserError, read_jsonl, write_jsonl
 from support.settings import ServerFlags
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(server, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(answerers, "FIRST_PAUSE", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_user")
 
 
 def flags(**changes):
     return ServerFlags(**({"answer_turn": "prefill", "request_timeout": 5.0} | changes))
+
+
+# --- A model loaded here ------------------------------------------------------------------------------------------
+
+
+class Model:
+    dtype = "float32"
+
+
+@pytest.fixture
+def scripted(monkeypatch, demo_tokenizer):
+    """Generations that say what the test wants: [(reasoning, stopped)] and the replies behind the extractor."""
+
+    def install(reasoning, replies):
+        calls = []
+
+        def generate(model, contexts, max_new_tokens, batch_size, work=None):
+            calls.append((contexts, max_new_tokens))
+            texts = reasoning if len(calls) % 2 else [(reply, True) for reply in replies]
+            return [(demo_tokenizer.encode(text, add_special_tokens=False), stopped) for text, stopped in texts]
+
+        monkeypatch.setattr(greater_core, "generate_greedily", generate)
+        return calls
+
+    return install
+
+
+ROWS = [
+    {"id": "a", "question": "tom has 3 pens . how many pens ?", "answer": "3"},
+    {"id": "b", "question": "ann has 20 pens . how many pens ?", "answer": "20"},
+]
+
+
+def test_a_model_loaded_here_answers_behind_its_reasoning_and_the_extractor(scripted, demo_tokenizer, demo_task):
+    calls = scripted([("1 + 2 = 3 .", True), ("4 + 5 = 20", False)], ["5", "tom <|end|>"])
+    answerer = local_answerer(Model(), demo_tokenizer, "m")
+    found = evaluate(answerer, demo_task, ROWS, "find this .", settings(max_new_tokens=9))
+    assert [(p["id"], p["answer"], p["harness_answer"]) for p in found] == [("a", "5", "3"), ("b", None, "20")]
+    assert [(p["tokens"], p["truncated"], p["text"], p["reply"]) for p in found] == [
+        (6, False, "1 + 2 = 3 .", "5"),
+        (5, True, "4 + 5 = 20", "tom"),
+    ]
+    (contexts, limit), (asked, reply_limit) = calls
+    assert (limit, reply_limit) == (9, 12)
+    text = demo_tokenizer.decode(asked[0])
+    assert asked[0][: len(contexts[0])] == contexts[0] and text.endswith("1 + 2 = 3 . so the answer is")
+
+
+def test_evaluation_reads_the_same_ids_as_the_search(monkeypatch, subword_tokenizer):
+    seen = []
+
+    def generate(model, contexts, max_new_tokens, batch_size, work=None):
+        seen.append(contexts)
+        return [([], True) for _ in contexts]
+
+    monkeypatch.setattr(greater_core, "generate_greedily", generate)
+    task, row = own_task("choice", choices="AB"), {"id": "r", "question": "Is it A?\nOptions:\n(A) yes", "answer": "A"}
+    prompt = "logical steps, then the answer."
+    evaluate(local_answerer(Model(), subword_tokenizer, "m"), task, [row], prompt, settings())
+    assert seen[0] == [sum(encode_in_place(subword_tokenizer, task, row["question"], prompt), [])]
+
+
+def test_a_bare_prompt_stands_behind_the_question_and_an_empty_one_leaves_the_question_alone(
+    monkeypatch, subword_tokenizer
+):
+    asked = []
+
+    def generate(model, contexts, max_new_tokens, batch_size, work=None):
+        asked.append([subword_tokenizer.decode(ids) for ids in contexts])
+        return [([], True) for _ in contexts]
+
+    monkeypatch.setattr(greater_core, "generate_greedily", generate)
+    task = own_task(template="Question: {question}\nNow use {prompt}")
+    row = {"id": "r", "question": "3 + 14", "answer": "17"}
+    for prompt in ("", "Let's think step by step."):
+        evaluate(local_answerer(Model(), subword_tokenizer, "m"), task.bare, [row], prompt, settings())
+    empty, thought = asked[0][0], asked[2][0]
+    assert "Question: 3 + 14" in empty and "Now use" not in empty
+    assert thought.replace("\nLet's think step by step.", "", 1) == empty
+    assert own_task(template="{question} please {prompt}").bare.template == "{question} {prompt}"
+
+
+def test_a_prompt_with_a_word_the_tokenizer_does_not_know_is_refused(demo_tokenizer, demo_task):
+    answerer = local_answerer(Model(), demo_tokenizer, "m")
+    with pytest.raises(UserError, match="does not know all of the prompt"):
+        evaluate(answerer, demo_task, ROWS, "find this theorem .", settings())
+
+
+def test_a_model_loaded_here_is_known_by_its_weights_and_its_dtype(tmp_path, demo_tokenizer):
+    (tmp_path / "m").mkdir()
+    found = set()
+    for weights, dtype in ((b"1", "float32"), (b"2", "float32"), (b"2", "bfloat16")):
+        (tmp_path / "m" / "model.safetensors").write_bytes(weights)
+        model = Model()
+        model.dtype = dtype
+        found.add(local_answerer(model, demo_tokenizer, tmp_path / "m").identity)
+    assert len(found) == 3
+
+
+def without_time(record):
+    return {key: value for key, value in record.items() if key != "minutes"}
+
+
+def test_a_killed_evaluation_of_a_real_model_ends_the_same(tmp_path, demo_model, demo_tokenizer, demo_task, demo_data):
+    rows, results = demo_data["dev"][:10], []
+    for cut in (None, 5):  # in the middle of the second batch
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        answerer = local_answerer(demo_model, demo_tokenizer, "m")
+        asked = Evaluation(answerer, demo_task, "dev", rows, "check each step .", settings(batch_size=3))
+        evaluate_once(asked, folder, "best")
+        if cut:
+            (folder / "results.jsonl").unlink()
+            write_jsonl(folder / "predictions.jsonl", read_jsonl(folder / "predictions.jsonl")[:cut])
+        results.append((without_time(evaluate_once(asked, folder, "best")), read_jsonl(folder / "predictions.jsonl")))
+    (first, in_order), (second, resumed) = results
+    assert first == second and sorted(map(json.dumps, in_order)) == sorted(map(json.dumps, resumed))
 
 
 # --- A server that misbehaves ---------------------------------------------------------------------------------
@@ -109,6 +229,10 @@ def rows():
     return [{"id": str(i), "question": f"{i} + 1", "answer": str(i + 1)} for i in range(12)]
 
 
+def asked(answerer, rows):
+    return Evaluation(answerer, own_task(), "dev", rows, "think.", settings())
+
+
 def trouble(kind):
     """A server that makes every other question wait or fail once in this way before it answers well."""
 
@@ -161,7 +285,7 @@ def test_what_fails_for_a_passing_reason_is_asked_again_and_nothing_is_lost_or_c
     with serving(trouble(kind)) as web:
         limits = flags(concurrency=6, request_timeout=1.0 if kind in SLOW else 20.0)
         answerer = server_answerer(limits, web.url, "m")
-        record = evaluate_once(answerer, own_task(), rows, "think.", settings(), tmp_path, "given", "dev")
+        record = evaluate_once(asked(answerer, rows), tmp_path, "given")
     assert (record["n"], record["correct"], record["harness_accuracy"], record["mean_tokens"]) == (12, 12, 1.0, 3.0)
     predictions = read_jsonl(tmp_path / "predictions.jsonl")
     assert sorted(p["id"] for p in predictions) == sorted(row["id"] for row in rows)
@@ -192,7 +316,7 @@ def test_a_server_that_never_recovers_ends_the_run_with_one_line_and_the_next_ru
 
     def once():
         answerer = server_answerer(flags(concurrency=2, tries=3), web.url, "m")
-        return evaluate_once(answerer, own_task(), rows, "think.", settings(), tmp_path, "given", "dev")
+        return evaluate_once(asked(answerer, rows), tmp_path, "given")
 
     with serving(behave) as web:
         with pytest.raises(UserError) as error:
@@ -287,9 +411,9 @@ def test_each_way_to_ask_for_the_answer_sends_its_own_messages(rows):
 
 def test_each_way_to_ask_is_an_evaluation_of_its_own_and_an_endpoint_is_not(rows):
     with serving(behave_well) as web, serving(behave_well) as other:
-        answerers = [server_answerer(flags(answer_turn=way), web.url, "a/b/m") for way in ("prefill", "ask")]
+        both = [server_answerer(flags(answer_turn=way), web.url, "a/b/m") for way in ("prefill", "ask")]
         moved = server_answerer(flags(), other.url, "a/b/m")
-    assert answerers[0].identity != answerers[1].identity and moved.identity == answerers[0].identity
+    assert both[0].identity != both[1].identity and moved.identity == both[0].identity
     assert moved.endpoint == other.url and moved.name == "b/m"
 
 
@@ -313,7 +437,7 @@ def test_when_one_request_fails_for_good_those_under_way_are_waited_for(tmp_path
     with serving(behave) as web:
         answerer = server_answerer(flags(concurrency=12), web.url, "m")
         with pytest.raises(UserError, match="too long.* on disk"):
-            evaluate_once(answerer, own_task(), rows, "think.", settings(), tmp_path, "given", "dev")
+            evaluate_once(asked(answerer, rows), tmp_path, "given")
     assert len(read_jsonl(tmp_path / "predictions.jsonl")) == 11
 
 
@@ -332,22 +456,38 @@ def test_more_requests_than_one_client_has_connections_are_under_way_at_once():
 
 
 def test_the_pause_doubles_with_each_try_up_to_a_minute(monkeypatch):
-    pauses, sleep, limits = [], asyncio.sleep, flags(tries=9)
+    pauses, sleep = [], asyncio.sleep
 
     async def no_sleep(seconds):
         pauses.append(seconds)
         await sleep(0)
 
     def ask(client, turns):
-        return server.chat(client, limits, "m", turns, 1)
+        return answerers.chat(client, there, turns, 1)
 
-    monkeypatch.setattr(server, "FIRST_PAUSE", 1.0)
-    monkeypatch.setattr(server.asyncio, "sleep", no_sleep)
+    monkeypatch.setattr(answerers, "FIRST_PAUSE", 1.0)
+    monkeypatch.setattr(answerers.asyncio, "sleep", no_sleep)
     with serving(lambda handler, body, before: handler.say(503, {})) as web:
+        there = Server(web.url, "m", flags(tries=9))
         with pytest.raises(UserError, match="9 tries"):
-            list(server.in_parallel(limits, web.url, ask, [[]]))
+            list(answerers.in_parallel(there, ask, [[]]))
     expected = [1, 2, 4, 8, 16, 32, 60, 60]
     assert len(pauses) == 8 and all(p <= pause <= 1.3 * p for p, pause in zip(expected, pauses))
+
+
+def test_the_key_stands_in_no_object_that_a_message_could_show(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    there = Server("http://127.0.0.1:9/v1", "m", flags())
+    assert there.read_key() == "sk-very-secret" and "secret" not in repr(there)
+
+
+def test_a_server_that_sends_requests_elsewhere_does_not_send_the_key_with_them(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    with serving(behave_well) as elsewhere:
+        with serving(lambda handler, body, before: handler.say(307, b"", location=elsewhere.url)) as web:
+            server_answerer(flags(), web.url, "m")
+    assert web.requests[0][1]["authorization"] == "Bearer sk-very-secret"
+    assert len(elsewhere.requests) == 1 and "secret" not in json.dumps(elsewhere.requests)
 
 
 @pytest.mark.parametrize("key", ["sk-two words", "sk-tab\tinside", "sk-ümlaut"])
@@ -432,8 +572,8 @@ def test_a_real_server_gives_the_texts_answers_and_scores_of_the_model_loaded_he
         folder = tmp_path / str(len(records))
         folder.mkdir()
         long_enough = settings(max_new_tokens=40)
-        arguments = demo_task, rows, "show each step .", long_enough, folder, "given", "dev"
-        record = evaluate_once(answerer, *arguments)
+        evaluation = Evaluation(answerer, demo_task, "dev", rows, "show each step .", long_enough)
+        record = evaluate_once(evaluation, folder, "given")
         records.append((record, {p["id"]: p for p in read_jsonl(folder / "predictions.jsonl")}))
     (served, far), (loaded, near) = records
     numbers = ("n", "correct", "accuracy", "harness_accuracy", "unread", "truncated", "mean_tokens")
