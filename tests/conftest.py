@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM as Auto
 from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 from transformers.models.gemma2 import modeling_gemma2
@@ -20,20 +21,20 @@ from transformers.models.qwen3 import modeling_qwen3
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from greater_core import encode_in_place, splice  # noqa: E402
-from support.engine import freeze, load_model  # noqa: E402
+from support.engine import Engine, load_engine  # noqa: E402
 from support.settings import SearchSettings  # noqa: E402
 from support.sources import split_rows  # noqa: E402
 from support.tasks import Task, get_task  # noqa: E402
+from support.tokens import encode_prompt, encode_row  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models run no faster on more, and two processes would wait for each other
 FAMILIES = ("llama", "llama-tied", "gemma2", "qwen3")
 
 
-def tiny_model(family, tokenizer, dtype=torch.float64, seed=0):
-    """Two layers of random weights, large enough that the logits differ. Gemma-2: scaled embeddings, both soft
-    caps, scores in a scale of their own, and a sliding window of 8 tokens, shorter than every sequence here. Qwen-3:
-    heads that are together wider than the hidden states."""
+def tiny_engine(family, tokenizer, dtype=torch.float64, seed=0):
+    """The engine of a model with two layers of random weights, large enough that the logits differ. Gemma-2: scaled
+    embeddings, both soft caps, scores in a scale of their own, and a sliding window of 8 tokens, shorter than every
+    sequence here. Qwen-3: heads that are together wider than the hidden states."""
     sizes = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -58,7 +59,7 @@ def tiny_model(family, tokenizer, dtype=torch.float64, seed=0):
         ),
     }[family](**sizes)
     torch.manual_seed(seed)
-    return freeze(Auto.from_config(config, dtype=dtype), tokenizer)
+    return Engine(Auto.from_config(config, dtype=dtype), tokenizer)
 
 
 class TorchInDouble:
@@ -79,23 +80,23 @@ def double(monkeypatch):
 
 
 @pytest.fixture(params=FAMILIES)
-def any_model(request, demo_tokenizer, double):
-    return tiny_model(request.param, demo_tokenizer)
+def any_engine(request, demo_tokenizer, double):
+    return tiny_engine(request.param, demo_tokenizer)
 
 
 @pytest.fixture
 def llama(demo_tokenizer, double):
-    return tiny_model("llama", demo_tokenizer)
+    return tiny_engine("llama", demo_tokenizer)
 
 
 @pytest.fixture(scope="session")
-def demo_tokenizer():
-    return AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
+def demo_tokenizer(demo_engine):
+    return demo_engine.tokenizer
 
 
 @pytest.fixture(scope="session")
-def demo_model():
-    return load_model(str(ROOT / "demo" / "model"), "cpu", "float32")[0]
+def demo_engine():
+    return load_engine(str(ROOT / "demo" / "model"), "cpu", "float32")
 
 
 @pytest.fixture(scope="session")
@@ -124,10 +125,45 @@ def settings(**changes):
 def few_rows(demo_tokenizer, demo_task, demo_data):
     """Five rows of different length and their start prompt: (rows, prompt ids)."""
     data = sorted(random.Random(0).sample(demo_data["train"], 20), key=lambda r: len(r["question"]))[::4]
-    rows = [splice(demo_tokenizer, demo_task, row) for row in data]
-    assert len({len(row.before) for row in rows}) > 1
-    ids = encode_in_place(demo_tokenizer, demo_task, data[0]["question"], demo_task.initial_prompt)[1]
+    rows = [encode_row(demo_tokenizer, demo_task, row) for row in data]
+    assert len({len(row.question) for row in rows}) > 1
+    ids = encode_prompt(demo_tokenizer, demo_task, data[0]["question"], demo_task.initial_prompt)[1]
     return rows, tuple(ids)
+
+
+# --- Slow references -----------------------------------------------------------------------------------
+
+
+def greedy_reference(engine, context, limit):
+    """One token at a time, the whole sequence each time, no cache, no padding: (new ids, whether they ended)."""
+    ids = list(context)
+    for _ in range(limit):
+        token = engine.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
+        if token in engine.end_ids:
+            return ids[len(context) :], True
+        ids.append(token)
+    return ids[len(context) :], False
+
+
+def slow_losses(model, row, prompt, reasoning, temperature):
+    """(cross-entropy, wrong, nll) of one row, unpadded, all logits, plain indexing."""
+    ids = row.question + list(prompt) + row.turn_end + reasoning + row.extractor + row.answer
+    logits = model(input_ids=torch.tensor([ids])).logits[0]
+    start, end = len(row.question), len(ids) - len(row.answer)
+    answers = torch.tensor(row.answer)
+    cross_entropy = F.cross_entropy(logits[end - 1 : -1] / temperature, answers)
+    wrong = bool((logits[end - 1 : -1].argmax(-1) != answers).any())
+    nll = F.cross_entropy(logits[start - 1 : start - 1 + len(prompt)], torch.tensor(prompt))
+    return cross_entropy.item(), wrong, nll.item()
+
+
+def constant_engine(tokenizer, logits):
+    """A model whose logits are the same everywhere."""
+    model = tiny_engine("llama", tokenizer).model
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, len(logits), dtype=torch.float64)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.bias.data = torch.tensor(logits, dtype=torch.float64)
+    return Engine(model, tokenizer)
 
 
 # --- Real kinds of subword tokenizers ------------------------------------------------------------------
