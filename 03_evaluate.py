@@ -15,7 +15,8 @@ evaluated with the same model, rows, extractor and settings is not run again; a 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from support.files import alone_in, is_text, read_jsonl, read_run, require, require_fields
+from support.files import alone_in, is_text, read_jsonl, require, require_fields
+from support.runs import read_run
 from support.settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
 
 

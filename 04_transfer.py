@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from support.answerers import open_answerer
-from support.evaluation import evaluate_once, rows_hash, short_name
-from support.files import alone_in, read_jsonl, read_run, require, require_fields, write_jsonl
+from support.evaluation import evaluate_once, rows_hash
+from support.files import alone_in, read_jsonl, require, require_fields, short_name, write_jsonl
+from support.runs import read_run
 from support.settings import GenerationSettings, ModelFlags, ServerFlags, TaskFlags, flag, parse_flags, run_script
 
 

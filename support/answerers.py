@@ -12,8 +12,7 @@ import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from support.evaluation import short_name
-from support.files import UserError, require, weights_hash
+from support.files import UserError, require, short_name, weights_hash
 
 
 @dataclass(frozen=True)

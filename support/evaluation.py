@@ -31,11 +31,6 @@ from support.tasks import GRADER_VERSION, grade, grade_harness, read_answer, rea
 # --- Generating and grading ---------------------------------------------------------------------------------
 
 
-def short_name(model):
-    """A model's name in tables: the last two parts of its hub name or folder."""
-    return "/".join(Path(model).parts[-2:])
-
-
 def prediction(task, row, text, reply, tokens, truncated):
     """The record of one row. A reading that fails is null and counts as wrong."""
     return {"id": row["id"], "text": text, "reply": reply, "tokens": tokens, "truncated": truncated} | readings(

@@ -19,8 +19,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from support.evaluation import short_name
-from support.files import UserError, read_jsonl, require
+from support.files import UserError, read_jsonl, require, short_name
 from support.settings import SearchSettings
 from support.tasks import PAPER_BBH, TASKS
 

@@ -125,7 +125,8 @@ def read_run(folder, **kinds):
     path = Path(folder) / "run.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        good = all(isinstance(record["config"][name], kind) for name, kind in kinds.items())
+        config = record["config"]
+        good = isinstance(config, dict) and all(isinstance(config[name], kind) for name, kind in kinds.items())
     except (OSError, ValueError, KeyError, TypeError):
         good = False
     require(good, f"{path} is not the record of a run of stage 02")
@@ -155,7 +156,7 @@ def open_run(run_dir, config, prepared, train_ids):
     }
     path = Path(run_dir) / "run.json"
     if path.exists():
-        other = differences(path, record)
+        other = differences(run_dir, record)
         begun = (path.parent / "steps.jsonl").exists()  # one that ended before its first step may be begun otherwise
         require(not (other and begun), f"{run_dir} holds a run with other {', '.join(other)}: choose another --run-dir")
         if not other:
@@ -164,11 +165,12 @@ def open_run(run_dir, config, prepared, train_ids):
     write_json(path, record)
 
 
-def differences(path, record):
-    """Names of what differs between a recorded run and this one; where files lie does not count."""
+def differences(run_dir, record):
+    """Names of what differs between the run recorded in a folder and this one; where files lie does not count."""
     try:
-        recorded = settings_of(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):
+        recorded = settings_of(read_run(run_dir))
+    except (UserError, KeyError, TypeError):
+        path = Path(run_dir) / "run.json"
         raise UserError(f"{path} is not the record of a run: choose another --run-dir") from None
     now = settings_of(record)
     names = (recorded.keys() | now.keys()) - {"run_dir", "data_dir", "source"}
