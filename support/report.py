@@ -8,18 +8,17 @@ each run. Also the table and the picture of prompts moved between models. Works 
 a run are only read.
 """
 
-import json
 import math
 import statistics
 import textwrap
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 
-from support.files import UserError, read_jsonl, require, short_name
+from support.runs import load_runs
 from support.settings import SearchSettings
 from support.tasks import PAPER_BBH, TASKS
 
@@ -69,94 +68,6 @@ def paper_transfer(task, method, source, target):
     """The number of Table 3 in %, or None."""
     numbers = PAPER_TABLE_3.get((method, paper_model(source), paper_model(target)), ())
     return dict(zip(PAPER_TRANSFER, numbers)).get(task.removeprefix("bbh/"))
-
-
-# --- Reading runs ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    folder: Path
-    config: dict
-    task: str
-    model: str  # short
-    method: str
-    results: list
-    steps: list
-    prompts: list
-
-    @property
-    def title(self):
-        return f"task {self.task}, model {self.model}, {self.method}, seed {self.config.get('seed', '-')}"
-
-    def result(self, role, split, name=None):
-        """The record of the most rows, of these the latest, or None. What another model answered does not count."""
-        own = (role, split, name, self.task, self.model)
-
-        def key(r):
-            model = short_name(r.get("model", self.model))
-            return r["role"], r["split"], r.get("name"), r.get("task", self.task), model
-
-        return max((r for r in reversed(self.results) if key(r) == own), key=lambda r: r["n"], default=None)
-
-    @property
-    def prompts_tried(self):
-        """[(role, name)] of the prompts that were evaluated: initial, baselines, best."""
-        names = dict.fromkeys(r.get("name") for r in self.results if r["role"] == "baseline")
-        return [("initial", None), *(("baseline", name) for name in names), ("best", None)]
-
-
-class Unfinished(UserError):
-    """A run that lacks results, in one line that begins with its folder."""
-
-
-def read_records(path, needed):
-    records = read_jsonl(path)
-    for number, record in enumerate(records, 1):
-        missing = set(needed.split()) - record.keys()
-        require(not missing, f"{path}, line {number}: no {', '.join(sorted(missing))}; this is no file of a run")
-    return records
-
-
-def load_run(folder):
-    """The finished run in a folder. Errors: Unfinished if it lacks results, UserError if its files cannot be read."""
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
-        task, model, method = config["task"], short_name(config["model"]), config.get("method", "GReaTer")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'run.json'} is not the record of a run: {error!r}") from None
-    if task.endswith(".jsonl"):
-        task = f"own/{Path(task).stem}"  # as tasks.get_task names a user's own rows
-    if not (folder / "results.jsonl").exists():
-        raise Unfinished(f"{folder}: unfinished, no results.jsonl; the command that began the run finishes it")
-    # Not read_appended: that would cut a line which a run still at work is about to complete.
-    needed = "role split prompt n accuracy stderr harness_accuracy harness_stderr unread truncated mean_tokens"
-    run = Run(folder, config, task, model, method, read_records(folder / "results.jsonl", needed), [], [])
-    for role in ("initial", "best"):
-        if run.result(role, "test") is None:
-            raise Unfinished(f"{folder}: unfinished, results.jsonl has no test result of the {role} prompt")
-    if method.startswith("GReaTer"):  # other methods have no such steps
-        run.steps = read_records(folder / "steps.jsonl", "step objective prompt prompt_ids best")
-        run.prompts = read_records(folder / "prompts.jsonl", "prompt prompt_ids dev_accuracy dev_stderr initial")
-        require(run.steps and run.prompts, f"{folder}: steps.jsonl or prompts.jsonl is empty")
-    return run
-
-
-def load_runs(folder):
-    """(finished runs, messages on unfinished ones) of a run's folder or a folder of runs. Errors: UserError if none."""
-    folder = Path(folder)
-    if (folder / "run.json").exists():
-        return [load_run(folder)], []
-    runs, unfinished = [], []
-    for path in sorted(folder.glob("*/run.json")):
-        try:
-            runs.append(load_run(path.parent))
-        except Unfinished as error:
-            unfinished.append(str(error))
-    require(runs or unfinished, f"{folder} holds no run: neither it nor a folder in it has a run.json")
-    require(runs, f"{folder} holds no finished run: {unfinished[0] if unfinished else ''}")
-    return runs, unfinished
 
 
 # --- Tables ---------------------------------------------------------------------------------------------------
@@ -301,18 +212,19 @@ def finalist_points(steps, prompts):
     """[(step at which the prompt first appeared, dev accuracy, its standard error, whether it is the initial one)], in
     the order of the prompts, which is their rank."""
     first = {}
-    for record in steps:
-        for entry in (record, *record.get("shortlist", ())):
-            first.setdefault(tuple(entry["prompt_ids"]), record["step"])
+    for step in steps:
+        for record in (step, *step.shortlist):
+            first.setdefault(record.prompt_ids, step.step)
     known = [(first.get(tuple(p["prompt_ids"])), p) for p in prompts]
     return [(step, p["dev_accuracy"], p["dev_stderr"], p["initial"]) for step, p in known if step is not None]
 
 
 def token_texts(steps, model):
     """{token id: text} from the candidates of the records, else from the model's tokenizer where it lies on disk."""
-    entries = [e for record in steps for e in (*record.get("candidates", ()), *record.get("shortlist", ()))]
-    texts = {entry["token"]: entry["text"] for entry in entries}
-    missing = {token for record in steps for token in record["prompt_ids"]} - texts.keys()
+    texts = {}
+    for step in steps:
+        texts |= {record.token: record.text for record in (*step.candidates, *step.shortlist)}
+    missing = {token for step in steps for token in step.prompt_ids} - texts.keys()
     if missing:
         from huggingface_hub import try_to_load_from_cache  # both without torch
         from tokenizers import Tokenizer
@@ -327,25 +239,25 @@ def token_texts(steps, model):
 
 
 def prompt_parts(steps, texts):
-    """(each record's prompt as a list of (key, text), what the parts are): tokens, or words if a text is unknown."""
-    if all(texts.get(token) for record in steps for token in record["prompt_ids"]):
-        return [[(token, texts[token]) for token in record["prompt_ids"]] for record in steps], "tokens"
-    return [[(word, word) for word in record["prompt"].split()] for record in steps], "words"
+    """(each step's prompt as a list of (key, text), what the parts are): tokens, or words if a text is unknown."""
+    if all(texts.get(token) for step in steps for token in step.prompt_ids):
+        return [[(token, texts[token]) for token in step.prompt_ids] for step in steps], "tokens"
+    return [[(word, word) for word in step.prompt.split()] for step in steps], "words"
 
 
 def evolution_rows(steps, parts):
     """The start and each step at which the prompt changed: {step, objective, change of the objective, cells}; a cell is
     (text, step at which it was set)."""
-    rows, set_at = [], [steps[0]["step"]] * len(parts[0])
-    for n, (record, now) in enumerate(zip(steps, parts)):
+    rows, set_at = [], [steps[0].step] * len(parts[0])
+    for n, (step, now) in enumerate(zip(steps, parts)):
         before = parts[max(0, n - 1)]
         if n and now == before:
             continue
         kept = [i < len(before) and before[i][0] == key for i, (key, _) in enumerate(now)]
-        set_at = [set_at[i] if same else record["step"] for i, same in enumerate(kept)]
-        change = record["objective"] - steps[n - 1]["objective"] if n else None
+        set_at = [set_at[i] if same else step.step for i, same in enumerate(kept)]
+        change = step.objective - steps[n - 1].objective if n else None
         cells = list(zip((text for _, text in now), set_at))
-        rows.append({"step": record["step"], "objective": record["objective"], "change": change, "cells": cells})
+        rows.append({"step": step.step, "objective": step.objective, "change": change, "cells": cells})
     return rows
 
 
@@ -353,17 +265,15 @@ def gradient_points(steps):
     """[(predicted, realised, chosen)] for each shortlisted candidate: its gradient minus the incumbent's, and its
     objective minus the incumbent's. Not where the prompt grew (no incumbent) or no gradient was taken."""
     points = []
-    for before, record in zip(steps, steps[1:]):
-        gradients = {c["token"]: c["gradient"] for c in record.get("candidates", ())}
-        place = record.get("position")
-        ids = before["prompt_ids"]
-        incumbent = ids[place] if place is not None and place < len(ids) else None
+    for before, step in zip(steps, steps[1:]):
+        gradients = {candidate.token: candidate.gradient for candidate in step.candidates}
+        incumbent = before.prompt_ids[step.position] if step.position < len(before.prompt_ids) else None
         if gradients.get(incumbent) is None:
             continue
-        for entry in record["shortlist"]:
-            predicted = gradients[entry["token"]] - gradients[incumbent]
-            realised = entry["objective"] - before["objective"]
-            points.append((predicted, realised, entry["prompt_ids"] == record["prompt_ids"]))
+        for tried in step.shortlist:
+            predicted = gradients[tried.token] - gradients[incumbent]
+            realised = tried.objective - before.objective
+            points.append((predicted, realised, tried.prompt_ids == step.prompt_ids))
     return points
 
 
@@ -398,8 +308,8 @@ def new_figure(width, height, rows=1, columns=1, **options):
 def draw_objective(run, path):
     """The objective over the steps, and the finalists' dev accuracy where each first appeared."""
     figure, ((top,), (bottom,)) = new_figure(1300, 900, 2, sharex=True, height_ratios=[3, 2])
-    xs = [record["step"] for record in run.steps]
-    current, best = [r["objective"] for r in run.steps], [r["best"]["objective"] for r in run.steps]
+    xs = [step.step for step in run.steps]
+    current, best = [step.objective for step in run.steps], [step.best.objective for step in run.steps]
     top.step(xs, current, where="post", color=BLUE, linewidth=2.5, label="current prompt")
     top.step(xs, best, where="post", color=ORANGE, linewidth=2.5, linestyle="--", label="best finished prompt so far")
     wide = max(current + best) > 20 * min(current + best) > 0
@@ -466,7 +376,7 @@ def draw_evolution(run, path):
 
     axes = panel(left, bottom, wide, high, xlim=(0, columns), ylim=(high, 0))
     bars = panel(left + wide + 90, bottom, right - 105, high, ylim=(high, 0))
-    last = run.steps[-1]["step"] or 1
+    last = run.steps[-1].step or 1
     colors = 0.5 + 0.5 * colormaps["cividis"](np.linspace(0, 1, last + 1))[:, :3]  # light, for black letters
     marks, y = [], 0.0
     for n, row in enumerate(rows):
