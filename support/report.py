@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from support.evaluation import READINGS, mean_and_error, percent
 from support.runs import load_runs
 from support.settings import SearchSettings
 from support.tasks import PAPER_BBH, TASKS
@@ -72,7 +73,6 @@ def paper_transfer(task, method, source, target):
 
 # --- Tables ---------------------------------------------------------------------------------------------------
 
-READINGS = {"paper": ("accuracy", "stderr"), "harness": ("harness_accuracy", "harness_stderr")}
 # Where files lie and how much is computed at once; runs that differ in these alone are seeds of one another.
 NO_SETTING = set("task model seed run_dir data_dir source device batch_size gradient_batch_size".split())
 
@@ -115,19 +115,6 @@ def table_records(runs):
             fixed[key] = max(fixed.get(key, record), record, key=lambda r: r["n"])
     order = ("initial", "baseline", "best")
     return sorted([*fixed.values(), *searched], key=lambda r: (r["model"], order.index(r["role"])))
-
-
-def mean_and_error(records, reading):
-    """Mean accuracy and its standard error: of one record its own, of several that of their mean, from their spread."""
-    mean, error = READINGS[reading]
-    values = [record[mean] for record in records]
-    if len(values) == 1:
-        return values[0], records[0][error]
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
-
-
-def percent(mean, error):
-    return f"{100 * mean:.1f} ± {100 * error:.1f}"
 
 
 def cell(records, reading):
