@@ -69,7 +69,8 @@ def main():
 def transfer(flags, targets, jobs, out):
     from tqdm import tqdm
 
-    from support.report import transfer_picture, transfer_table
+    from support.pictures import transfer_picture
+    from support.report import transfer_table
 
     records = []
     # A server that is not there shall be noticed before any long work.

@@ -129,3 +129,18 @@ def make_run(folder, best=0.8, results=None, steps=STEPS, **config):
     write_jsonl(folder / "steps.jsonl", [asdict(record) for record in steps])
     write_jsonl(folder / "prompts.jsonl", [finalist((4, 2, 3), 0.9), finalist((1, 2, 3), 0.5, initial=True)])
     return folder
+
+
+def transfer(task, method, source, target, accuracy):
+    """A line of transfer.jsonl."""
+    names = {"task": task, "method": method, "source": source, "target": target, "prompt": "p", "n": 101}
+    return names | {"accuracy": accuracy, "stderr": 0.04, "harness_accuracy": 1 - accuracy, "harness_stderr": 0.03}
+
+
+TRANSFERS = (
+    transfer("bbh/hyperbaton", "initial prompt", "-", GEMMA, 0.5),
+    transfer("bbh/hyperbaton", "GReaTer", LLAMA, LLAMA, 0.9),
+    transfer("bbh/hyperbaton", "GReaTer", LLAMA, GEMMA, 0.8),
+    transfer("gsm8k", "GReaTer", LLAMA, GEMMA, 0.7),
+    transfer("bbh/causal_judgement", "GReaTer", LLAMA, LLAMA, 0.6),
+)

@@ -1,18 +1,17 @@
-"""The report: its tables against hand-made results, what the pictures show against hand-computed values."""
+"""The report: its tables against hand-made results, and its files."""
 
 import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from conftest import ROOT
-from made_runs import GEMMA, LLAMA, START, STEPS, TEXTS, WORDS, finalist, long_run, make_run, result, step
+from made_runs import GEMMA, LLAMA, START, TRANSFERS, make_run, result
 
 from support import report
 from support.files import UserError, write_jsonl
-from support.runs import load_run, load_runs
+from support.runs import load_runs
 from support.tasks import PAPER_BBH
 
 
@@ -128,20 +127,6 @@ def test_another_method_is_called_by_its_name_and_needs_no_steps(tmp_path):
     assert [path.name for path in report.write_report(tmp_path)] == ["report.md", "accuracy.png"]
 
 
-def transfer(task, method, source, target, accuracy):
-    names = {"task": task, "method": method, "source": source, "target": target, "prompt": "p", "n": 101}
-    return names | {"accuracy": accuracy, "stderr": 0.04, "harness_accuracy": 1 - accuracy, "harness_stderr": 0.03}
-
-
-TRANSFERS = [
-    transfer("bbh/hyperbaton", "initial prompt", "-", GEMMA, 0.5),
-    transfer("bbh/hyperbaton", "GReaTer", LLAMA, LLAMA, 0.9),
-    transfer("bbh/hyperbaton", "GReaTer", LLAMA, GEMMA, 0.8),
-    transfer("gsm8k", "GReaTer", LLAMA, GEMMA, 0.7),
-    transfer("bbh/causal_judgement", "GReaTer", LLAMA, LLAMA, 0.6),
-]
-
-
 def test_the_transfer_table_has_targets_as_columns_and_the_papers_number_in_its_cell_alone():
     paper, harness = (table(part) for part in report.transfer_table(TRANSFERS).split("\nAccuracy on"))
     assert paper[2] == ["task", "method", "source", f"on {GEMMA}", f"on {LLAMA}"]
@@ -229,105 +214,3 @@ def test_a_report_is_written_without_torch(tmp_path):
     make_run(tmp_path / "one")
     code = "import sys; from support import report; report.write_report(sys.argv[1]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
-
-
-# --- What the pictures show -----------------------------------------------------------------------------------
-
-
-def test_a_finalist_stands_at_the_step_at_which_it_first_appeared():
-    prompts = [finalist([4, 2, 3], 0.9), finalist([4, 5, 3], 0.8), finalist([1, 2, 3], 0.5, True), finalist([9], 0.1)]
-    # [4, 2, 3] is won at step 1, [4, 5, 3] is only tried at step 2, [9] was never seen.
-    assert report.finalist_points(STEPS, prompts) == [
-        (1, 0.9, 0.05, False),
-        (2, 0.8, 0.05, False),
-        (0, 0.5, 0.05, True),
-    ]
-
-
-def test_the_evolution_has_a_row_for_each_change_and_tells_when_each_token_was_set():
-    parts, kind = report.prompt_parts(STEPS, TEXTS)
-    assert kind == "tokens"
-    start, first, second, grown = report.evolution_rows(STEPS, parts)
-    assert (start["step"], start["change"], start["cells"]) == (0, None, [("read", 0), (" it", 0), (".", 0)])
-    assert (first["step"], first["change"], first["cells"]) == (1, -3.0, [("check", 1), (" it", 0), (".", 0)])
-    assert (second["step"], second["change"], second["cells"]) == (3, -0.5, [("check", 1), (" it", 0), (" all", 3)])
-    assert (grown["step"], grown["change"]) == (4, 0.25)
-    assert grown["cells"] == [*second["cells"], (".", 4)]
-
-
-def test_token_texts_come_from_the_records_then_the_tokenizer_and_else_the_words_of_the_prompt():
-    texts = report.token_texts(STEPS, "no/such/model")
-    assert texts == WORDS
-    unknown = [STEPS[0]]  # no candidates yet
-    assert report.prompt_parts(unknown, report.token_texts(unknown, "no/such/model")) == (
-        [[("read", "read"), ("it.", "it.")]],
-        "words",
-    )
-    demo = [replace(STEPS[0], prompt_ids=(75, 92))]
-    assert report.token_texts(demo, ROOT / "demo" / "model") == {75: "check", 92: "every"}
-
-
-def test_a_gradient_point_is_the_candidate_minus_the_incumbent_in_gradient_and_objective():
-    # Step 4 grows the prompt, so that it has no incumbent.
-    assert report.gradient_points(STEPS) == [
-        (-2.5, -3.0, True),
-        (-2.0, 1.0, False),
-        (-0.75, 0.5, False),
-        (-0.25, -0.5, True),
-    ]
-    random_shortlist = [STEPS[0], step(1, 0, (4, 2, 3), 5.0, {4: None, 1: None}, [(4, (4, 2, 3), 5.0)])]
-    assert report.gradient_points(random_shortlist) == []
-
-
-def test_the_rank_correlation_is_spearmans():
-    # Ranks 1 2 3 4 5 against 2 1 4 3 5: 1 - 6 * 4 / (5 * 24) = 0.8.
-    assert report.spearman([1, 2, 3, 4, 50], [0.2, 0.1, 7, 6, 8]) == pytest.approx(0.8)
-    # Two share ranks 1 and 2: from the means -1 -1 0.5 1.5 and -1.5 -0.5 0.5 1.5, so 4.5 / sqrt(4.5 * 5).
-    assert report.spearman([5, 5, 6, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert report.spearman([1, 2, 3], [9, 4, -1]) == pytest.approx(-1)
-    assert report.spearman([1, 1, 1], [1, 2, 3]) is None
-
-
-def test_a_long_token_is_wrapped_then_cut_and_its_space_is_seen():
-    assert report.clip(" systematically", 6, 2) == "·syste\nmatic…"
-    assert report.clip("ness", 6, 2) == "ness"
-    assert report.clip(" intermediate", 12, 2) == "·interm\nediate"
-    assert report.clip("", 6, 2) == ""
-    assert report.clip("\n", 6, 1) == "\\n"
-
-
-# --- Pictures -------------------------------------------------------------------------------------------------
-
-
-def png_size(path):
-    content = path.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 10_000
-    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
-
-
-@pytest.mark.parametrize(("steps", "length", "most"), [(105, 25, 25), (40, 60, 64), (0, 5, 5)])
-def test_every_picture_of_a_run_is_drawn_legibly_wide_and_not_endlessly_high(tmp_path, steps, length, most):
-    folder = make_run(tmp_path / "long", steps=long_run(steps, length, most))
-    written = report.write_report(folder)
-    sizes = {path.name: png_size(path) for path in written if path.suffix == ".png"}
-    assert set(sizes) == {"accuracy.png", "objective.png", "evolution.png"} | ({"gradient.png"} if steps else set())
-    assert all(1200 <= width <= 1600 and height <= 2800 for width, height in sizes.values())
-
-
-def test_the_cap_on_rows_is_said_in_the_picture(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    titles = []
-    monkeypatch.setattr(report, "MAX_LINES", 12)
-    monkeypatch.setattr(Figure, "suptitle", lambda figure, text, **_: titles.append(text))
-    run = load_run(make_run(tmp_path / "long", steps=long_run(105, 25, 25)))
-    report.draw_evolution(run, tmp_path / "evolution.png")
-    assert f"task gsm8k, model {LLAMA}, GReaTer, seed 0" in titles[0]
-    shown, changes = map(int, re.search(r"(\d+) of (\d+) changes shown", titles[0]).groups())
-    assert shown == 11 < changes <= 105  # 12 rows, the start among them
-
-
-def test_the_transfer_picture_has_a_panel_for_each_task(tmp_path):
-    one = png_size(report.transfer_picture(TRANSFERS[:3], tmp_path / "one.png"))
-    two = png_size(report.transfer_picture(TRANSFERS, tmp_path / "two.png", "harness"))
-    assert one[0] >= 800 and two[0] > 1.5 * one[0]
