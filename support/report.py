@@ -4,8 +4,7 @@
     write_report("runs/demo-seed0")  # one run
 
 Writes report.md and accuracy.png into the folder, and objective.png, evolution.png and gradient.png into the folder of
-each run. Also the table and the picture of prompts moved between models. Works without torch; the files of
-a run are only read.
+each run. Also the table of prompts moved between models. Works without torch; the files of a run are only read.
 """
 
 import math
@@ -53,14 +52,20 @@ PAPER_TABLE_3 = {  # (method, source, target): accuracy in % on each of these BB
 def paper_model(name):
     """The paper's name of a model, or None: "Meta-Llama-3-8B-Instruct" is its Llama-3-8B, Llama-3.1-8B is not."""
     name = name.lower()
-    found = [known for known in ("Llama-3-8B", "Gemma-2-9B") if known.lower() in name]
-    return found[0] if found else "GPT-4" if name == "gpt-4" else None
+    if name == "gpt-4":
+        return "GPT-4"
+    for known in ("Llama-3-8B", "Gemma-2-9B"):
+        if known.lower() in name:
+            return known
+    return None
 
 
 def paper_main(model, method, column):
     """The number of Table 1 in %, or None. `column` is gsm8k, BBH or folio."""
-    numbers = dict(zip(PAPER_METHODS, PAPER_TABLE_1.get((paper_model(model), column), ())))
-    return numbers.get("ZS-CoT" if method == "zero-shot chain of thought" else method)
+    if method == "zero-shot chain of thought":
+        method = "ZS-CoT"
+    numbers = PAPER_TABLE_1.get((paper_model(model), column), ())
+    return dict(zip(PAPER_METHODS, numbers)).get(method)
 
 
 def paper_transfer(task, method, source, target):
@@ -69,112 +74,178 @@ def paper_transfer(task, method, source, target):
     return dict(zip(PAPER_TRANSFER, numbers)).get(task.removeprefix("bbh/"))
 
 
-# --- Tables ---------------------------------------------------------------------------------------------------
+# --- Records of the tables ------------------------------------------------------------------------------------
 
 # Where files lie and how much is computed at once; runs that differ in these alone are seeds of one another.
-NO_SETTING = set("task model seed run_dir data_dir source device batch_size gradient_batch_size".split())
+NO_SETTING = {
+    "task",
+    "model",
+    "seed",
+    "run_dir",
+    "data_dir",
+    "source",
+    "device",
+    "batch_size",
+    "gradient_batch_size",
+}
 
 
 def method_labels(runs):
     """{folder: method}, with the settings behind it where runs of one task, model and method differ in them."""
-    groups, labels = defaultdict(list), {}
+    groups = defaultdict(list)
     for run in runs:
         groups[run.task, run.model, run.method].append(run)
+    labels = {}
     for (task, _, method), group in groups.items():
-        usual = {f.name: f.default for f in fields(SearchSettings)}
-        if task in TASKS:
-            usual |= {"initial_prompt": TASKS[task].initial_prompt} | TASKS[task].defaults
-        configs = [usual | run.config for run in group]  # an older run may lack a setting
-        shared = set.intersection(*map(set, configs)) - NO_SETTING
-        varied = sorted(key for key in shared if len({repr(config[key]) for config in configs}) > 1)
-        for run, config in zip(group, configs):
-            own = [f"{key} {config[key]}" for key in varied if config[key] != usual.get(key)]
-            labels[run.folder] = f"{method} ({', '.join(own)})" if own else method
+        usual = usual_settings(task)
+        varied = varied_settings([usual | run.config for run in group])  # an older run may lack a setting
+        for run in group:
+            config = usual | run.config
+            unusual = [name for name in varied if config[name] != usual.get(name)]
+            settings = ", ".join(f"{name} {config[name]}" for name in unusual)
+            labels[run.folder] = f"{method} ({settings})" if settings else method
     return labels
+
+
+def usual_settings(task):
+    """{setting: its default} of a search on a task, given by name."""
+    usual = {f.name: f.default for f in fields(SearchSettings)}
+    if task in TASKS:
+        usual |= {"initial_prompt": TASKS[task].initial_prompt} | TASKS[task].defaults
+    return usual
+
+
+def varied_settings(configs):
+    """Names, sorted, of the settings that all configurations have and in which they differ."""
+    first, *others = configs
+    shared = set(first).intersection(*others) - NO_SETTING
+    # Compared as text, so that what JSON holds may be a list.
+    return sorted(name for name in shared if any(repr(other[name]) != repr(first[name]) for other in others))
 
 
 def table_records(runs):
     """The test results of all runs, each with task, model, method and seed. A fixed prompt (initial, baseline) is the
     same measurement in every run, so it counts once and has no seed."""
-    labels, fixed, searched = method_labels(runs), {}, []
+    labels = method_labels(runs)
+    fixed, searched = {}, []
     for run in runs:
         for role, name in run.prompts_tried:
-            record = run.result(role, "test", name)
-            if not record:
+            result = run.result(role, "test", name)
+            if result is None:
                 continue
-            method = {"initial": "initial prompt", "best": labels[run.folder]}.get(role, name)
-            seed = run.config.get("seed") if role == "best" else None
-            record = record | {"task": run.task, "model": run.model, "method": method, "seed": seed}
+            record = result | {"task": run.task, "model": run.model, "seed": None}
             if role == "best":
-                searched.append(record)
+                searched.append(record | {"method": labels[run.folder], "seed": run.config.get("seed")})
                 continue
-            frame = [run.config.get(name) for name in ("extractor", "template", "max_new_tokens")]
-            key = (run.task, run.model, method, record["prompt"], *frame)
-            fixed[key] = max(fixed.get(key, record), record, key=lambda r: r["n"])
+            record["method"] = "initial prompt" if role == "initial" else name
+            frame = tuple(run.config.get(setting) for setting in ("extractor", "template", "max_new_tokens"))
+            key = (run.task, run.model, record["method"], record["prompt"], frame)
+            if key not in fixed or record["n"] > fixed[key]["n"]:
+                fixed[key] = record
     order = ("initial", "baseline", "best")
-    return sorted([*fixed.values(), *searched], key=lambda r: (r["model"], order.index(r["role"])))
+    return sorted([*fixed.values(), *searched], key=lambda record: (record["model"], order.index(record["role"])))
+
+
+# --- Tables ---------------------------------------------------------------------------------------------------
 
 
 def cell(records, reading):
-    """The accuracy of one record, "82.6 ± 1.0 (n 1319)"; of several their mean and number, too."""
+    """The accuracy of one record, "82.6 ± 1.0 (n 1319)"; of several their mean and number, too; of none "-"."""
     if not records:
         return "-"
-    sizes, seeds = [r["n"] for r in records], {r.get("seed") for r in records}
-    unit = "prompts" if seeds == {None} else "seeds" if len(seeds) == len(records) else "runs"
-    count = "" if len(records) == 1 else f"{len(records)} {unit}, "
-    size = str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)}-{max(sizes)}"
-    return f"{percent(*mean_and_error(records, reading))} ({count}n {size})"
+    mean, error = mean_and_error(records, reading)
+    sizes = [record["n"] for record in records]
+    least, most = min(sizes), max(sizes)
+    size = f"n {least}" if least == most else f"n {least}-{most}"
+    count = f"{len(records)} {unit_of(records)}, " if len(records) > 1 else ""
+    return f"{percent(mean, error)} ({count}{size})"
+
+
+def unit_of(records):
+    """What several records are: a seed each, runs that share seeds, or fixed prompts, which have no seed."""
+    seeds = {record.get("seed") for record in records}
+    if seeds == {None}:
+        return "prompts"
+    return "seeds" if len(seeds) == len(records) else "runs"
 
 
 def mean_cell(groups, reading):
-    """The mean over tasks; its standard error is that of the tasks' own errors, the tasks being given."""
+    """The mean over tasks; its standard error is that of the tasks' own errors, the tasks being given.
+
+    groups: the records of each task.
+    """
     if not groups:
         return "-"
-    means, errors = zip(*(mean_and_error(records, reading) for records in groups))
-    return f"{percent(statistics.mean(means), math.hypot(*errors) / len(errors))} ({len(groups)} of {len(PAPER_BBH)})"
+    numbers = [mean_and_error(records, reading) for records in groups]
+    mean = statistics.mean(mean for mean, _ in numbers)
+    error = math.hypot(*(error for _, error in numbers)) / len(groups)
+    return f"{percent(mean, error)} ({len(groups)} of {len(PAPER_BBH)})"
 
 
 def markdown(rows):
     """Rows of texts as a Markdown table, the first row its head."""
-    lines = ["| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+    lines = [markdown_row(row) for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines)
+
+
+def markdown_row(cells):
+    texts = [str(text).replace("|", "\\|").replace("\n", " ") for text in cells]
+    return f"| {' | '.join(texts)} |"
 
 
 def results_table(records, reading):
     """Test accuracy in the form of the paper's Table 1: model x method, a column per task, the paper's beside ours."""
-    groups = defaultdict(lambda: defaultdict(list))
+    groups = defaultdict(lambda: defaultdict(list))  # {(model, method): {task: records}}
     for record in records:
         groups[record["model"], record["method"]][record["task"]].append(record)
     tasks = {record["task"] for record in records}
     bbh = [task for task in PAPER_BBH if task in tasks]
-    shown = [c for c in ("gsm8k", "BBH", "folio") if c in tasks or (c == "BBH" and bbh)]
-    shown += sorted(tasks - set(shown), key=lambda task: (task not in bbh, task))
-    head, rows = ["model", "method"], [list(key) for key in groups]
-    for column in shown:
-        head.append(f"BBH ({len(bbh)} of {len(PAPER_BBH)})" if column == "BBH" else column)
-        numbers = [paper_main(*key, column) for key in groups]
-        for row, own, number in zip(rows, groups.values(), numbers):
-            present = [own[task] for task in bbh if task in own]
-            row.append(mean_cell(present, reading) if column == "BBH" else cell(own.get(column), reading))
-            row += ["-" if number is None or row[-1] == "-" else number] if any(numbers) else []
-        head += ["paper"] if any(numbers) else []
-    return markdown([head, *rows])
+    table = [["model", "method"], *([model, method] for model, method in groups)]
+    for column in table_columns(tasks, bbh):
+        head = f"BBH ({len(bbh)} of {len(PAPER_BBH)})" if column == "BBH" else column
+        ours, papers = [], []
+        for (model, method), by_task in groups.items():
+            if column == "BBH":
+                ours.append(mean_cell([by_task[task] for task in bbh if task in by_task], reading))
+            else:
+                ours.append(cell(by_task.get(column), reading))
+            papers.append(paper_main(model, method, column))
+        add_column(table, head, ours)
+        if any(papers):
+            beside = ["-" if number is None or own == "-" else number for own, number in zip(ours, papers)]
+            add_column(table, "paper", beside)
+    return markdown(table)
+
+
+def table_columns(tasks, bbh):
+    """The paper's columns as far as there are results, then the tasks, those of `bbh` first."""
+    there = {*tasks, "BBH"} if bbh else tasks
+    columns = [column for column in ("gsm8k", "BBH", "folio") if column in there]
+    return columns + sorted(tasks - set(columns), key=lambda task: (task not in bbh, task))
+
+
+def add_column(table, head, cells):
+    for row, text in zip(table, [head, *cells], strict=True):
+        row.append(text)
 
 
 def transfer_table(records):
     """Markdown: task x method x source model against the target model, a table for each reading. A record has task,
     method, source, target, n, accuracy, stderr, harness_accuracy, harness_stderr, and perhaps its split."""
     groups, targets = transfer_groups(records)
-
-    def entry(key, own, target, reading):
-        number = paper_transfer(*key, target)
-        return cell(own.get(target), reading) + (f", paper {number}" if number and target in own else "")
-
     parts = []
     for reading in READINGS:
-        rows = [[*key, *(entry(key, own, target, reading) for target in targets)] for key, own in groups.items()]
-        head = ["task", "method", "source", *(f"on {target}" for target in targets)]
-        parts.append(f"Accuracy on {split_of(records)} rows in %, `{reading}` reading:\n\n{markdown([head, *rows])}\n")
+        table = [["task", "method", "source", *(f"on {target}" for target in targets)]]
+        for (task, method, source), by_target in groups.items():
+            row = [task, method, source]
+            for target in targets:
+                number = paper_transfer(task, method, source, target)
+                beside = f", paper {number}" if number and target in by_target else ""
+                row.append(cell(by_target.get(target), reading) + beside)
+            table.append(row)
+        title = f"Accuracy on {split_of(records)} rows in %, `{reading}` reading:"
+        parts.append(f"{title}\n\n{markdown(table)}\n")
     return "\n".join(parts)
 
 
@@ -189,20 +260,25 @@ so its numbers stand beside both readings.
 
 
 def run_section(run, pictures, folder):
-    """The part of report.md on one run."""
-    rows = [["prompt", "dev, %", "test, %", "test (harness), %", "unread", "truncated", "mean tokens"]]
+    """The part of report.md on one run. pictures: paths below the folder that report.md is in."""
+    table = [["prompt", "dev, %", "test, %", "test (harness), %", "unread", "truncated", "mean tokens"]]
     texts = []
     for role, name in run.prompts_tried:
-        dev, test = (run.result(role, split, name) for split in ("dev", "test"))
-        if test:
-            rates = [f"{100 * test['unread']:.1f} %", f"{100 * test['truncated']:.1f} %", f"{test['mean_tokens']:.1f}"]
-            cells = [cell([dev] if dev else [], "paper"), *(cell([test], reading) for reading in READINGS)]
-            rows.append([name or role, *cells, *rates])
-            texts.append(f"{name or role}:\n\n~~~text\n{test['prompt']}\n~~~\n")
-    links = [f"![{path.stem}]({quote(path.relative_to(folder).as_posix())})\n" for path in pictures]
+        label = name or role
+        dev, test = run.result(role, "dev", name), run.result(role, "test", name)
+        if test is None:
+            continue
+        row = [label, cell([dev] if dev else [], "paper"), cell([test], "paper"), cell([test], "harness")]
+        row += [f"{100 * test['unread']:.1f} %", f"{100 * test['truncated']:.1f} %", f"{test['mean_tokens']:.1f}"]
+        table.append(row)
+        texts.append(f"{label}:\n\n~~~text\n{test['prompt']}\n~~~\n")
+    links = []
+    for path in pictures:
+        link = quote(path.relative_to(folder).as_posix())
+        links.append(f"![{path.stem}]({link})\n")
     if run.steps and not gradient_points(run.steps):
         links.append("No gradient.png: no shortlisted candidate has a gradient.\n")
-    return "\n".join([f"## {run.title} ({run.folder.name})\n", markdown(rows), "", *texts, *links])
+    return "\n".join([f"## {run.title} ({run.folder.name})\n", markdown(table), "", *texts, *links])
 
 
 def write_report(folder):
@@ -213,13 +289,18 @@ def write_report(folder):
     folder = Path(folder)
     runs, unfinished = load_runs(folder)
     records = table_records(runs)
+    written = [folder / "report.md", folder / "accuracy.png"]
     draw_accuracy(records, folder / "accuracy.png")
-    pictures = [draw_run(run) for run in runs]
+    sections = []
+    for run in runs:
+        pictures = draw_run(run)
+        written += pictures
+        sections.append(run_section(run, pictures, folder))
     parts = [f"# Report on {len(runs)} run{'s' * (len(runs) > 1)}\n"]
     for reading in READINGS:
         parts += [f"## Accuracy on test rows in %, `{reading}` reading\n", results_table(records, reading), ""]
     parts += [NOTES, "![accuracy](accuracy.png)\n"]
-    parts += ["## Unfinished\n", *(f"- {message}" for message in unfinished), ""] if unfinished else []
-    parts += [run_section(run, own, folder) for run, own in zip(runs, pictures)]
-    (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
-    return [folder / "report.md", folder / "accuracy.png", *(path for own in pictures for path in own)]
+    if unfinished:
+        parts += ["## Unfinished\n", *(f"- {message}" for message in unfinished), ""]
+    (folder / "report.md").write_text("\n".join(parts + sections), encoding="utf-8")
+    return written
