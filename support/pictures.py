@@ -7,6 +7,7 @@
 What a picture shows is first made as plain data. matplotlib is imported where something is drawn.
 """
 
+import itertools
 import math
 import textwrap
 from collections import defaultdict
@@ -86,9 +87,15 @@ def token_texts(steps, model):
 
 def prompt_parts(steps, texts):
     """(each step's prompt as a list of (key, text), what these are): tokens, or words if a token's text is unknown."""
-    if all(texts.get(token) for step in steps for token in step.prompt_ids):
-        return [[(token, texts[token]) for token in step.prompt_ids] for step in steps], "tokens"
-    return [[(word, word) for word in step.prompt.split()] for step in steps], "words"
+    used = {token for step in steps for token in step.prompt_ids}
+    known = all(texts.get(token) for token in used)
+    parts = []
+    for step in steps:
+        if known:
+            parts.append([(token, texts[token]) for token in step.prompt_ids])
+        else:
+            parts.append([(word, word) for word in step.prompt.split()])
+    return parts, "tokens" if known else "words"
 
 
 def evolution_rows(steps, parts):
@@ -100,12 +107,20 @@ def evolution_rows(steps, parts):
         before, now = parts[number - 1], parts[number]
         if now == before:
             continue
-        step, cells = steps[number], []
-        for i, (key, text) in enumerate(now):
-            kept = i < len(before) and before[i][0] == key
-            cells.append(Cell(text, rows[-1].cells[i].set_at if kept else step.step))
-        rows.append(EvolutionRow(step.step, step.objective, step.objective - steps[number - 1].objective, cells))
+        step = steps[number]
+        cells = changed_cells(cells, before, now, step.step)
+        change = step.objective - steps[number - 1].objective
+        rows.append(EvolutionRow(step.step, step.objective, change, cells))
     return rows
+
+
+def changed_cells(cells, before, now, step):
+    """The cells of a prompt after a step. cells: those before it; before, now: the prompts' parts."""
+    changed = []
+    for place, (key, text) in enumerate(now):
+        kept = place < len(before) and before[place][0] == key
+        changed.append(Cell(text, cells[place].set_at if kept else step))
+    return changed
 
 
 def gradient_points(steps):
@@ -134,6 +149,7 @@ def spearman(xs, ys):
 
 
 def mean_ranks(values):
+    """The rank of each value, from 1; equal values have the mean of their ranks."""
     values = np.asarray(values, dtype=float)
     smaller = (values[:, None] > values).sum(1)
     equal = (values[:, None] == values).sum(1)
@@ -156,8 +172,15 @@ def split_of(records):
 # --- Colours and figures --------------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, which the colour-blind tell apart, too.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-LIGHT_GRAY, GRAY, DARK_GRAY = "0.65", "0.35", "0.3"
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+RED = "#D55E00"
+PURPLE = "#CC79A7"
+SKY = "#56B4E9"
+LIGHT_GRAY = "0.65"
+GRAY = "0.35"
+DARK_GRAY = "0.3"
 DPI = 100
 
 
@@ -188,11 +211,14 @@ def draw_objective(run, path):
     xs = [step.step for step in run.steps]
     current = [step.objective for step in run.steps]
     best = [step.best.objective for step in run.steps]
-    top.step(xs, current, where="post", color=BLUE, linewidth=2.5, label="current prompt")
-    top.step(xs, best, where="post", color=ORANGE, linewidth=2.5, linestyle="--", label="best finished prompt so far")
-    wide = max(current + best) > 20 * min(current + best) > 0
-    top.set_yscale("log" if wide else "linear")
-    top.set(title=run.title, ylabel="objective on training rows" + " (log scale)" * wide)
+    line = {"where": "post", "linewidth": 2.5}
+    top.step(xs, current, color=BLUE, label="current prompt", **line)
+    top.step(xs, best, color=ORANGE, linestyle="--", label="best finished prompt so far", **line)
+    ylabel = "objective on training rows"
+    if max(current + best) > 20 * min(current + best) > 0:
+        top.set_yscale("log")
+        ylabel += " (log scale)"
+    top.set(title=run.title, ylabel=ylabel)
     draw_finalists(bottom, finalist_points(run.steps, run.prompts), last=xs[-1])
     bottom.set(xlabel="step (of a finalist: at which it first appeared)", ylabel="accuracy on dev rows, %")
     bottom.xaxis.get_major_locator().set_params(integer=True)
@@ -221,10 +247,14 @@ def draw_finalists(panel, points, last):
 
 # --- evolution.png --------------------------------------------------------------------------------------------
 
-MAX_COLUMNS, MAX_LINES = 26, 64  # of tokens: what stays legible
-# Sizes in pixels: those of the grid of cells and of what is around it.
-LEFT, GRID_WIDTH, RIGHT, ABOVE, BELOW = 65, 1295, 240, 100, 90
+MAX_COLUMNS = 26  # of tokens: what stays legible
+MAX_LINES = 64
+# In pixels: the grid of cells, and the margins around it. The bars are in the right one, the ruler in the lower one.
+GRID_WIDTH = 1295
+LEFT, RIGHT = 65, 240
+ABOVE, BELOW = 100, 90
 LETTER_WIDTH = 0.602  # of a monospaced letter, as a share of its font size
+CELL_LINES = 2  # of letters
 NEW_FRAME = {"edgecolor": RED, "linewidth": 2.5, "zorder": 3}
 OLD_FRAME = {"edgecolor": "0.8", "linewidth": 0.6, "zorder": 1}
 CELL_TEXT = {
@@ -244,7 +274,7 @@ class EvolutionLayout:
     first: list[EvolutionRow]  # shown
     hidden: list[EvolutionRow]  # left out between the first and the last ones; one line says so
     last: list[EvolutionRow]  # shown
-    cells: int  # of the longest row
+    longest: int  # cells of the longest row
     folds: int  # lines that a row takes: a long prompt goes on in the line below
     columns: int  # cells in a line
     font_size: int  # points
@@ -266,116 +296,152 @@ class EvolutionLayout:
 
     def shown(self):
         """[(upper edge, row)] of the rows that are shown."""
-        places = [*self.first, *([None] if self.hidden else []), *self.last]
-        return [(place * self.row_height, row) for place, row in enumerate(places) if row is not None]
+        gap = [None] if self.hidden else []
+        slots = [*self.first, *gap, *self.last]
+        return [(number * self.row_height, row) for number, row in enumerate(slots) if row is not None]
 
     def middle(self, upper_edge):
-        """The height at which the middle of a row is."""
+        """The height of the middle of a row's cells."""
         return upper_edge + self.cell_height * self.folds / 2
 
 
 def evolution_layout(rows):
     """The EvolutionLayout of evolution rows."""
-    cells = max(len(row.cells) for row in rows)
-    folds = math.ceil(cells / MAX_COLUMNS)
-    columns = math.ceil(cells / folds)
-    most = max(1, MAX_LINES // folds)
-    first, hidden, last = rows, [], []
-    if len(rows) > most:
-        cut, resume = most // 2, len(rows) - (most - most // 2)
-        first, hidden, last = rows[:cut], rows[cut:resume], rows[resume:]
+    longest = max(len(row.cells) for row in rows)
+    folds = math.ceil(longest / MAX_COLUMNS)
+    columns = math.ceil(longest / folds)
+    first, hidden, last = without_middle(rows, max(1, MAX_LINES // folds))
     font_size = 10 if columns <= 14 else 8
     letter_width = LETTER_WIDTH * font_size * DPI / 72  # a point is 1/72 inch
-    letters = max(2, int((GRID_WIDTH / columns - 4) / letter_width))
-    texts = [cell.text for row in (*first, *last) for cell in row.cells]
-    wraps = any("\n" in clip(text, letters, 2) for text in texts)
+    cell_width = GRID_WIDTH / columns
+    letters = max(2, int((cell_width - 4) / letter_width))
+    texts = [cell.text for row in first + last for cell in row.cells]
+    wraps = any("\n" in clip(text, letters, CELL_LINES) for text in texts)
     cell_height = font_size * (3.7 if wraps else 2.4)
-    return EvolutionLayout(first, hidden, last, cells, folds, columns, font_size, letters, cell_height)
+    return EvolutionLayout(first, hidden, last, longest, folds, columns, font_size, letters, cell_height)
+
+
+def without_middle(rows, most):
+    """(first rows, rows between them to leave out, last rows), so that `most` are left."""
+    if len(rows) <= most:
+        return rows, [], []
+    first = most // 2
+    last = most - first
+    return rows[:first], rows[first:-last], rows[-last:]
 
 
 def clip(text, width, lines):
     """`text` over so many lines of so many letters, cut with an ellipsis; the space in front becomes a dot."""
     text = text.replace("\n", "\\n")
     text = "·" * text.startswith(" ") + text.strip()
-    text = text if len(text) <= width * lines else text[: width * lines - 1] + "…"
-    needed = max(1, math.ceil(len(text) / width))
-    even = max(1, math.ceil(len(text) / needed))  # no last line of one letter
-    return "\n".join(text[i : i + even] for i in range(0, len(text), even))
+    if len(text) > width * lines:
+        text = text[: width * lines - 1] + "…"
+    needed = math.ceil(len(text) / width)
+    if needed <= 1:
+        return text
+    even = math.ceil(len(text) / needed)  # no last line of one letter
+    return "\n".join(text[start : start + even] for start in range(0, len(text), even))
 
 
 def draw_evolution(run, path):
     """A row of tokens for each change of the prompt, coloured by the step that set them; at the right what it gave."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     parts, kind = prompt_parts(run.steps, token_texts(run.steps, run.config["model"]))
+    unit = kind.removesuffix("s")
     rows = evolution_rows(run.steps, parts)
     layout = evolution_layout(rows)
-    last_step = run.steps[-1].step or 1
-    colors = 0.5 + 0.5 * colormaps["cividis"](np.linspace(0, 1, last_step + 1))[:, :3]  # light, for black letters
+    colors = step_colors(run.steps[-1].step or 1)
     width, height = LEFT + GRID_WIDTH + RIGHT, ABOVE + layout.grid_height + BELOW
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
 
-    def panel(left, bottom, wide, high):
+    def add_axes(left, bottom, wide, high):  # in pixels
         return figure.add_axes((left / width, bottom / height, wide / width, high / height))
 
-    unit = kind.removesuffix("s")
-    draw_cells(panel(LEFT, BELOW, GRID_WIDTH, layout.grid_height), layout, colors, unit)
-    draw_changes(panel(LEFT + GRID_WIDTH + 90, BELOW, RIGHT - 105, layout.grid_height), layout)
-    draw_ruler(panel(LEFT, 45, 560, 14), colors, unit)
+    grid = add_axes(LEFT, BELOW, GRID_WIDTH, layout.grid_height)
+    draw_cells(grid, layout, colors)
+    label_cells(grid, layout, unit)
+    draw_changes(add_axes(LEFT + GRID_WIDTH + 90, BELOW, RIGHT - 105, layout.grid_height), layout)
+    draw_ruler(add_axes(LEFT, 45, 560, 14), colors, unit)
     title = [run.title]
     if layout.hidden:
-        title.append(f"{len(rows) - len(layout.hidden) - 1} of {len(rows) - 1} changes shown")
+        changes = len(rows) - 1  # the start is none
+        title.append(f"{changes - len(layout.hidden)} of {changes} changes shown")
     if kind == "words":
         title.append("words of the text, since the tokens are not known here")
     figure.suptitle("; ".join(title), y=1 - 20 / height)
     figure.savefig(path)
 
 
-def draw_cells(axes, layout, colors, unit):
-    """The prompts, a row each. colors: of each step; unit: what a cell is."""
+def step_colors(last):
+    """An array (last + 1, 3): the colour of each step, light, for black letters."""
+    from matplotlib import colormaps
+
+    return 0.5 + 0.5 * colormaps["cividis"](np.linspace(0, 1, last + 1))[:, :3]
+
+
+def draw_cells(axes, layout, colors):
+    """The prompts, a row each. colors: of each step."""
     from matplotlib.patches import Rectangle
 
     axes.set(xlim=(0, layout.columns), ylim=(layout.grid_height, 0))
+    height = layout.cell_height
     for upper_edge, row in layout.shown():
         for place, cell in enumerate(row.cells):
             fold, column = divmod(place, layout.columns)
-            y = upper_edge + fold * layout.cell_height
-            new = row.change is not None and cell.set_at == row.step
-            face = "white" if cell.set_at == 0 else colors[cell.set_at]
+            y = upper_edge + fold * height
+            at_start = cell.set_at == 0
+            new = cell.set_at == row.step and not at_start
+            face = "white" if at_start else colors[cell.set_at]
             frame = NEW_FRAME if new else OLD_FRAME
-            axes.add_patch(Rectangle((column, y), 1, layout.cell_height, facecolor=face, **frame))
-            look = {"fontsize": layout.font_size, "weight": "bold" if new else "normal", **CELL_TEXT}
-            text = clip(cell.text, layout.letters, lines=2)
-            axes.text(column + 0.5, y + layout.cell_height / 2, text, **look)
+            axes.add_patch(Rectangle((column, y), 1, height, facecolor=face, **frame))
+            text = clip(cell.text, layout.letters, CELL_LINES)
+            weight = "bold" if new else "normal"
+            axes.text(column + 0.5, y + height / 2, text, fontsize=layout.font_size, weight=weight, **CELL_TEXT)
     if layout.hidden:
-        steps = f"steps {layout.hidden[0].step} to {layout.hidden[-1].step}"
-        text = f"{len(layout.hidden)} changes left out ({steps})"
+        first, last = layout.hidden[0].step, layout.hidden[-1].step
+        text = f"{len(layout.hidden)} changes left out (steps {first} to {last})"
         y = layout.gap + layout.row_height / 2
         axes.text(layout.columns / 2, y, text, ha="center", va="center", style="italic")
 
-    positions = []  # of the cells that stand in a column, one below the other
+
+def label_cells(axes, layout, unit):
+    """Positions above the columns, steps beside the rows. unit: what a cell is."""
+    centers = np.arange(layout.columns) + 0.5
+    positions = []
     for column in range(layout.columns):
-        positions.append(", ".join(str(i) for i in range(column, layout.cells, layout.columns)))
-    axes.set_xticks(np.arange(layout.columns) + 0.5, positions)
-    shown = layout.shown()
-    axes.set_yticks([layout.middle(upper_edge) for upper_edge, _ in shown], [row.step for _, row in shown])
+        one_below_the_other = range(column, layout.longest, layout.columns)
+        positions.append(", ".join(str(position) for position in one_below_the_other))
+    axes.set_xticks(centers, positions)
+    middles = [layout.middle(upper_edge) for upper_edge, _ in layout.shown()]
+    steps = [row.step for _, row in layout.shown()]
+    axes.set_yticks(middles, steps)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.xaxis.set_label_position("top")
-    goes_on = "; a row goes on in the line below" * (layout.folds > 1)
+    goes_on = "; a row goes on in the line below" if layout.folds > 1 else ""
     axes.set(xlabel=f"position of the {unit}{goes_on}", ylabel="step")
     axes.spines[:].set_visible(False)
 
 
 def draw_changes(axes, layout):
-    """A bar beside each row: how the objective changed."""
+    """A bar beside each row: how the objective changed, in numbers at the left."""
     axes.set(ylim=(layout.grid_height, 0))
+    at_the_left = {
+        "xycoords": ("axes fraction", "data"),
+        "xytext": (-8, 0),
+        "textcoords": "offset points",
+        "ha": "right",
+        "va": "center",
+    }
     for upper_edge, row in layout.shown():
-        y, change = layout.middle(upper_edge), row.change or 0
-        axes.barh(y, change, height=0.6 * layout.cell_height, color=ORANGE if change > 0 else BLUE)
-        value = f"start {row.objective:.3g}" if row.change is None else f"{change:+.3g}"
-        at_the_left = {"xytext": (-8, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
-        axes.annotate(value, (0, y), xycoords=("axes fraction", "data"), **at_the_left)
+        y = layout.middle(upper_edge)
+        if row.change is None:
+            change, value = 0, f"start {row.objective:.3g}"
+        else:
+            change, value = row.change, f"{row.change:+.3g}"
+        color = ORANGE if change > 0 else BLUE
+        axes.barh(y, change, height=0.6 * layout.cell_height, color=color)
+        axes.annotate(value, (0, y), **at_the_left)
     axes.axvline(0, color="0.4", linewidth=0.8)
     axes.set_yticks([])
     axes.locator_params(axis="x", nbins=3)
@@ -388,7 +454,8 @@ def draw_ruler(axes, colors, unit):
     axes.imshow(colors[None], aspect="auto", extent=(-0.5, len(colors) - 0.5, 0, 1))
     axes.set_yticks([])
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel(f"step at which the {unit} was set (white: at the start; orange frame: the new {unit}; ·: a space)")
+    what = f"step at which the {unit} was set"
+    axes.set_xlabel(f"{what} (white: at the start; orange frame: the new {unit}; ·: a space)")
 
 
 # --- gradient.png ---------------------------------------------------------------------------------------------
@@ -434,14 +501,17 @@ METHOD_COLORS = (LIGHT_GRAY, BLUE, ORANGE, GREEN, RED, PURPLE, SKY, DARK_GRAY)
 
 
 def draw_accuracy(records, path):
-    """Test accuracy of every method, grouped by task and model; a panel for each reading."""
-    groups = defaultdict(lambda: defaultdict(list))
+    """Test accuracy of every method, grouped by task and model; a panel for each reading.
+
+    A record has task, model, method and the fields of a result.
+    """
+    groups = defaultdict(lambda: defaultdict(list))  # {(task, model): {method: records}}
     for record in records:
         groups[record["task"], record["model"]][record["method"]].append(record)
     methods = list(dict.fromkeys(record["method"] for record in records))
-    colors = {method: METHOD_COLORS[n % len(METHOD_COLORS)] for n, method in enumerate(methods)}
-    height = 200 + 30 * sum(len(by_method) for by_method in groups.values()) + 27 * len(groups)
-    figure, (panels,) = new_figure(1400, height, 1, 2, sharey=True, sharex=True)
+    colors = dict(zip(methods, itertools.cycle(METHOD_COLORS)))
+    bar_count = sum(len(by_method) for by_method in groups.values())
+    figure, (panels,) = new_figure(1400, 200 + 30 * bar_count + 27 * len(groups), 1, 2, sharey=True, sharex=True)
     for panel, reading in zip(panels, READINGS):
         bars = draw_accuracy_bars(panel, groups, colors, reading)
     panels[0].invert_yaxis()
@@ -454,20 +524,24 @@ def draw_accuracy(records, path):
 
 def draw_accuracy_bars(panel, groups, colors, reading):
     """groups: {(task, model): {method: records}}; colors: {method: colour}. Returns {method: its last bar}."""
-    y, places, bars = 0.0, [], {}
+    y, middles, bars = 0.0, [], {}
     for by_method in groups.values():
-        places.append(y + (len(by_method) - 1) / 2)
-        for method in sorted(by_method, key=list(colors).index):
+        middles.append(y + (len(by_method) - 1) / 2)
+        for method, color in colors.items():
+            if method not in by_method:
+                continue
             records = by_method[method]
             mean, error = mean_and_error(records, reading)
-            mean, error = 100 * mean, 100 * error
-            bars[method] = panel.barh(y, mean, 0.85, xerr=error, color=colors[method], error_kw={"capsize": 3})
-            text = f"{mean:.1f}" + (f"  ({len(records)} runs)" if len(records) > 1 else "")
-            panel.annotate(text, (mean + error, y), (5, 0), textcoords="offset points", va="center")
+            text = f"{100 * mean:.1f}"
+            if len(records) > 1:
+                text += f"  ({len(records)} runs)"
+            bars[method] = panel.barh(y, 100 * mean, 0.85, xerr=100 * error, color=color, error_kw={"capsize": 3})
+            end = (100 * mean + 100 * error, y)
+            panel.annotate(text, end, (5, 0), textcoords="offset points", va="center")
             y += 1
         y += 0.9
     panel.set(xlim=(0, 125), xlabel="accuracy on test rows, % (± one standard error)", title=f"{reading} reading")
-    panel.set_yticks(places, ["\n".join(group) for group in groups])
+    panel.set_yticks(middles, ["\n".join(group) for group in groups])
     panel.set_xticks(range(0, 101, 20))
     panel.spines[["top", "right"]].set_visible(False)
     return bars
@@ -476,7 +550,7 @@ def draw_accuracy_bars(panel, groups, colors, reading):
 def transfer_picture(records, path, reading="paper"):
     """A heat map for each task: method and source model against target model, accuracy in each cell.
 
-    records: as of report.transfer_table. Returns the path.
+    A record has task, method, source, target, the fields of a result and perhaps its split. Returns the path.
     """
     groups, targets = transfer_groups(records)
     tasks = defaultdict(dict)  # {task: {(method, source): {target: records}}}
@@ -484,9 +558,8 @@ def transfer_picture(records, path, reading="paper"):
         tasks[task][method, source] = by_target
     across = min(2, len(tasks))
     down = math.ceil(len(tasks) / across)
-    width = 760 * across + 100
-    height = 40 + down * (110 + 50 * max(map(len, tasks.values())))
-    figure, panels = new_figure(width, height, down, across)
+    most_rows = max(map(len, tasks.values()))
+    figure, panels = new_figure(760 * across + 100, 40 + down * (110 + 50 * most_rows), down, across)
     for panel in panels.flat[len(tasks) :]:
         panel.set_visible(False)
     for panel, (task, rows) in zip(panels.flat, tasks.items()):
@@ -505,13 +578,16 @@ def draw_transfers(panel, rows, targets, reading):
     values = np.full((len(rows), len(targets)), np.nan)
     for i, ((_, source), by_target) in enumerate(rows.items()):
         for j, target in enumerate(targets):
-            text, dark = "-", False
+            text, color = "-", "black"
             if target in by_target:
                 mean, error = mean_and_error(by_target[target], reading)
                 values[i, j] = 100 * mean
+                text = percent(mean, error)
                 dark = colormaps["cividis"](mean)[1] < 0.5
-                text = percent(mean, error) + "\n(its own prompt)" * (source == target)
-            panel.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
+                color = "white" if dark else "black"
+            if target in by_target and source == target:
+                text += "\n(its own prompt)"
+            panel.text(j, i, text, ha="center", va="center", color=color)
     names = [method if source == "-" else f"{method}\nfrom {source}" for method, source in rows]
     panel.set_yticks(range(len(names)), names)
     panel.set_xticks(range(len(targets)), [f"on {target}" for target in targets])
