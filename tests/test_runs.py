@@ -117,6 +117,13 @@ def test_a_record_without_the_asked_settings_is_no_run(tmp_path, content):
         read_run(tmp_path, task=str)
 
 
+@pytest.mark.parametrize("content", [[], {}, {"config": []}, {"config": "x"}])
+def test_a_record_without_a_configuration_is_no_run_whatever_is_asked(tmp_path, content):
+    write_json(tmp_path / "run.json", content)
+    with pytest.raises(UserError, match="run.json is not the record of a run of stage 02"):
+        read_run(tmp_path)
+
+
 # --- Finished runs --------------------------------------------------------------------------------------------
 
 
