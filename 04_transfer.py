@@ -15,8 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.answerers import open_answerer
-from support.evaluation import Evaluation, evaluate_once, rows_hash, short_name
-from support.files import alone_in, read_jsonl, require, require_fields, write_jsonl
+from support.evaluation import Evaluation, evaluate_once, rows_hash
+from support.files import alone_in, read_jsonl, require, require_fields, short_name, write_jsonl
 from support.runs import read_run
 from support.settings import (
     GenerationSettings,

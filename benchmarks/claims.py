@@ -11,7 +11,6 @@ accuracy over the seeds with its standard error, and the paired difference to th
 import argparse
 import json
 import random
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import greater_core as core
 from support.answerers import local_answerer
 from support.engine import load_model
-from support.evaluation import accuracy, evaluate
+from support.evaluation import accuracy, evaluate, mean_of_runs
 from support.settings import SearchSettings
 from support.sources import split_rows
 from support.tasks import get_task
@@ -56,10 +55,6 @@ def search(model, tokenizer, task, data, start, settings, budgets):
     return {budget: found.get(budget, prompt) for budget in budgets}
 
 
-def mean_and_error(values):
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
 def draw(results, budgets, path):
     """Accuracy over the budget, a panel per start, a line per arm with its standard error."""
     import matplotlib
@@ -70,7 +65,7 @@ def draw(results, budgets, path):
     figure, panels = plt.subplots(1, len(STARTS), figsize=(11, 4.2), sharey=True, layout="constrained")
     for panel, start in zip(panels, STARTS):
         for n, arm in enumerate(ARMS):
-            points = [mean_and_error(results[start][arm][budget]) for budget in budgets]
+            points = [mean_of_runs(results[start][arm][budget]) for budget in budgets]
             means, errors = ([100 * value for value in column] for column in zip(*points))
             xs = [budget * (1 + 0.03 * (n - 2)) for budget in budgets]  # side by side, so that no bar hides another
             panel.errorbar(xs, means, errors, marker="osD^v"[n], markersize=5, capsize=3, label=arm)
@@ -119,9 +114,9 @@ def main():
         for arm in ARMS:
             cells = []
             for budget in flags.budgets:
-                mean, error = mean_and_error(results[start][arm][budget])
+                mean, error = mean_of_runs(results[start][arm][budget])
                 pairs = zip(results[start][arm][budget], results[start]["full method"][budget])
-                gap, gap_error = mean_and_error([a - b for a, b in pairs])
+                gap, gap_error = mean_of_runs([a - b for a, b in pairs])
                 versus = "" if arm == "full method" else f" ({100 * gap:+5.1f} ± {100 * gap_error:3.1f})"
                 cells.append(f"{100 * mean:5.1f} ± {100 * error:3.1f}{versus:>16s}")
             print(f"{arm:28s}" + "".join(f"{cell:>28s}" for cell in cells))

@@ -18,8 +18,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from support.evaluation import Generation, short_name
-from support.files import UserError, require, weights_hash
+from support.evaluation import Generation
+from support.files import UserError, require, short_name, weights_hash
 from support.settings import ServerFlags
 
 

@@ -16,6 +16,7 @@ A folder with evaluations holds two files, whose fields are those of `Prediction
 
 import json
 import math
+import statistics
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -110,11 +111,6 @@ class Generation(NamedTuple):
     reply: str  # behind the extractor
     tokens: int  # of the reasoning
     truncated: bool  # the reasoning was cut at max_new_tokens
-
-
-def short_name(model):
-    """A model's name in tables: the last two parts of its hub name or folder."""
-    return "/".join(Path(model).parts[-2:])
 
 
 def graded(task, generation):
@@ -429,3 +425,27 @@ def mcnemar(gained, lost):
     discordant = gained + lost
     tail = sum(math.comb(discordant, k) for k in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**discordant)
+
+
+# --- Results of several runs: a reading's accuracy and its standard error are these fields of a result --------
+
+READINGS = {"paper": ("accuracy", "stderr"), "harness": ("harness_accuracy", "harness_stderr")}
+
+
+def mean_of_runs(values):
+    """(mean, its standard error from the spread between the values, which is 0 for one value)."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.mean(values), error
+
+
+def mean_and_error(results, reading):
+    """Mean accuracy and its standard error: of one result its own, of several that of their mean."""
+    mean, error = READINGS[reading]
+    if len(results) == 1:
+        return results[0][mean], results[0][error]
+    return mean_of_runs([result[mean] for result in results])
+
+
+def percent(mean, error):
+    """Shares in per cent, as text: "82.6 ± 1.0"."""
+    return f"{100 * mean:.1f} ± {100 * error:.1f}"

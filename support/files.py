@@ -109,18 +109,6 @@ def require_fields(records, path, **kinds):
     return records
 
 
-def read_run(folder, **kinds):
-    """The record run.json of a run whose configuration has these settings, of these types. Errors: UserError."""
-    path = Path(folder) / "run.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        fits = all(isinstance(record["config"][name], kind) for name, kind in kinds.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        fits = False
-    require(fits, f"{path} is not the record of a run of stage 02")
-    return record
-
-
 def is_text(text):
     """Whether it can be written as UTF-8: no half of a surrogate pair."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
@@ -141,6 +129,11 @@ def alone_in(folder):
         yield
     finally:
         lock.release()
+
+
+def short_name(model):
+    """A model's name in tables: the last two parts of its hub name or folder."""
+    return "/".join(Path(model).parts[-2:])
 
 
 def sha256(path):

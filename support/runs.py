@@ -1,4 +1,4 @@
-"""A run on disk: what its files hold, opening and resuming it, and its final prompts. Works without torch.
+"""A run on disk: what its files hold, opening and resuming it, reading a finished one. Works without torch.
 
     run.json        the settings, the data and the model of the run
     steps.jsonl     a `Step` per position visited; line 0 is the start
@@ -12,10 +12,19 @@ import json
 import subprocess
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
-from support.files import ROOT, UserError, read_appended, read_jsonl, require, weights_hash, write_json
+from support.files import (
+    ROOT,
+    UserError,
+    read_appended,
+    read_jsonl,
+    require,
+    short_name,
+    weights_hash,
+    write_json,
+)
 from support.tokens import ends_sentence, prompt_text
 
 # --- Records of a search: the fields are the columns of steps.jsonl ----------------------------------
@@ -113,30 +122,44 @@ def timed(seconds, name):
 
 
 def as_step(record):
-    """The `Step` of one line of steps.jsonl. Errors: TypeError, KeyError, AttributeError for another form."""
-    nested = {
-        "prompt_ids": tuple(record["prompt_ids"]),
-        "best": Best(**record["best"]),
-        "candidates": [Candidate(**candidate) for candidate in record.get("candidates", ())],
-        "shortlist": [
-            Tried(**(tried | {"prompt_ids": tuple(tried["prompt_ids"])})) for tried in record.get("shortlist", ())
-        ],
-    }
-    return Step(**(record | nested))
+    """The `Step` of one line of steps.jsonl. Errors: as of `as_dataclass`."""
+    step = as_dataclass(Step, record)
+    return replace(
+        step,
+        best=as_dataclass(Best, step.best),
+        candidates=[as_dataclass(Candidate, candidate) for candidate in step.candidates],
+        shortlist=[as_dataclass(Tried, tried) for tried in step.shortlist],
+    )
+
+
+def as_dataclass(kind, record):
+    """A `kind` with the fields of a JSON object.
+
+    Errors: KeyError with the names of the fields that are missing, TypeError or AttributeError for another form.
+    """
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    missing = needed - record.keys()
+    if missing:
+        raise KeyError(*sorted(missing))
+    if "prompt_ids" in needed:
+        record = record | {"prompt_ids": tuple(record["prompt_ids"])}  # JSON has lists only
+    return kind(**record)
 
 
 def read_steps(path, growing=False):
-    """The steps of a search, [] if there is no file. growing: mend a last line that was cut short.
+    """The steps of a search. Errors: UserError that names the line with another form, or a file that is not there.
 
-    Errors: UserError that names the line with another form.
+    growing: the file is the caller's own to append to: [] if it is not there yet, and a last line that was cut short
+    is mended. Without it nothing is written: another process may be about to complete that line.
     """
-    if not Path(path).exists():
-        return []
+    records = read_appended(path) if growing else read_jsonl(path)
     steps = []
-    for number, record in enumerate((read_appended if growing else read_jsonl)(path), 1):
+    for number, record in enumerate(records, 1):
         try:
             steps.append(as_step(record))
-        except (TypeError, KeyError, AttributeError) as error:
+        except KeyError as error:
+            raise UserError(f"{path}, line {number}: {lacking(error.args)}") from None
+        except (TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number}: not a step of a search ({error})") from None
     return steps
 
@@ -168,7 +191,8 @@ def read_run(folder, **kinds):
     path = Path(folder) / "run.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        good = all(isinstance(record["config"][name], kind) for name, kind in kinds.items())
+        config = record["config"]
+        good = isinstance(config, dict) and all(isinstance(config[name], kind) for name, kind in kinds.items())
     except (OSError, ValueError, KeyError, TypeError):
         good = False
     require(good, f"{path} is not the record of a run of stage 02")
@@ -198,7 +222,7 @@ def open_run(run_dir, config, prepared, train_ids):
     }
     path = Path(run_dir) / "run.json"
     if path.exists():
-        other = differences(path, record)
+        other = differences(run_dir, record)
         begun = (path.parent / "steps.jsonl").exists()  # one that ended before its first step may be begun otherwise
         require(not (other and begun), f"{run_dir} holds a run with other {', '.join(other)}: choose another --run-dir")
         if not other:
@@ -207,11 +231,12 @@ def open_run(run_dir, config, prepared, train_ids):
     write_json(path, record)
 
 
-def differences(path, record):
-    """Names of what differs between a recorded run and this one; where files lie does not count."""
+def differences(run_dir, record):
+    """Names of what differs between the run recorded in a folder and this one; where files lie does not count."""
     try:
-        recorded = settings_of(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):
+        recorded = settings_of(read_run(run_dir))
+    except (UserError, KeyError, TypeError):
+        path = Path(run_dir) / "run.json"
         raise UserError(f"{path} is not the record of a run: choose another --run-dir") from None
     now = settings_of(record)
     names = (recorded.keys() | now.keys()) - {"run_dir", "data_dir", "source"}
@@ -225,6 +250,119 @@ def settings_of(record):
 def git_commit():
     answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return answer.stdout.strip() or None
+
+
+# --- Reading a finished run ----------------------------------------------------------------------------
+
+RESULT_FIELDS = (
+    "role",
+    "split",
+    "prompt",
+    "n",
+    "accuracy",
+    "stderr",
+    "harness_accuracy",
+    "harness_stderr",
+    "unread",
+    "truncated",
+    "mean_tokens",
+)
+PROMPT_FIELDS = ("prompt", "prompt_ids", "dev_accuracy", "dev_stderr", "initial")
+
+
+class Unfinished(UserError):
+    """A run that lacks results, in one line that begins with its folder."""
+
+
+@dataclass
+class Run:
+    """A run of stage 02, or one by another method, with all of its records."""
+
+    folder: Path
+    config: dict  # the flags it was started with
+    task: str
+    model: str  # its short name
+    method: str
+    results: list[dict]  # results.jsonl
+    steps: list[Step] = field(default_factory=list)  # none of another method's run
+    prompts: list[dict] = field(default_factory=list)  # prompts.jsonl, best first; none of another method's run
+
+    @property
+    def title(self):
+        return f"task {self.task}, model {self.model}, {self.method}, seed {self.config.get('seed', '-')}"
+
+    def result(self, role, split, name=None):
+        """The record of the most rows, of these the latest, or None. What another model answered does not count."""
+        found = None
+        for record in self.results:
+            asked = (record["role"], record["split"], record.get("name")) == (role, split, name)
+            if asked and self.is_own(record) and (found is None or record["n"] >= found["n"]):
+                found = record
+        return found
+
+    def is_own(self, record):
+        """Whether a result is of the run's task and model; an older one does not say and is."""
+        model = short_name(record.get("model", self.model))
+        return record.get("task", self.task) == self.task and model == self.model
+
+    @property
+    def prompts_tried(self):
+        """[(role, name)] of the prompts that were evaluated: initial, baselines, best."""
+        names = dict.fromkeys(record.get("name") for record in self.results if record["role"] == "baseline")
+        return [("initial", None), *(("baseline", name) for name in names), ("best", None)]
+
+
+def load_runs(folder):
+    """(finished runs, messages on unfinished ones) of a run's folder or a folder of runs. Errors: UserError if none."""
+    folder = Path(folder)
+    if (folder / "run.json").exists():
+        return [load_run(folder)], []
+    runs, unfinished = [], []
+    for path in sorted(folder.glob("*/run.json")):
+        try:
+            runs.append(load_run(path.parent))
+        except Unfinished as error:
+            unfinished.append(str(error))
+    require(runs or unfinished, f"{folder} holds no run: neither it nor a folder in it has a run.json")
+    require(runs, f"{folder} holds no finished run: {unfinished[0] if unfinished else ''}")
+    return runs, unfinished
+
+
+def load_run(folder):
+    """The finished run in a folder. Errors: Unfinished if it lacks results, UserError if its files cannot be read.
+
+    Nothing is mended: a line that is cut short may be one that the run, still at work, is about to complete.
+    """
+    folder = Path(folder)
+    config = read_run(folder, task=str, model=str)["config"]
+    task, method = config["task"], config.get("method", "GReaTer")
+    if task.endswith(".jsonl"):
+        task = f"own/{Path(task).stem}"  # as tasks.get_task names a user's own rows
+    if not (folder / "results.jsonl").exists():
+        raise Unfinished(f"{folder}: unfinished, no results.jsonl; the command that began the run finishes it")
+    results = read_records(folder / "results.jsonl", RESULT_FIELDS)
+    run = Run(folder, config, task, short_name(config["model"]), method, results)
+    for role in ("initial", "best"):
+        if run.result(role, "test") is None:
+            raise Unfinished(f"{folder}: unfinished, results.jsonl has no test result of the {role} prompt")
+    if method.startswith("GReaTer"):  # other methods have no such steps
+        run.steps = read_steps(folder / "steps.jsonl")
+        run.prompts = read_records(folder / "prompts.jsonl", PROMPT_FIELDS)
+        require(run.steps and run.prompts, f"{folder}: steps.jsonl or prompts.jsonl is empty")
+    return run
+
+
+def read_records(path, names):
+    """The records of a file that all have these fields. Errors: UserError that names file, line and field."""
+    records = read_jsonl(path)
+    for number, record in enumerate(records, 1):
+        missing = set(names) - record.keys()
+        require(not missing, f"{path}, line {number}: {lacking(missing)}")
+    return records
+
+
+def lacking(names):
+    return f"no {', '.join(sorted(names))}; this is no file of a run"
 
 
 # --- Final prompts, and a line of the log ------------------------------------------------------------

@@ -1,66 +1,18 @@
-"""The report: its tables against hand-made results, what the pictures show against hand-computed values."""
+"""The report: its tables against hand-made results, and its files."""
 
 import math
-import random
 import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+from made_runs import GEMMA, LLAMA, START, TRANSFERS, make_run, result
 
 from support import report
-from support.files import UserError, write_json, write_jsonl
+from support.files import UserError, write_jsonl
+from support.runs import load_runs
 from support.tasks import PAPER_BBH
-
-LLAMA, GEMMA = "meta-llama/Meta-Llama-3-8B-Instruct", "google/gemma-2-9b-it"
-START = "read it ."
-TEXTS = {1: "read", 2: " it", 3: ".", 4: "check", 5: " all"}
-
-
-def result(role, split, accuracy, n=100, harness=0.5, **more):
-    errors = ((p * (1 - p) / (n - 1)) ** 0.5 for p in (accuracy, harness))
-    record = {"role": role, "split": split, "prompt": START if role == "initial" else role, "n": n}
-    record |= dict(zip(("accuracy", "harness_accuracy", "stderr", "harness_stderr"), (accuracy, harness, *errors)))
-    return record | {"unread": 0.25, "truncated": 0.125, "mean_tokens": 31.5} | more
-
-
-def step(number, position, ids, objective, gradients=None, tried=()):
-    """A record of steps.jsonl. gradients: {token: gradient}, the incumbent's too; tried: (token, ids, objective)."""
-    text = "".join(TEXTS[t] for t in ids)
-    record = {"step": number, "position": position, "prompt_ids": ids, "objective": objective, "prompt": text}
-    record["best"] = {"objective": objective, "prompt": text}
-    if gradients is not None:
-        record["candidates"] = [{"token": t, "text": TEXTS[t], "gradient": g} for t, g in gradients.items()]
-        record["shortlist"] = [
-            {"token": t, "text": TEXTS[t], "prompt_ids": own, "objective": value, "new": True}
-            for t, own, value in tried
-        ]
-    return record
-
-
-# Step 1 takes "check" for "read", step 2 keeps " it", step 3 takes " all" for ".", step 4 grows by ".".
-STEPS = [
-    step(0, None, [1, 2, 3], 8.0),
-    step(1, 0, [4, 2, 3], 5.0, {4: -2.0, 5: -1.5, 1: 0.5}, [(4, [4, 2, 3], 5.0), (5, [5, 2, 3], 9.0)]),
-    step(2, 1, [4, 2, 3], 5.0, {5: -1.0, 2: -0.25}, [(5, [4, 5, 3], 5.5)]),
-    step(3, 2, [4, 2, 5], 4.5, {5: 0.25, 3: 0.5}, [(5, [4, 2, 5], 4.5)]),
-    step(4, 3, [4, 2, 5, 3], 4.75, {3: -1.0, 1: -0.5}, [(3, [4, 2, 5, 3], 4.75)]),
-]
-
-
-def finalist(ids, accuracy, initial=False):
-    return {"prompt": "x", "prompt_ids": ids, "dev_accuracy": accuracy, "dev_stderr": 0.05, "initial": initial}
-
-
-def make_run(folder, task="gsm8k", model=LLAMA, seed=0, best=0.8, results=None, steps=STEPS, **config):
-    folder.mkdir(parents=True)
-    write_json(folder / "run.json", {"config": {"task": task, "model": model, "seed": seed, **config}})
-    usual = [result("initial", "dev", 0.5), result("initial", "test", 0.6), result("best", "test", best)]
-    write_jsonl(folder / "results.jsonl", usual if results is None else results)
-    write_jsonl(folder / "steps.jsonl", steps)
-    write_jsonl(folder / "prompts.jsonl", [finalist([4, 2, 3], 0.9), finalist([1, 2, 3], 0.5, initial=True)])
-    return folder
 
 
 def table(markdown):
@@ -71,7 +23,7 @@ def table(markdown):
 
 
 def rows_of(folder, reading="paper"):
-    runs, _ = report.load_runs(folder)
+    runs, _ = load_runs(folder)
     return table(report.results_table(report.table_records(runs), reading))
 
 
@@ -175,20 +127,6 @@ def test_another_method_is_called_by_its_name_and_needs_no_steps(tmp_path):
     assert [path.name for path in report.write_report(tmp_path)] == ["report.md", "accuracy.png"]
 
 
-def transfer(task, method, source, target, accuracy):
-    names = {"task": task, "method": method, "source": source, "target": target, "prompt": "p", "n": 101}
-    return names | {"accuracy": accuracy, "stderr": 0.04, "harness_accuracy": 1 - accuracy, "harness_stderr": 0.03}
-
-
-TRANSFERS = [
-    transfer("bbh/hyperbaton", "initial prompt", "-", GEMMA, 0.5),
-    transfer("bbh/hyperbaton", "GReaTer", LLAMA, LLAMA, 0.9),
-    transfer("bbh/hyperbaton", "GReaTer", LLAMA, GEMMA, 0.8),
-    transfer("gsm8k", "GReaTer", LLAMA, GEMMA, 0.7),
-    transfer("bbh/causal_judgement", "GReaTer", LLAMA, LLAMA, 0.6),
-]
-
-
 def test_the_transfer_table_has_targets_as_columns_and_the_papers_number_in_its_cell_alone():
     paper, harness = (table(part) for part in report.transfer_table(TRANSFERS).split("\nAccuracy on"))
     assert paper[2] == ["task", "method", "source", f"on {GEMMA}", f"on {LLAMA}"]
@@ -254,14 +192,6 @@ def test_an_unfinished_run_is_listed_beside_a_finished_one_and_its_files_stay_as
     assert (half / "steps.jsonl").read_text() == '{"step": 0'
 
 
-def test_a_line_cut_short_is_an_error_and_stays_for_the_run_that_may_be_writing_it(tmp_path):
-    path = make_run(tmp_path / "some-run") / "results.jsonl"
-    path.write_text(path.read_text() + '{"role"')
-    with pytest.raises(UserError, match="results.jsonl, line 4"):
-        report.write_report(tmp_path)
-    assert path.read_text().endswith('{"role"')
-
-
 def test_the_report_shows_prompts_rates_and_links_that_exist(tmp_path):
     make_run(tmp_path / "my runs" / "a run")
     written = report.write_report(tmp_path / "my runs")
@@ -284,132 +214,3 @@ def test_a_report_is_written_without_torch(tmp_path):
     make_run(tmp_path / "one")
     code = "import sys; from support import report; report.write_report(sys.argv[1]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
-
-
-# --- What the pictures show -----------------------------------------------------------------------------------
-
-
-def test_a_finalist_stands_at_the_step_at_which_it_first_appeared():
-    prompts = [finalist([4, 2, 3], 0.9), finalist([4, 5, 3], 0.8), finalist([1, 2, 3], 0.5, True), finalist([9], 0.1)]
-    # [4, 2, 3] is won at step 1, [4, 5, 3] is only tried at step 2, [9] was never seen.
-    assert report.finalist_points(STEPS, prompts) == [
-        (1, 0.9, 0.05, False),
-        (2, 0.8, 0.05, False),
-        (0, 0.5, 0.05, True),
-    ]
-
-
-def test_the_evolution_has_a_row_for_each_change_and_tells_when_each_token_was_set():
-    parts, kind = report.prompt_parts(STEPS, TEXTS)
-    assert kind == "tokens"
-    start, first, second, grown = report.evolution_rows(STEPS, parts)
-    assert (start["step"], start["change"], start["cells"]) == (0, None, [("read", 0), (" it", 0), (".", 0)])
-    assert (first["step"], first["change"], first["cells"]) == (1, -3.0, [("check", 1), (" it", 0), (".", 0)])
-    assert (second["step"], second["change"], second["cells"]) == (3, -0.5, [("check", 1), (" it", 0), (" all", 3)])
-    assert (grown["step"], grown["change"]) == (4, 0.25)
-    assert grown["cells"] == [*second["cells"], (".", 4)]
-
-
-def test_token_texts_come_from_the_records_then_the_tokenizer_and_else_the_words_of_the_prompt():
-    texts = report.token_texts(STEPS, "no/such/model")
-    assert texts == TEXTS
-    unknown = [STEPS[0]]  # no candidates yet
-    assert report.prompt_parts(unknown, report.token_texts(unknown, "no/such/model")) == (
-        [[("read", "read"), ("it.", "it.")]],
-        "words",
-    )
-    demo = [STEPS[0] | {"prompt_ids": [75, 92]}]
-    assert report.token_texts(demo, ROOT / "demo" / "model") == {75: "check", 92: "every"}
-
-
-def test_a_gradient_point_is_the_candidate_minus_the_incumbent_in_gradient_and_objective():
-    # Step 4 grows the prompt, so that it has no incumbent.
-    assert report.gradient_points(STEPS) == [
-        (-2.5, -3.0, True),
-        (-2.0, 1.0, False),
-        (-0.75, 0.5, False),
-        (-0.25, -0.5, True),
-    ]
-    random_shortlist = [STEPS[0], step(1, 0, [4, 2, 3], 5.0, {4: None, 1: None}, [(4, [4, 2, 3], 5.0)])]
-    assert report.gradient_points(random_shortlist) == []
-
-
-def test_the_rank_correlation_is_spearmans():
-    # Ranks 1 2 3 4 5 against 2 1 4 3 5: 1 - 6 * 4 / (5 * 24) = 0.8.
-    assert report.spearman([1, 2, 3, 4, 50], [0.2, 0.1, 7, 6, 8]) == pytest.approx(0.8)
-    # Two share ranks 1 and 2: from the means -1 -1 0.5 1.5 and -1.5 -0.5 0.5 1.5, so 4.5 / sqrt(4.5 * 5).
-    assert report.spearman([5, 5, 6, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert report.spearman([1, 2, 3], [9, 4, -1]) == pytest.approx(-1)
-    assert report.spearman([1, 1, 1], [1, 2, 3]) is None
-
-
-def test_a_long_token_is_wrapped_then_cut_and_its_space_is_seen():
-    assert report.clip(" systematically", 6, 2) == "·syste\nmatic…"
-    assert report.clip("ness", 6, 2) == "ness"
-    assert report.clip(" intermediate", 12, 2) == "·interm\nediate"
-    assert report.clip("", 6, 2) == ""
-    assert report.clip("\n", 6, 1) == "\\n"
-
-
-# --- Pictures -------------------------------------------------------------------------------------------------
-
-
-def long_run(steps, length, most):
-    """Records of a search over subword tokens, some long, one with signs that matplotlib might take for a formula."""
-    rng = random.Random(0)
-    words = "proper logical systematically decomposition mathematical the step intermediate calculations $x^$".split()
-    texts = [f" {word}" for word in words] + ["ization", "ly", "ness", "."]
-    ids, objective, position = [rng.randrange(len(texts)) for _ in range(length)], 30.0, 0
-    text = "".join(texts[t] for t in ids).strip()
-    best = {"objective": objective, "prompt": text}
-    shared = {"prompt": text, "best": best}
-    records = [{"step": 0, "position": None, "prompt_ids": list(ids), "objective": objective, **shared}]
-    for number in range(1, steps + 1):
-        tried = rng.sample(range(len(texts)), 3)
-        gradients = {token: rng.gauss(0, 1) for token in range(len(texts))}
-        shortlist = [
-            {"token": t, "text": texts[t], "prompt_ids": [*ids[:position], t, *ids[position + 1 :]], "new": True}
-            | {"objective": objective * rng.uniform(0.95, 1.1)}
-            for t in tried
-        ]
-        winner = min(shortlist, key=lambda entry: entry["objective"])
-        ids, objective = winner["prompt_ids"], winner["objective"]
-        candidates = [{"token": t, "text": texts[t], "gradient": g} for t, g in gradients.items()]
-        own = {"prompt_ids": ids, "objective": objective, "candidates": candidates, "shortlist": shortlist}
-        records.append({"step": number, "position": position, **own, **shared})
-        position = position + 1 if position + 1 < len(ids) or len(ids) < most else 0
-    return records
-
-
-def png_size(path):
-    content = path.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 10_000
-    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
-
-
-@pytest.mark.parametrize(("steps", "length", "most"), [(105, 25, 25), (40, 60, 64), (0, 5, 5)])
-def test_every_picture_of_a_run_is_drawn_legibly_wide_and_not_endlessly_high(tmp_path, steps, length, most):
-    folder = make_run(tmp_path / "long", steps=long_run(steps, length, most))
-    written = report.write_report(folder)
-    sizes = {path.name: png_size(path) for path in written if path.suffix == ".png"}
-    assert set(sizes) == {"accuracy.png", "objective.png", "evolution.png"} | ({"gradient.png"} if steps else set())
-    assert all(1200 <= width <= 1600 and height <= 2800 for width, height in sizes.values())
-
-
-def test_the_cap_on_rows_is_said_in_the_picture(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    titles = []
-    monkeypatch.setattr(report, "MAX_LINES", 12)
-    monkeypatch.setattr(Figure, "suptitle", lambda figure, text, **_: titles.append(text))
-    run = report.load_run(make_run(tmp_path / "long", steps=long_run(105, 25, 25)))
-    report.draw_evolution(run, tmp_path / "evolution.png")
-    assert f"task gsm8k, model {LLAMA}, GReaTer, seed 0" in titles[0]
-    shown, changes = map(int, re.search(r"(\d+) of (\d+) changes shown", titles[0]).groups())
-    assert shown == 11 < changes <= 105  # 12 rows, the start among them
-
-
-def test_the_transfer_picture_has_a_panel_for_each_task(tmp_path):
-    one = png_size(report.transfer_picture(TRANSFERS[:3], tmp_path / "one.png"))
-    two = png_size(report.transfer_picture(TRANSFERS, tmp_path / "two.png", "harness"))
-    assert one[0] >= 800 and two[0] > 1.5 * one[0]

@@ -1,0 +1,595 @@
+"""Pictures of runs, drawn with matplotlib. Works without torch.
+
+    draw_run(run)                   a search: objective.png, evolution.png, gradient.png in the run's folder
+    draw_accuracy(records, path)    test accuracy of every method
+    transfer_picture(records, path) prompts found with one model on another
+
+What a picture shows is first made as plain data. matplotlib is imported where something is drawn.
+"""
+
+import itertools
+import math
+import textwrap
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from support.evaluation import READINGS, mean_and_error, percent
+
+# --- What the pictures show: plain data -----------------------------------------------------------------------
+
+
+class FinalistPoint(NamedTuple):
+    step: int  # at which the prompt first appeared
+    accuracy: float  # on dev rows
+    stderr: float
+    initial: bool  # whether it is the initial prompt
+
+
+class GradientPoint(NamedTuple):
+    predicted: float  # gradient of a shortlisted candidate minus the incumbent's
+    realised: float  # its objective minus the incumbent's
+    taken: bool
+
+
+class Cell(NamedTuple):
+    """A token or word of a prompt."""
+
+    text: str
+    set_at: int  # step
+
+
+class EvolutionRow(NamedTuple):
+    """The prompt at the start, or behind a step that changed it."""
+
+    step: int
+    objective: float
+    change: float | None  # of the objective in this step; None at the start
+    cells: list[Cell]
+
+
+def finalist_points(steps, prompts):
+    """A FinalistPoint for each of the prompts that the steps know, in the prompts' order, which is their rank."""
+    first_seen = {}
+    for step in steps:
+        for record in (step, *step.shortlist):
+            first_seen.setdefault(record.prompt_ids, step.step)
+    points = []
+    for prompt in prompts:
+        step = first_seen.get(tuple(prompt["prompt_ids"]))
+        if step is not None:
+            points.append(FinalistPoint(step, prompt["dev_accuracy"], prompt["dev_stderr"], prompt["initial"]))
+    return points
+
+
+def token_texts(steps, model):
+    """{token id: text} from the candidates of the steps, else from the model's tokenizer where it lies on disk."""
+    texts = {}
+    for step in steps:
+        texts |= {record.token: record.text for record in (*step.candidates, *step.shortlist)}
+    missing = {token for step in steps for token in step.prompt_ids} - texts.keys()
+    if missing:
+        from huggingface_hub import try_to_load_from_cache  # both without torch
+        from tokenizers import Tokenizer
+
+        try:
+            path = Path(model) / "tokenizer.json"
+            path = path if path.exists() else try_to_load_from_cache(str(model), "tokenizer.json")
+            tokenizer = Tokenizer.from_file(str(path))
+            texts |= {token: tokenizer.decode([token]) for token in missing}
+        except Exception:  # a name that is no hub name, no file, a file of another kind: the words do then
+            pass
+    return texts
+
+
+def prompt_parts(steps, texts):
+    """(each step's prompt as a list of (key, text), what these are): tokens, or words if a token's text is unknown."""
+    used = {token for step in steps for token in step.prompt_ids}
+    known = all(texts.get(token) for token in used)
+    parts = []
+    for step in steps:
+        if known:
+            parts.append([(token, texts[token]) for token in step.prompt_ids])
+        else:
+            parts.append([(word, word) for word in step.prompt.split()])
+    return parts, "tokens" if known else "words"
+
+
+def evolution_rows(steps, parts):
+    """An EvolutionRow of the start and of each step at which the prompt changed. parts: as of `prompt_parts`."""
+    start = steps[0]
+    cells = [Cell(text, start.step) for _, text in parts[0]]
+    rows = [EvolutionRow(start.step, start.objective, None, cells)]
+    for number in range(1, len(steps)):
+        before, now = parts[number - 1], parts[number]
+        if now == before:
+            continue
+        step = steps[number]
+        cells = changed_cells(cells, before, now, step.step)
+        change = step.objective - steps[number - 1].objective
+        rows.append(EvolutionRow(step.step, step.objective, change, cells))
+    return rows
+
+
+def changed_cells(cells, before, now, step):
+    """The cells of a prompt after a step. cells: those before it; before, now: the prompts' parts."""
+    changed = []
+    for place, (key, text) in enumerate(now):
+        kept = place < len(before) and before[place][0] == key
+        changed.append(Cell(text, cells[place].set_at if kept else step))
+    return changed
+
+
+def gradient_points(steps):
+    """A GradientPoint for each shortlisted candidate; not where the prompt grew (there is no incumbent) or no gradient
+    was taken."""
+    points = []
+    for before, step in zip(steps, steps[1:]):
+        if step.position >= len(before.prompt_ids):
+            continue
+        gradients = {candidate.token: candidate.gradient for candidate in step.candidates}
+        incumbent = gradients.get(before.prompt_ids[step.position])
+        if incumbent is None:
+            continue
+        for tried in step.shortlist:
+            predicted = gradients[tried.token] - incumbent
+            realised = tried.objective - before.objective
+            points.append(GradientPoint(predicted, realised, tried.prompt_ids == step.prompt_ids))
+    return points
+
+
+def spearman(xs, ys):
+    """Rank correlation, ties sharing their mean rank; None where it is not defined."""
+    if len(set(xs)) < 2 or len(set(ys)) < 2:
+        return None
+    return float(np.corrcoef(mean_ranks(xs), mean_ranks(ys))[0, 1])
+
+
+def mean_ranks(values):
+    """The rank of each value, from 1; equal values have the mean of their ranks."""
+    values = np.asarray(values, dtype=float)
+    smaller = (values[:, None] > values).sum(1)
+    equal = (values[:, None] == values).sum(1)
+    return smaller + (equal + 1) / 2
+
+
+def transfer_groups(records):
+    """{(task, method, source): {target: records}} in the records' order, and the targets."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        groups[record["task"], record["method"], record["source"]][record["target"]].append(record)
+    return groups, list(dict.fromkeys(record["target"] for record in records))
+
+
+def split_of(records):
+    """The split that the records are of, for a title; both if they are of two."""
+    return " and ".join(dict.fromkeys(record.get("split", "test") for record in records))
+
+
+# --- Colours and figures --------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, which the colour-blind tell apart, too.
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+RED = "#D55E00"
+PURPLE = "#CC79A7"
+SKY = "#56B4E9"
+LIGHT_GRAY = "0.65"
+GRAY = "0.35"
+DARK_GRAY = "0.3"
+DPI = 100
+
+
+def new_figure(width, height, rows=1, columns=1, **options):
+    """(figure, array of axes); sizes in pixels. No pyplot: nothing global, and the Agg backend draws."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def draw_run(run):
+    """The pictures of a run's search, as far as its records go. Returns their paths."""
+    pictures = {"objective": draw_objective, "evolution": draw_evolution} if run.steps else {}
+    if gradient_points(run.steps):
+        pictures["gradient"] = draw_gradient
+    for name, draw in pictures.items():
+        draw(run, run.folder / f"{name}.png")
+    return [run.folder / f"{name}.png" for name in pictures]
+
+
+# --- objective.png --------------------------------------------------------------------------------------------
+
+
+def draw_objective(run, path):
+    """The objective over the steps, and the finalists' dev accuracy where each first appeared."""
+    figure, ((top,), (bottom,)) = new_figure(1300, 900, 2, sharex=True, height_ratios=[3, 2])
+    xs = [step.step for step in run.steps]
+    current = [step.objective for step in run.steps]
+    best = [step.best.objective for step in run.steps]
+    line = {"where": "post", "linewidth": 2.5}
+    top.step(xs, current, color=BLUE, label="current prompt", **line)
+    top.step(xs, best, color=ORANGE, linestyle="--", label="best finished prompt so far", **line)
+    ylabel = "objective on training rows"
+    if max(current + best) > 20 * min(current + best) > 0:
+        top.set_yscale("log")
+        ylabel += " (log scale)"
+    top.set(title=run.title, ylabel=ylabel)
+    draw_finalists(bottom, finalist_points(run.steps, run.prompts), last=xs[-1])
+    bottom.set(xlabel="step (of a finalist: at which it first appeared)", ylabel="accuracy on dev rows, %")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    for panel in (top, bottom):
+        panel.grid(alpha=0.3)
+        handles, labels = panel.get_legend_handles_labels()
+        once = dict(zip(labels, handles))
+        panel.legend(once.values(), once.keys())
+    figure.savefig(path)
+
+
+def draw_finalists(panel, points, last):
+    """points: FinalistPoints, the chosen prompt first; last: the run's last step."""
+    drawn = defaultdict(int)  # {step: finalists}
+    for rank, point in enumerate(points):
+        if rank == 0:
+            look = {"label": "chosen prompt", "fmt": "*", "markersize": 17, "color": RED, "zorder": 3}
+        elif point.initial:
+            look = {"label": "initial prompt", "fmt": "s", "markersize": 8, "color": BLUE, "zorder": 2}
+        else:
+            look = {"label": "other finalist", "fmt": "o", "markersize": 8, "color": GRAY, "zorder": 2}
+        x = point.step + 0.012 * last * drawn[point.step]  # side by side, so that none hides another
+        drawn[point.step] += 1
+        panel.errorbar(x, 100 * point.accuracy, 100 * point.stderr, capsize=4, **look)
+
+
+# --- evolution.png --------------------------------------------------------------------------------------------
+
+MAX_COLUMNS = 26  # of tokens: what stays legible
+MAX_LINES = 64
+# In pixels: the grid of cells, and the margins around it. The bars are in the right one, the ruler in the lower one.
+GRID_WIDTH = 1295
+LEFT, RIGHT = 65, 240
+ABOVE, BELOW = 100, 90
+LETTER_WIDTH = 0.602  # of a monospaced letter, as a share of its font size
+CELL_LINES = 2  # of letters
+NEW_FRAME = {"edgecolor": RED, "linewidth": 2.5, "zorder": 3}
+OLD_FRAME = {"edgecolor": "0.8", "linewidth": 0.6, "zorder": 1}
+CELL_TEXT = {
+    "family": "monospace",
+    "ha": "center",
+    "va": "center_baseline",
+    "linespacing": 1,
+    "parse_math": False,
+    "zorder": 4,
+}
+
+
+@dataclass(frozen=True)
+class EvolutionLayout:
+    """Where the rows of evolution.png stand. Sizes are in pixels, so that it is known how many letters fit a cell."""
+
+    first: list[EvolutionRow]  # shown
+    hidden: list[EvolutionRow]  # left out between the first and the last ones; one line says so
+    last: list[EvolutionRow]  # shown
+    longest: int  # cells of the longest row
+    folds: int  # lines that a row takes: a long prompt goes on in the line below
+    columns: int  # cells in a line
+    font_size: int  # points
+    letters: int  # that fit into one line of a cell
+    cell_height: float
+
+    @property
+    def row_height(self):
+        return self.cell_height * self.folds + 5
+
+    @property
+    def grid_height(self):
+        return self.row_height * (len(self.first) + bool(self.hidden) + len(self.last))
+
+    @property
+    def gap(self):
+        """The upper edge of the line that stands for the hidden rows."""
+        return self.row_height * len(self.first)
+
+    def shown(self):
+        """[(upper edge, row)] of the rows that are shown."""
+        gap = [None] if self.hidden else []
+        slots = [*self.first, *gap, *self.last]
+        return [(number * self.row_height, row) for number, row in enumerate(slots) if row is not None]
+
+    def middle(self, upper_edge):
+        """The height of the middle of a row's cells."""
+        return upper_edge + self.cell_height * self.folds / 2
+
+
+def evolution_layout(rows):
+    """The EvolutionLayout of evolution rows."""
+    longest = max(len(row.cells) for row in rows)
+    folds = math.ceil(longest / MAX_COLUMNS)
+    columns = math.ceil(longest / folds)
+    first, hidden, last = without_middle(rows, max(1, MAX_LINES // folds))
+    font_size = 10 if columns <= 14 else 8
+    letter_width = LETTER_WIDTH * font_size * DPI / 72  # a point is 1/72 inch
+    cell_width = GRID_WIDTH / columns
+    letters = max(2, int((cell_width - 4) / letter_width))
+    texts = [cell.text for row in first + last for cell in row.cells]
+    wraps = any("\n" in clip(text, letters, CELL_LINES) for text in texts)
+    cell_height = font_size * (3.7 if wraps else 2.4)
+    return EvolutionLayout(first, hidden, last, longest, folds, columns, font_size, letters, cell_height)
+
+
+def without_middle(rows, most):
+    """(first rows, rows between them to leave out, last rows), so that `most` are left."""
+    if len(rows) <= most:
+        return rows, [], []
+    first = most // 2
+    last = most - first
+    return rows[:first], rows[first:-last], rows[-last:]
+
+
+def clip(text, width, lines):
+    """`text` over so many lines of so many letters, cut with an ellipsis; the space in front becomes a dot."""
+    text = text.replace("\n", "\\n")
+    text = "·" * text.startswith(" ") + text.strip()
+    if len(text) > width * lines:
+        text = text[: width * lines - 1] + "…"
+    needed = math.ceil(len(text) / width)
+    if needed <= 1:
+        return text
+    even = math.ceil(len(text) / needed)  # no last line of one letter
+    return "\n".join(text[start : start + even] for start in range(0, len(text), even))
+
+
+def draw_evolution(run, path):
+    """A row of tokens for each change of the prompt, coloured by the step that set them; at the right what it gave."""
+    from matplotlib.figure import Figure
+
+    parts, kind = prompt_parts(run.steps, token_texts(run.steps, run.config["model"]))
+    unit = kind.removesuffix("s")
+    rows = evolution_rows(run.steps, parts)
+    layout = evolution_layout(rows)
+    colors = step_colors(run.steps[-1].step or 1)
+    width, height = LEFT + GRID_WIDTH + RIGHT, ABOVE + layout.grid_height + BELOW
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+
+    def add_axes(left, bottom, wide, high):  # in pixels
+        return figure.add_axes((left / width, bottom / height, wide / width, high / height))
+
+    grid = add_axes(LEFT, BELOW, GRID_WIDTH, layout.grid_height)
+    draw_cells(grid, layout, colors)
+    label_cells(grid, layout, unit)
+    draw_changes(add_axes(LEFT + GRID_WIDTH + 90, BELOW, RIGHT - 105, layout.grid_height), layout)
+    draw_ruler(add_axes(LEFT, 45, 560, 14), colors, unit)
+    title = [run.title]
+    if layout.hidden:
+        changes = len(rows) - 1  # the start is none
+        title.append(f"{changes - len(layout.hidden)} of {changes} changes shown")
+    if kind == "words":
+        title.append("words of the text, since the tokens are not known here")
+    figure.suptitle("; ".join(title), y=1 - 20 / height)
+    figure.savefig(path)
+
+
+def step_colors(last):
+    """An array (last + 1, 3): the colour of each step, light, for black letters."""
+    from matplotlib import colormaps
+
+    return 0.5 + 0.5 * colormaps["cividis"](np.linspace(0, 1, last + 1))[:, :3]
+
+
+def draw_cells(axes, layout, colors):
+    """The prompts, a row each. colors: of each step."""
+    from matplotlib.patches import Rectangle
+
+    axes.set(xlim=(0, layout.columns), ylim=(layout.grid_height, 0))
+    height = layout.cell_height
+    for upper_edge, row in layout.shown():
+        for place, cell in enumerate(row.cells):
+            fold, column = divmod(place, layout.columns)
+            y = upper_edge + fold * height
+            at_start = cell.set_at == 0
+            new = cell.set_at == row.step and not at_start
+            face = "white" if at_start else colors[cell.set_at]
+            frame = NEW_FRAME if new else OLD_FRAME
+            axes.add_patch(Rectangle((column, y), 1, height, facecolor=face, **frame))
+            text = clip(cell.text, layout.letters, CELL_LINES)
+            weight = "bold" if new else "normal"
+            axes.text(column + 0.5, y + height / 2, text, fontsize=layout.font_size, weight=weight, **CELL_TEXT)
+    if layout.hidden:
+        first, last = layout.hidden[0].step, layout.hidden[-1].step
+        text = f"{len(layout.hidden)} changes left out (steps {first} to {last})"
+        y = layout.gap + layout.row_height / 2
+        axes.text(layout.columns / 2, y, text, ha="center", va="center", style="italic")
+
+
+def label_cells(axes, layout, unit):
+    """Positions above the columns, steps beside the rows. unit: what a cell is."""
+    centers = np.arange(layout.columns) + 0.5
+    positions = []
+    for column in range(layout.columns):
+        one_below_the_other = range(column, layout.longest, layout.columns)
+        positions.append(", ".join(str(position) for position in one_below_the_other))
+    axes.set_xticks(centers, positions)
+    middles = [layout.middle(upper_edge) for upper_edge, _ in layout.shown()]
+    steps = [row.step for _, row in layout.shown()]
+    axes.set_yticks(middles, steps)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.xaxis.set_label_position("top")
+    goes_on = "; a row goes on in the line below" if layout.folds > 1 else ""
+    axes.set(xlabel=f"position of the {unit}{goes_on}", ylabel="step")
+    axes.spines[:].set_visible(False)
+
+
+def draw_changes(axes, layout):
+    """A bar beside each row: how the objective changed, in numbers at the left."""
+    axes.set(ylim=(layout.grid_height, 0))
+    at_the_left = {
+        "xycoords": ("axes fraction", "data"),
+        "xytext": (-8, 0),
+        "textcoords": "offset points",
+        "ha": "right",
+        "va": "center",
+    }
+    for upper_edge, row in layout.shown():
+        y = layout.middle(upper_edge)
+        if row.change is None:
+            change, value = 0, f"start {row.objective:.3g}"
+        else:
+            change, value = row.change, f"{row.change:+.3g}"
+        color = ORANGE if change > 0 else BLUE
+        axes.barh(y, change, height=0.6 * layout.cell_height, color=color)
+        axes.annotate(value, (0, y), **at_the_left)
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    axes.set_yticks([])
+    axes.locator_params(axis="x", nbins=3)
+    axes.set_title("change of\nthe objective", fontsize=10)
+    axes.spines[["top", "left", "right"]].set_visible(False)
+
+
+def draw_ruler(axes, colors, unit):
+    """Which colour is which step."""
+    axes.imshow(colors[None], aspect="auto", extent=(-0.5, len(colors) - 0.5, 0, 1))
+    axes.set_yticks([])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    what = f"step at which the {unit} was set"
+    axes.set_xlabel(f"{what} (white: at the start; orange frame: the new {unit}; ·: a space)")
+
+
+# --- gradient.png ---------------------------------------------------------------------------------------------
+
+
+def draw_gradient(run, path):
+    """What the gradient promised against what the objective did, for each shortlisted candidate."""
+    points = gradient_points(run.steps)
+    predicted = np.array([point.predicted for point in points])
+    realised = np.array([point.realised for point in points])
+    taken = np.array([point.taken for point in points])
+    figure, ((axes,),) = new_figure(1200, 900)
+    axes.scatter(predicted[~taken], realised[~taken], c=SKY, marker="o", s=50, label="tried", edgecolor="white")
+    axes.scatter(predicted[taken], realised[taken], c=RED, marker="D", s=50, label="taken", edgecolor="white")
+    xlabel = "predicted change of the loss: gradient of the candidate minus the incumbent's"
+    if linear_up_to := threshold(predicted):
+        axes.set_xscale("symlog", linthresh=linear_up_to)
+        xlabel += " (logarithmic away from zero)"
+    ylabel = "realised change of the objective: candidate minus incumbent"
+    if linear_up_to := threshold(realised):
+        axes.set_yscale("symlog", linthresh=linear_up_to)
+        ylabel += " (logarithmic away from zero)"
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.axhline(0, color="0.5", linewidth=1)
+    axes.axvline(0, color="0.5", linewidth=1)
+    rank = spearman(predicted, realised)
+    correlation = "is not defined" if rank is None else f"{rank:.2f}"
+    axes.set_title(f"{run.title}\nSpearman rank correlation {correlation}, n = {len(points)} shortlisted candidates")
+    axes.legend()
+    figure.savefig(path)
+
+
+def threshold(values):
+    """Up to where a scale should be linear, if it should be logarithmic beyond; else None."""
+    sizes = np.abs(values)
+    uneven = np.median(sizes) < sizes.max() / 10  # early steps change much, late ones little
+    return sizes.max() / 100 if uneven else None
+
+
+# --- accuracy.png and transfer.png ----------------------------------------------------------------------------
+
+METHOD_COLORS = (LIGHT_GRAY, BLUE, ORANGE, GREEN, RED, PURPLE, SKY, DARK_GRAY)
+
+
+def draw_accuracy(records, path):
+    """Test accuracy of every method, grouped by task and model; a panel for each reading.
+
+    A record has task, model, method and the fields of a result.
+    """
+    groups = defaultdict(lambda: defaultdict(list))  # {(task, model): {method: records}}
+    for record in records:
+        groups[record["task"], record["model"]][record["method"]].append(record)
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    colors = dict(zip(methods, itertools.cycle(METHOD_COLORS)))
+    bar_count = sum(len(by_method) for by_method in groups.values())
+    figure, (panels,) = new_figure(1400, 200 + 30 * bar_count + 27 * len(groups), 1, 2, sharey=True, sharex=True)
+    for panel, reading in zip(panels, READINGS):
+        bars = draw_accuracy_bars(panel, groups, colors, reading)
+    panels[0].invert_yaxis()
+    labels = [textwrap.fill(method, 60) for method in methods]  # those with settings are long
+    columns = 4 if max(map(len, labels)) < 30 else 2
+    figure.legend([bars[method] for method in methods], labels, loc="outside lower center", ncols=columns)
+    figure.suptitle("Accuracy by task and model")
+    figure.savefig(path)
+
+
+def draw_accuracy_bars(panel, groups, colors, reading):
+    """groups: {(task, model): {method: records}}; colors: {method: colour}. Returns {method: its last bar}."""
+    y, middles, bars = 0.0, [], {}
+    for by_method in groups.values():
+        middles.append(y + (len(by_method) - 1) / 2)
+        for method, color in colors.items():
+            if method not in by_method:
+                continue
+            records = by_method[method]
+            mean, error = mean_and_error(records, reading)
+            text = f"{100 * mean:.1f}"
+            if len(records) > 1:
+                text += f"  ({len(records)} runs)"
+            bars[method] = panel.barh(y, 100 * mean, 0.85, xerr=100 * error, color=color, error_kw={"capsize": 3})
+            end = (100 * mean + 100 * error, y)
+            panel.annotate(text, end, (5, 0), textcoords="offset points", va="center")
+            y += 1
+        y += 0.9
+    panel.set(xlim=(0, 125), xlabel="accuracy on test rows, % (± one standard error)", title=f"{reading} reading")
+    panel.set_yticks(middles, ["\n".join(group) for group in groups])
+    panel.set_xticks(range(0, 101, 20))
+    panel.spines[["top", "right"]].set_visible(False)
+    return bars
+
+
+def transfer_picture(records, path, reading="paper"):
+    """A heat map for each task: method and source model against target model, accuracy in each cell.
+
+    A record has task, method, source, target, the fields of a result and perhaps its split. Returns the path.
+    """
+    groups, targets = transfer_groups(records)
+    tasks = defaultdict(dict)  # {task: {(method, source): {target: records}}}
+    for (task, method, source), by_target in groups.items():
+        tasks[task][method, source] = by_target
+    across = min(2, len(tasks))
+    down = math.ceil(len(tasks) / across)
+    most_rows = max(map(len, tasks.values()))
+    figure, panels = new_figure(760 * across + 100, 40 + down * (110 + 50 * most_rows), down, across)
+    for panel in panels.flat[len(tasks) :]:
+        panel.set_visible(False)
+    for panel, (task, rows) in zip(panels.flat, tasks.items()):
+        image = draw_transfers(panel, rows, targets, reading)
+        panel.set_title(task)
+    figure.colorbar(image, ax=panels, aspect=40)
+    figure.suptitle(f"Accuracy on {split_of(records)} rows in % ({reading} reading)")
+    figure.savefig(path)
+    return Path(path)
+
+
+def draw_transfers(panel, rows, targets, reading):
+    """The heat map of one task. rows: {(method, source): {target: records}}. Returns the image."""
+    from matplotlib import colormaps
+
+    values = np.full((len(rows), len(targets)), np.nan)
+    for i, ((_, source), by_target) in enumerate(rows.items()):
+        for j, target in enumerate(targets):
+            text, color = "-", "black"
+            if target in by_target:
+                mean, error = mean_and_error(by_target[target], reading)
+                values[i, j] = 100 * mean
+                text = percent(mean, error)
+                dark = colormaps["cividis"](mean)[1] < 0.5
+                color = "white" if dark else "black"
+            if target in by_target and source == target:
+                text += "\n(its own prompt)"
+            panel.text(j, i, text, ha="center", va="center", color=color)
+    names = [method if source == "-" else f"{method}\nfrom {source}" for method, source in rows]
+    panel.set_yticks(range(len(names)), names)
+    panel.set_xticks(range(len(targets)), [f"on {target}" for target in targets])
+    panel.tick_params(length=0)
+    return panel.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")

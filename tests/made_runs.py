@@ -1,0 +1,146 @@
+"""Hand-made runs: their records, and folders of their files, for the tests of what reads and shows runs."""
+
+import random
+from dataclasses import asdict, replace
+
+from support.files import write_json, write_jsonl
+from support.runs import Best, Candidate, Step, Tried
+
+LLAMA, GEMMA = "meta-llama/Meta-Llama-3-8B-Instruct", "google/gemma-2-9b-it"
+START = "read it ."
+WORDS = {1: "read", 2: " it", 3: ".", 4: "check", 5: " all"}  # token: text
+# Some are long, and one has signs that matplotlib might take for a formula.
+SUBWORDS = {
+    11: " proper",
+    12: " logical",
+    13: " systematically",
+    14: " decomposition",
+    15: " mathematical",
+    16: " the",
+    17: " step",
+    18: " intermediate",
+    19: " calculations",
+    20: " $x^$",
+    21: "ization",
+    22: "ly",
+    23: "ness",
+    24: ".",
+}
+TEXTS = WORDS | SUBWORDS
+
+
+def result(role, split, accuracy, n=100, harness=0.5, **more):
+    """A line of results.jsonl."""
+    errors = [(p * (1 - p) / (n - 1)) ** 0.5 for p in (accuracy, harness)]
+    return {
+        "role": role,
+        "split": split,
+        "prompt": START if role == "initial" else role,
+        "n": n,
+        "accuracy": accuracy,
+        "harness_accuracy": harness,
+        "stderr": errors[0],
+        "harness_stderr": errors[1],
+        "unread": 0.25,
+        "truncated": 0.125,
+        "mean_tokens": 31.5,
+    } | more
+
+
+def score(prompt_ids, objective):
+    """The fields of a `Score`; no test looks at more than ids, objective and cross-entropy."""
+    return {
+        "prompt_ids": tuple(prompt_ids),
+        "cross_entropy": objective - 0.5,
+        "error": 0.25,
+        "nll": 2.5,
+        "objective": objective,
+        "tokens": 30,
+    }
+
+
+def step(number, position, prompt_ids, objective, gradients=None, shortlist=()):
+    """A `Step` whose prompt is the best so far. gradients: {token: gradient}, the incumbent's too; shortlist:
+    (token, prompt ids with it, objective)."""
+    prompt = "".join(TEXTS[token] for token in prompt_ids).strip()
+    return Step(
+        **score(prompt_ids, objective),
+        step=number,
+        position=position,
+        prompt=prompt,
+        best=Best(objective, prompt),
+        totals={"forward_tokens": 100 * number, "generated_tokens": 30 * number},
+        batch_sizes={},
+        seconds={"select": 0.5},
+        candidates=[Candidate(token, TEXTS[token], gradient) for token, gradient in (gradients or {}).items()],
+        shortlist=[
+            Tried(**score(ids, value), token=token, text=TEXTS[token], new=True) for token, ids, value in shortlist
+        ],
+    )
+
+
+# Step 1 takes "check" for "read", step 2 keeps " it", step 3 takes " all" for ".", step 4 grows by ".".
+STEPS = (
+    step(0, None, (1, 2, 3), 8.0),
+    step(1, 0, (4, 2, 3), 5.0, {4: -2.0, 5: -1.5, 1: 0.5}, [(4, (4, 2, 3), 5.0), (5, (5, 2, 3), 9.0)]),
+    step(2, 1, (4, 2, 3), 5.0, {5: -1.0, 2: -0.25}, [(5, (4, 5, 3), 5.5)]),
+    step(3, 2, (4, 2, 5), 4.5, {5: 0.25, 3: 0.5}, [(5, (4, 2, 5), 4.5)]),
+    replace(step(4, 3, (4, 2, 5, 3), 4.75, {3: -1.0, 1: -0.5}, [(3, (4, 2, 5, 3), 4.75)]), grows=True),
+)
+
+
+def long_run(steps, length, most):
+    """The steps of a search over subwords that begins with a prompt of `length` tokens and may grow to `most`."""
+    rng = random.Random(0)
+    tokens = list(SUBWORDS)
+    prompt_ids, objective, position = rng.choices(tokens, k=length), 30.0, 0
+    records = [step(0, None, prompt_ids, objective)]
+    for number in range(1, steps + 1):
+        grows = position == len(prompt_ids)
+        gradients = {token: rng.gauss(0, 1) for token in tokens}
+        shortlist = []
+        for token in rng.sample(tokens, 3):
+            changed = [*prompt_ids[:position], token, *prompt_ids[position + 1 :]]
+            shortlist.append((token, changed, objective * rng.uniform(0.95, 1.1)))
+        _, prompt_ids, objective = min(shortlist, key=lambda tried: tried[-1])
+        records.append(replace(step(number, position, prompt_ids, objective, gradients, shortlist), grows=grows))
+        position = position + 1 if position + 1 < len(prompt_ids) or len(prompt_ids) < most else 0
+    return records
+
+
+def finalist(prompt_ids, accuracy, initial=False):
+    """A line of prompts.jsonl."""
+    return {
+        "prompt": "x",
+        "prompt_ids": list(prompt_ids),
+        "dev_accuracy": accuracy,
+        "dev_stderr": 0.05,
+        "initial": initial,
+    }
+
+
+def make_run(folder, best=0.8, results=None, steps=STEPS, **config):
+    """Write the files of a run. best: the test accuracy of its best prompt; config: settings that differ from a usual
+    run's. Returns the folder."""
+    folder.mkdir(parents=True)
+    write_json(folder / "run.json", {"config": {"task": "gsm8k", "model": LLAMA, "seed": 0} | config})
+    usual = [result("initial", "dev", 0.5), result("initial", "test", 0.6), result("best", "test", best)]
+    write_jsonl(folder / "results.jsonl", usual if results is None else results)
+    write_jsonl(folder / "steps.jsonl", [asdict(record) for record in steps])
+    write_jsonl(folder / "prompts.jsonl", [finalist((4, 2, 3), 0.9), finalist((1, 2, 3), 0.5, initial=True)])
+    return folder
+
+
+def transfer(task, method, source, target, accuracy):
+    """A line of transfer.jsonl."""
+    names = {"task": task, "method": method, "source": source, "target": target, "prompt": "p", "n": 101}
+    return names | {"accuracy": accuracy, "stderr": 0.04, "harness_accuracy": 1 - accuracy, "harness_stderr": 0.03}
+
+
+TRANSFERS = (
+    transfer("bbh/hyperbaton", "initial prompt", "-", GEMMA, 0.5),
+    transfer("bbh/hyperbaton", "GReaTer", LLAMA, LLAMA, 0.9),
+    transfer("bbh/hyperbaton", "GReaTer", LLAMA, GEMMA, 0.8),
+    transfer("gsm8k", "GReaTer", LLAMA, GEMMA, 0.7),
+    transfer("bbh/causal_judgement", "GReaTer", LLAMA, LLAMA, 0.6),
+)

@@ -1,0 +1,136 @@
+"""Pictures: what they show against hand-computed values; their sizes, and what they say."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT
+from made_runs import LLAMA, STEPS, TEXTS, TRANSFERS, WORDS, finalist, long_run, make_run, step
+
+from support import pictures
+from support.report import write_report
+from support.runs import load_run
+
+# --- What the pictures show -----------------------------------------------------------------------------------
+
+
+def test_a_finalist_stands_at_the_step_at_which_it_first_appeared():
+    prompts = [finalist([4, 2, 3], 0.9), finalist([4, 5, 3], 0.8), finalist([1, 2, 3], 0.5, True), finalist([9], 0.1)]
+    # [4, 2, 3] is won at step 1, [4, 5, 3] is only tried at step 2, [9] was never seen.
+    assert pictures.finalist_points(STEPS, prompts) == [
+        (1, 0.9, 0.05, False),
+        (2, 0.8, 0.05, False),
+        (0, 0.5, 0.05, True),
+    ]
+
+
+def test_the_evolution_has_a_row_for_each_change_and_tells_when_each_token_was_set():
+    parts, kind = pictures.prompt_parts(STEPS, TEXTS)
+    assert kind == "tokens"
+    start, first, second, grown = pictures.evolution_rows(STEPS, parts)
+    assert (start.step, start.change, start.cells) == (0, None, [("read", 0), (" it", 0), (".", 0)])
+    assert (first.step, first.change, first.cells) == (1, -3.0, [("check", 1), (" it", 0), (".", 0)])
+    assert (second.step, second.change, second.cells) == (3, -0.5, [("check", 1), (" it", 0), (" all", 3)])
+    assert (grown.step, grown.change) == (4, 0.25)
+    assert grown.cells == [*second.cells, (".", 4)]
+
+
+def test_token_texts_come_from_the_records_then_the_tokenizer_and_else_the_words_of_the_prompt():
+    texts = pictures.token_texts(STEPS, "no/such/model")
+    assert texts == WORDS
+    unknown = [STEPS[0]]  # no candidates yet
+    assert pictures.prompt_parts(unknown, pictures.token_texts(unknown, "no/such/model")) == (
+        [[("read", "read"), ("it.", "it.")]],
+        "words",
+    )
+    demo = [replace(STEPS[0], prompt_ids=(75, 92))]
+    assert pictures.token_texts(demo, ROOT / "demo" / "model") == {75: "check", 92: "every"}
+
+
+def test_a_gradient_point_is_the_candidate_minus_the_incumbent_in_gradient_and_objective():
+    # Step 4 grows the prompt, so that it has no incumbent.
+    assert pictures.gradient_points(STEPS) == [
+        (-2.5, -3.0, True),
+        (-2.0, 1.0, False),
+        (-0.75, 0.5, False),
+        (-0.25, -0.5, True),
+    ]
+    random_shortlist = [STEPS[0], step(1, 0, (4, 2, 3), 5.0, {4: None, 1: None}, [(4, (4, 2, 3), 5.0)])]
+    assert pictures.gradient_points(random_shortlist) == []
+
+
+def test_the_rank_correlation_is_spearmans():
+    # Ranks 1 2 3 4 5 against 2 1 4 3 5: 1 - 6 * 4 / (5 * 24) = 0.8.
+    assert pictures.spearman([1, 2, 3, 4, 50], [0.2, 0.1, 7, 6, 8]) == pytest.approx(0.8)
+    # Two share ranks 1 and 2: from the means -1 -1 0.5 1.5 and -1.5 -0.5 0.5 1.5, so 4.5 / sqrt(4.5 * 5).
+    assert pictures.spearman([5, 5, 6, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert pictures.spearman([1, 2, 3], [9, 4, -1]) == pytest.approx(-1)
+    assert pictures.spearman([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_a_long_token_is_wrapped_then_cut_and_its_space_is_seen():
+    assert pictures.clip(" systematically", 6, 2) == "·syste\nmatic…"
+    assert pictures.clip("ness", 6, 2) == "ness"
+    assert pictures.clip(" intermediate", 12, 2) == "·interm\nediate"
+    assert pictures.clip("", 6, 2) == ""
+    assert pictures.clip("\n", 6, 1) == "\\n"
+
+
+@pytest.mark.parametrize(
+    ("length", "folds", "columns", "most"), [(5, 1, 5, 64), (26, 1, 26, 64), (27, 2, 14, 32), (60, 3, 20, 21)]
+)
+def test_a_long_prompt_is_folded_and_of_many_changes_the_first_and_last_are_shown(length, folds, columns, most):
+    cells = [pictures.Cell(" it", 0)] * length
+    rows = [pictures.EvolutionRow(number, 1.0, 0.0, cells) for number in range(100)]
+    layout = pictures.evolution_layout(rows)
+    assert (layout.folds, layout.columns) == (folds, columns)
+    assert [*layout.first, *layout.hidden, *layout.last] == rows
+    assert len(layout.first) == most // 2 and len(layout.first + layout.last) == most
+    # The hidden rows take the place of one.
+    assert [row for _, row in layout.shown()] == layout.first + layout.last
+    assert layout.shown()[most // 2][0] - layout.gap == pytest.approx(layout.row_height)
+    assert layout.grid_height == pytest.approx((most + 1) * layout.row_height)
+
+
+def test_rows_that_all_fit_are_all_shown():
+    rows = [pictures.EvolutionRow(number, 1.0, 0.0, [pictures.Cell(" it", 0)] * 5) for number in range(64)]
+    layout = pictures.evolution_layout(rows)
+    assert [row for _, row in layout.shown()] == rows and layout.hidden == []
+
+
+# --- Pictures -------------------------------------------------------------------------------------------------
+
+
+def png_size(path):
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 10_000
+    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+
+
+@pytest.mark.parametrize(("steps", "length", "most"), [(105, 25, 25), (40, 60, 64), (0, 5, 5)])
+def test_every_picture_of_a_run_is_drawn_legibly_wide_and_not_endlessly_high(tmp_path, steps, length, most):
+    folder = make_run(tmp_path / "long", steps=long_run(steps, length, most))
+    written = write_report(folder)
+    sizes = {path.name: png_size(path) for path in written if path.suffix == ".png"}
+    assert set(sizes) == {"accuracy.png", "objective.png", "evolution.png"} | ({"gradient.png"} if steps else set())
+    assert all(1200 <= width <= 1600 and height <= 2800 for width, height in sizes.values())
+
+
+def test_the_cap_on_rows_is_said_in_the_picture(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    titles = []
+    monkeypatch.setattr(pictures, "MAX_LINES", 12)
+    monkeypatch.setattr(Figure, "suptitle", lambda figure, text, **_: titles.append(text))
+    run = load_run(make_run(tmp_path / "long", steps=long_run(105, 25, 25)))
+    pictures.draw_evolution(run, tmp_path / "evolution.png")
+    assert f"task gsm8k, model {LLAMA}, GReaTer, seed 0" in titles[0]
+    shown, changes = map(int, re.search(r"(\d+) of (\d+) changes shown", titles[0]).groups())
+    assert shown == 11 < changes <= 105  # 12 rows, the start among them
+
+
+def test_the_transfer_picture_has_a_panel_for_each_task(tmp_path):
+    one = png_size(pictures.transfer_picture(TRANSFERS[:3], tmp_path / "one.png"))
+    two = png_size(pictures.transfer_picture(TRANSFERS, tmp_path / "two.png", "harness"))
+    assert one[0] >= 800 and two[0] > 1.5 * one[0]

@@ -1,0 +1,179 @@
+"""The records of a run: written, read again, and refused where they have another form."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from made_runs import STEPS, finalist, make_run, result, step
+
+from support.files import UserError, write_json, write_jsonl
+from support.runs import Unfinished, as_step, load_run, load_runs, log_line, read_run, read_steps, run_folder, scores_of
+
+
+def written(path, records):
+    write_jsonl(path, records)
+    return path
+
+
+# --- Steps ----------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_was_written_and_read_again_is_equal(tmp_path):
+    path = written(tmp_path / "steps.jsonl", [asdict(record) for record in STEPS])
+    assert read_steps(path) == list(STEPS)
+    again = read_steps(path)[1]
+    assert isinstance(again.shortlist[0].prompt_ids, tuple) and again.candidates[0].gradient == -2.0
+    assert asdict(as_step(asdict(STEPS[4]))) == asdict(STEPS[4])
+
+
+def test_the_start_of_an_older_run_lacks_what_only_a_step_finds(tmp_path):
+    start = asdict(STEPS[0])
+    for name in ("k", "grows", "candidates", "shortlist"):
+        del start[name]
+    assert read_steps(written(tmp_path / "steps.jsonl", [start])) == [STEPS[0]]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda record: record.pop("objective"), "no objective; this is no file of a run"),
+        (lambda record: (record.pop("step"), record.pop("prompt")), "no prompt, step; this is no file of a run"),
+        (lambda record: record["best"].pop("prompt"), "no prompt; this is no file of a run"),
+        (lambda record: record["shortlist"][1].pop("new"), "no new; this is no file of a run"),
+        (lambda record: record["candidates"][0].pop("gradient"), "no gradient; this is no file of a run"),
+        (lambda record: record.update(colour="red"), "not a step of a search"),
+        (lambda record: record.update(best=5), "not a step of a search"),
+        (lambda record: record.update(prompt_ids=None), "not a step of a search"),
+        (lambda record: record.update(shortlist=[1]), "not a step of a search"),
+    ],
+)
+def test_a_line_of_another_form_is_named_with_its_file_its_line_and_the_field(tmp_path, spoil, said):
+    record = json.loads(json.dumps(asdict(STEPS[1])))
+    spoil(record)
+    path = written(tmp_path / "steps.jsonl", [asdict(STEPS[0]), record])
+    with pytest.raises(UserError) as error:
+        read_steps(path)
+    assert str(error.value).startswith(f"{path}, line 2: {said}") and "\n" not in str(error.value)
+
+
+def test_steps_are_read_without_mending_and_mended_only_where_the_file_is_to_grow(tmp_path):
+    path = written(tmp_path / "steps.jsonl", [asdict(STEPS[0])])
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 1')
+    with pytest.raises(UserError, match="steps.jsonl, line 2"):
+        read_steps(path)
+    assert path.read_text() == whole + '{"step": 1'
+    assert read_steps(path, growing=True) == [STEPS[0]]
+    assert path.read_text() == whole
+
+
+def test_only_a_file_that_is_to_grow_may_be_missing(tmp_path):
+    assert read_steps(tmp_path / "steps.jsonl", growing=True) == []
+    with pytest.raises(UserError, match="cannot read .*steps.jsonl"):
+        read_steps(tmp_path / "steps.jsonl")
+
+
+def test_a_prompt_keeps_its_first_score_and_the_initial_one_stands_first():
+    again = step(5, 0, (1, 2, 3), 7.0, {4: 0.0, 1: 0.0}, [(4, (4, 2, 3), 1.0)])  # both prompts were scored before
+    scores = scores_of([*STEPS, again])
+    assert {prompt_ids: score.objective for prompt_ids, score in scores.items()} == {
+        (1, 2, 3): 8.0,
+        (4, 2, 3): 5.0,
+        (5, 2, 3): 9.0,
+        (4, 5, 3): 5.5,
+        (4, 2, 5): 4.5,
+        (4, 2, 5, 3): 4.75,
+    }
+    assert next(iter(scores)) == (1, 2, 3)
+    assert all(score.prompt_ids == prompt_ids for prompt_ids, score in scores.items())
+
+
+def test_a_line_of_the_log_tells_step_position_numbers_seconds_and_prompt():
+    timed = replace(STEPS[3], seconds={"propose": 0.25, "gradient": 1.0, "select": 2.0})
+    assert log_line(timed, 100) == (
+        "step   3/100  position     2  objective   4.500  ce   4.000  error 0.25  nll  2.50  best   4.500    3.2 s  "
+        "check it all"
+    )
+    assert log_line(STEPS[0], 100).startswith("step   0/100  position start  objective   8.000")
+
+
+# --- The configuration ----------------------------------------------------------------------------------------
+
+
+def test_a_run_s_folder_is_named_after_its_task_model_and_seed():
+    assert run_folder("bbh/navigate", "google/gemma-2-9b-it", 3) == Path("runs/bbh-navigate-gemma-2-9b-it-seed3")
+    assert run_folder("demo", str(ROOT / "demo" / "model"), 0) == Path("runs/demo-seed0")
+    assert run_folder("own/mine", str(ROOT / "demo" / "model"), 0) == Path("runs/own-mine-model-seed0")
+    assert run_folder("demo", str(ROOT / "demo" / "small"), 1) == Path("runs/demo-small-seed1")
+
+
+@pytest.mark.parametrize("content", [[], {}, {"config": []}, {"config": {}}, {"config": {"task": 5}}, None])
+def test_a_record_without_the_asked_settings_is_no_run(tmp_path, content):
+    if content is not None:
+        write_json(tmp_path / "run.json", content)
+    with pytest.raises(UserError, match="run.json is not the record of a run of stage 02"):
+        read_run(tmp_path, task=str)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"config": []}, {"config": "x"}])
+def test_a_record_without_a_configuration_is_no_run_whatever_is_asked(tmp_path, content):
+    write_json(tmp_path / "run.json", content)
+    with pytest.raises(UserError, match="run.json is not the record of a run of stage 02"):
+        read_run(tmp_path)
+
+
+# --- Finished runs --------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_has_its_short_names_results_steps_and_prompts(tmp_path):
+    run = load_run(make_run(tmp_path / "a", task="data/mine.jsonl", model="/models/big/llama"))
+    assert (run.task, run.model, run.method) == ("own/mine", "big/llama", "GReaTer")
+    assert run.title == "task own/mine, model big/llama, GReaTer, seed 0"
+    assert run.steps == list(STEPS)
+    assert run.prompts == [finalist((4, 2, 3), 0.9), finalist((1, 2, 3), 0.5, initial=True)]
+    assert run.prompts_tried == [("initial", None), ("best", None)]
+
+
+def test_a_result_is_the_run_s_own_of_the_most_rows_and_of_equals_the_latest(tmp_path):
+    usual = [result("initial", "test", 0.6), result("best", "test", 0.5, 10)]
+    more = [result("best", "test", 0.7), result("best", "test", 0.8), result("best", "test", 0.9, 50)]
+    others = [result("best", "test", 0.1, 999, model="a/b"), result("best", "test", 0.1, 999, task="folio")]
+    run = load_run(make_run(tmp_path / "a", results=[*usual, *more, *others]))
+    assert run.result("best", "test")["accuracy"] == 0.8
+    assert run.result("best", "dev") is None and run.result("baseline", "test", "empty") is None
+
+
+def test_unfinished_runs_are_messages_beside_the_finished_ones_and_an_error_alone(tmp_path):
+    make_run(tmp_path / "half", results=[result("initial", "test", 0.5)])
+    with pytest.raises(Unfinished, match="half: unfinished, results.jsonl has no test result of the best prompt"):
+        load_run(tmp_path / "half")
+    with pytest.raises(UserError, match="holds no finished run: .*half: unfinished"):
+        load_runs(tmp_path)
+    make_run(tmp_path / "done")
+    runs, unfinished = load_runs(tmp_path)
+    assert [run.folder.name for run in runs] == ["done"] and len(unfinished) == 1
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        load_runs(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["steps.jsonl", "prompts.jsonl"])
+def test_a_run_without_steps_or_prompts_is_an_error_unless_another_method_found_its_prompt(tmp_path, name):
+    for method, folder in (("GReaTer", tmp_path / "a"), ("APO", tmp_path / "b")):
+        make_run(folder, method=method)
+        (folder / name).write_text("")
+    with pytest.raises(UserError, match="steps.jsonl or prompts.jsonl is empty"):
+        load_run(tmp_path / "a")
+    assert load_run(tmp_path / "b").steps == []
+
+
+def test_a_line_cut_short_is_an_error_and_stays_for_the_run_that_may_be_writing_it(tmp_path):
+    path = make_run(tmp_path / "some-run") / "results.jsonl"
+    path.write_text(path.read_text() + '{"role"')
+    with pytest.raises(UserError, match="results.jsonl, line 4"):
+        load_runs(tmp_path)
+    assert path.read_text().endswith('{"role"')
