@@ -288,7 +288,7 @@ def reason_and_score(search, prefix, jobs):
 
     tail = max(len(row.turn_end + row.extractor + row.answer) for row in search.rows)
     columns_kept = prefix.context.mask.shape[1] + 1 + later + tail + settings.max_new_tokens
-    size = settings.batch_size or engine.rows_that_fit(columns_kept, positions_read=1 + later)
+    size = settings.batch_size or engine.rows_that_fit(columns_kept, 1 + later)
     return engine.over_rows(run, jobs, "generation", size, cost=lambda job: len(search.rows[job[1]].question))
 
 

@@ -1,6 +1,6 @@
 """The method's claims, checked on the demo: each ablation against the full method at equal numbers of generated tokens.
 
-    python benchmarks/claims.py                     # the table in the README
+    python benchmarks/claims.py                     # the tables in benchmarks/README.md
     python benchmarks/claims.py --seeds 3 --budgets 1000
 
 An arm searches until its next step would take it over the budget of generated tokens; its current prompt is then
@@ -21,11 +21,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import greater_core as core
 from support.answerers import local_answerer
-from support.engine import load_model
+from support.engine import load_engine
 from support.evaluation import accuracy, evaluate, mean_of_runs
 from support.settings import SearchSettings
 from support.sources import split_rows
 from support.tasks import get_task
+from support.tokens import encode_prompt, encode_row
 
 ARMS = {
     "full method": {},
@@ -40,18 +41,18 @@ STARTS = {
 }
 
 
-def search(model, tokenizer, task, data, start, settings, budgets):
+def search(engine, task, data, start, settings, budgets):
     """{budget: prompt}: the current prompt when the next step would exceed each budget of generated tokens."""
     train = random.Random(f"{settings.seed}/rows").sample(data["train"], settings.train_rows)
-    rows = [core.splice(tokenizer, task, row) for row in train]
-    prompt_ids = core.encode_in_place(tokenizer, task, train[0]["question"], start)[1]
+    rows = [encode_row(engine.tokenizer, task, row) for row in train]
+    prompt_ids = encode_prompt(engine.tokenizer, task, train[0]["question"], start)[1]
     found, prompt = {}, start
-    for record in core.optimize(model, tokenizer, rows, prompt_ids, settings):
-        tokens = record["totals"]["generated_tokens"]
+    for step in core.optimize(engine, rows, prompt_ids, settings):
+        tokens = step.totals["generated_tokens"]
         found |= {budget: prompt for budget in budgets if budget < tokens and budget not in found}
         if len(found) == len(budgets):
             break
-        prompt = record["prompt"]
+        prompt = step.prompt
     return {budget: found.get(budget, prompt) for budget in budgets}
 
 
@@ -88,8 +89,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/claims"))
     flags = parser.parse_args()
     started, task = time.time(), get_task("demo")
-    model, tokenizer = load_model(str(ROOT / "demo" / "model"), "cpu", "float32")
-    answerer = local_answerer(model, tokenizer, ROOT / "demo" / "model")
+    engine = load_engine(str(ROOT / "demo" / "model"), "cpu", "float32")
+    answerer = local_answerer(engine, ROOT / "demo" / "model")
     data, known = split_rows(task), {}
 
     def test_accuracy(prompt, settings):
@@ -104,7 +105,7 @@ def main():
         common = {"max_new_tokens": 40, "batch_size": 200, "gradient_batch_size": 40, "max_prompt_tokens": 20}
         sizes = {"steps": 100, "train_rows": flags.train_rows, "shortlist_size": flags.mu}
         settings = SearchSettings(**common, **sizes, seed=seed, **ARMS[arm])
-        prompts = search(model, tokenizer, task, data, STARTS[start], settings, flags.budgets)
+        prompts = search(engine, task, data, STARTS[start], settings, flags.budgets)
         for budget, prompt in prompts.items():
             results[start][arm][budget].append(test_accuracy(prompt, settings))
 

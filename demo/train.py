@@ -227,17 +227,17 @@ def print_table(folder, instructions=5):
     """Accuracy on the held-out test rows by instruction quality; `instructions` drawn for each level."""
     sys.path.insert(0, str(HERE.parent))
     from support.answerers import local_answerer
-    from support.engine import load_model
+    from support.engine import load_engine
     from support.evaluation import accuracy, evaluate
     from support.settings import GenerationSettings
     from support.sources import split_rows
     from support.tasks import get_task
 
-    model, tokenizer = load_model(str(folder))
+    engine = load_engine(str(folder))
     task, rng = get_task("demo"), random.Random(0)
     rows = split_rows(task)["test"]
     settings = GenerationSettings(task.defaults["max_new_tokens"], task.defaults["batch_size"])
-    answerer = local_answerer(model, tokenizer, folder)
+    answerer = local_answerer(engine, folder)
     print(f"quality  accuracy on {len(rows)} held-out rows, mean of {instructions} instructions  (lowest, highest)")
     for level in range(-2, 6):
         drawn = set()

@@ -26,6 +26,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 
 from support.files import UserError, require
 
@@ -146,6 +149,16 @@ class Ended:
 # --- The engine ------------------------------------------------------------------------------------
 
 
+def mask_always(**sizes):
+    """transformers' mask for scaled_dot_product_attention, also where none is needed: to find that out the host would
+    wait for the device at every token."""
+    return sdpa_mask(**{**sizes, "allow_is_causal_skip": False})
+
+
+AttentionInterface.register("sdpa-always-masked", sdpa_attention_forward)
+AttentionMaskInterface.register("sdpa-always-masked", mask_always)
+
+
 class Engine:
     """A model that is not trained any more, with its tokenizer.
 
@@ -154,6 +167,8 @@ class Engine:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model.requires_grad_(False).eval(), tokenizer
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation("sdpa-always-masked")
         self.device = model.device
         self.config = model.config.get_text_config()
         # In Gemma-3n and -4 every layer looks a token up once more; see `embed`.

@@ -123,7 +123,7 @@ def timed(seconds, name):
 
 def as_step(record):
     """The `Step` of one line of steps.jsonl. Errors: as of `as_dataclass`."""
-    step = as_dataclass(Step, record)
+    step = as_dataclass(Step, record, also=("prompt", "best"))
     return replace(
         step,
         best=as_dataclass(Best, step.best),
@@ -132,13 +132,13 @@ def as_step(record):
     )
 
 
-def as_dataclass(kind, record):
+def as_dataclass(kind, record, also=()):
     """A `kind` with the fields of a JSON object.
 
     Errors: KeyError with the names of the fields that are missing, TypeError or AttributeError for another form.
     """
     needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
-    missing = needed - record.keys()
+    missing = needed.union(also) - record.keys()
     if missing:
         raise KeyError(*sorted(missing))
     if "prompt_ids" in needed:

@@ -72,7 +72,7 @@ def step(number, position, prompt_ids, objective, gradients=None, shortlist=()):
         totals={"forward_tokens": 100 * number, "generated_tokens": 30 * number},
         batch_sizes={},
         seconds={"select": 0.5},
-        candidates=[Candidate(token, TEXTS[token], gradient) for token, gradient in (gradients or {}).items()],
+        candidates=[Candidate(token, gradient, TEXTS[token]) for token, gradient in (gradients or {}).items()],
         shortlist=[
             Tried(**score(ids, value), token=token, text=TEXTS[token], new=True) for token, ids, value in shortlist
         ],

@@ -117,12 +117,8 @@ def test_a_batch_size_of_0_is_one_that_fits_and_changes_nothing(any_engine, few_
     rows, prompt = few_rows
     expected, asked = reason_and_score(any_engine, rows, 0, [prompt], batch_size=2), []
 
-    def fits(engine, columns, positions_read=1):
-        asked.append((columns, positions_read))
-        return fit
-
-    monkeypatch.setattr(Engine, "rows_that_fit", fits)
     for fit in (1, 3):
+        monkeypatch.setattr(Engine, "rows_that_fit", lambda *sizes, fit=fit: asked.append(sizes[1:]) or fit)
         again = reason_and_score(any_engine, rows, 0, [prompt], batch_size=0)
         for job, outcome in expected.items():
             assert again[job].reasoning == outcome.reasoning and again[job].wrong == outcome.wrong

@@ -13,49 +13,53 @@ import torch
 from conftest import ROOT, settings
 
 import greater_core as core
-from support.engine import load_model
+from support.engine import load_engine
 from support.sources import split_rows
 from support.tasks import get_task
+from support.tokens import allowed_ids, encode_prompt, encode_row
 
 FILE = Path(__file__).parent / "golden.json"
 
 
-def quantities(model, tokenizer):
+def quantities(engine):
     """What the released code's golden values hold, too: ids in parts, candidates, losses, gradients, two steps."""
-    task = get_task("demo")
+    task, tokenizer = get_task("demo"), engine.tokenizer
     data = split_rows(task)["train"][:6]
-    rows = [core.splice(tokenizer, task, row) for row in data]
-    prompt = core.encode_in_place(tokenizer, task, data[0]["question"], task.initial_prompt)[1]
+    rows = [encode_row(tokenizer, task, row) for row in data]
+    prompt = encode_prompt(tokenizer, task, data[0]["question"], task.initial_prompt)[1]
     config = settings(steps=2, max_new_tokens=40)
-    reasoning = [ids for ids, _ in core.generate_greedily(model, [r.before + prompt + r.between for r in rows], 40, 6)]
-    work = core.Work()
-    prefix = core.prefix_at(model, core.read_questions(model, rows, 6, work), tuple(prompt[:1]), work)
-    cross_entropy, wrong, nll = core.answer_loss(model, rows, prompt, reasoning, config)
-    log_probs = prefix.log_probs
-    allowed = core.allowed_tokens(tokenizer, log_probs.shape[1])
-    candidates, k = core.propose_candidates(log_probs, allowed, [[0, 2, 4]], 8, 6, lambda t: t != prompt[1])
+    search = core.Search(engine, rows, config, None, tuple(prompt))
+    questions = core.prefill_questions(engine, rows, 6)
+    outcomes = core.reason_and_score(search, questions, [(tuple(prompt), i) for i in range(len(rows))])
+    reasoning = [outcome.reasoning for outcome in outcomes]
+    prefix = core.prefix_at(engine, questions, tuple(prompt[:1]))
+    allowed = allowed_ids(tokenizer, len(tokenizer))
+    log_probs = torch.full_like(prefix.log_probs, float("-inf"))
+    log_probs[:, allowed] = prefix.log_probs[:, allowed]
+    candidates, k = core.propose_candidates(log_probs, [[0, 2, 4]], 8, 6, lambda t: t != prompt[1])
     candidates = [*candidates, prompt[1]]
-    gradients, losses = core.candidate_gradients(model, rows, prefix, prompt, candidates, reasoning, config, work)
-    steps = list(core.optimize(model, tokenizer, rows, prompt, config))
+    gradients, losses = core.candidate_gradients(search, prefix, prompt, candidates, reasoning)
+    steps = list(core.optimize(engine, rows, prompt, config))
+    parts = {"question": "before", "turn_end": "between"}  # as the file calls them
     return {
-        "rows": [vars(row) for row in rows],
+        "rows": [{parts.get(name, name): ids for name, ids in vars(row).items()} for row in rows],
         "prompt_ids": list(prompt),
         "reasoning_ids": reasoning,
-        "cross_entropy": cross_entropy.tolist(),
-        "wrong": wrong.tolist(),
-        "nll": nll.tolist(),
+        "cross_entropy": [outcome.cross_entropy for outcome in outcomes],
+        "wrong": [outcome.wrong for outcome in outcomes],
+        "nll": [outcome.nll for outcome in outcomes],
         "candidates": candidates,
         "k": k,
         "losses": losses.tolist(),
         "gradients": gradients.tolist(),
-        "shortlists": [[e["token"] for e in step["shortlist"]] for step in steps[1:]],
-        "objectives": [step["objective"] for step in steps],
-        "prompts": [step["prompt"] for step in steps],
+        "shortlists": [[tried.token for tried in step.shortlist] for step in steps[1:]],
+        "objectives": [step.objective for step in steps],
+        "prompts": [step.prompt for step in steps],
     }
 
 
-def test_the_demo_s_numbers_are_the_recorded_ones(demo_model, demo_tokenizer):
-    recorded, found = json.loads(FILE.read_text()), quantities(demo_model, demo_tokenizer)
+def test_the_demo_s_numbers_are_the_recorded_ones(demo_engine):
+    recorded, found = json.loads(FILE.read_text()), quantities(demo_engine)
     assert found.keys() == recorded.keys()
     for name, value in found.items():
         if name in ("cross_entropy", "nll", "losses", "gradients", "objectives"):
@@ -68,19 +72,19 @@ def test_the_demo_s_numbers_are_the_recorded_ones(demo_model, demo_tokenizer):
 # --- The script that compares with the released code's values ------------------------------------------------
 
 
-def released_values(model, tokenizer):
+def released_values(engine):
     """A golden file in the released code's format, computed one row at a time with plain indexing."""
-    task = get_task("demo")
+    task, model, tokenizer = get_task("demo"), engine.model, engine.tokenizer
     data = split_rows(task)["train"][:4]
-    rows = [core.splice(tokenizer, task, row) for row in data]
-    prompt = core.encode_in_place(tokenizer, task, data[0]["question"], task.initial_prompt)[1]
+    rows = [encode_row(tokenizer, task, row) for row in data]
+    prompt = encode_prompt(tokenizer, task, data[0]["question"], task.initial_prompt)[1]
     position, t, weight = 1, 0.2, 0.2
     embed = model.get_input_embeddings()
     samples, top_k = [[0, 1, 2], [1, 2, 3]], 12
-    banned = (~core.allowed_tokens(tokenizer, len(embed.weight))).nonzero()[:, 0].tolist()
+    banned = sorted(set(range(len(embed.weight))) - set(allowed_ids(tokenizer, len(embed.weight))))
 
     def generate(ids):
-        return core.generate_greedily(model, [ids], 40, 1)[0][0]
+        return engine.complete([ids], 40, 1)[0][0]
 
     def losses(parts, choice=None):
         """(cross-entropy / T, wrong, [nll of each prompt token]) of one row's parts."""
@@ -99,18 +103,18 @@ def released_values(model, tokenizer):
 
     tops, before = [], torch.tensor(prompt[:position])
     for row in rows:
-        log = model(input_ids=torch.cat([torch.tensor(row.before), before])[None]).logits[0, -1].clone()
+        log = model(input_ids=torch.cat([torch.tensor(row.question), before])[None]).logits[0, -1].clone()
         log[[*banned, prompt[position - 1]]] = float("-inf")
         tops.append(log.topk(20).indices.tolist())
     union = set().union(*(set.intersection(*(set(tops[i][:top_k]) for i in sample)) for sample in samples))
     candidates = [*sorted(union - {prompt[position]}), prompt[position]]
     gradient_rows, records = [], []
     for row in rows:
-        reasoning = generate(row.before + prompt + row.between)
+        reasoning = generate(row.question + prompt + row.turn_end)
         one_hot = torch.zeros(len(candidates))
         one_hot[-1] = 1
         one_hot.requires_grad_()
-        parts = [row.before, prompt, row.between, reasoning, row.extractor, row.answer]
+        parts = [row.question, prompt, row.turn_end, reasoning, row.extractor, row.answer]
         cross_entropy, _, nll = losses(parts, one_hot @ embed(torch.tensor(candidates)))
         loss = cross_entropy + weight * nll.mean()
         gradient_rows.append(
@@ -121,7 +125,12 @@ def released_values(model, tokenizer):
                 "one_hot_gradient": torch.autograd.grad(loss, one_hot)[0].tolist(),
             }
         )
-        ids = {f"{name}_ids": value for name, value in vars(row).items()}
+        ids = {
+            "before_ids": row.question,
+            "between_ids": row.turn_end,
+            "extractor_ids": row.extractor,
+            "answer_ids": row.answer,
+        }
         records.append(
             {
                 **ids,
@@ -138,9 +147,9 @@ def released_values(model, tokenizer):
         tried = [*prompt[:position], token, *prompt[position + 1 :]]
         tried_rows = []
         for row in rows:
-            context = row.before + tried + row.between
+            context = row.question + tried + row.turn_end
             reasoning = generate(context)
-            parts = [row.before, tried, reasoning, row.extractor, row.answer]
+            parts = [row.question, tried, reasoning, row.extractor, row.answer]
             with torch.no_grad():
                 cross_entropy, wrong, nll = losses(parts)
             tried_rows.append(
@@ -148,7 +157,7 @@ def released_values(model, tokenizer):
                     "input_ids": context,
                     "generated_ids": reasoning,
                     "scored_ids": sum(parts, []),
-                    "target_start": len(row.before) + len(tried) + len(reasoning),
+                    "target_start": len(row.question) + len(tried) + len(reasoning),
                     "target_ids": row.extractor + row.answer,
                     "answer_cross_entropy_over_T": [cross_entropy.item()],
                     "error": wrong,
@@ -184,11 +193,9 @@ def compare(folder):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_the_comparison_agrees_with_plain_values_and_notices_each_quantity_that_is_off(
-    tmp_path, demo_model, demo_tokenizer
-):
+def test_the_comparison_agrees_with_plain_values_and_notices_each_quantity_that_is_off(tmp_path, demo_engine):
     (tmp_path / "model").symlink_to(ROOT / "demo" / "model")
-    golden = released_values(demo_model, demo_tokenizer)
+    golden = released_values(demo_engine)
     file = tmp_path / "object_counting.json"
     file.write_text(json.dumps(golden))
     done = compare(tmp_path)
@@ -212,5 +219,5 @@ def test_a_missing_golden_folder_is_one_line(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    values = quantities(*load_model(str(ROOT / "demo" / "model"), "cpu", "float32"))
+    values = quantities(load_engine(str(ROOT / "demo" / "model"), "cpu", "float32"))
     FILE.write_text(json.dumps(values) + "\n")

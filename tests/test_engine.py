@@ -1,0 +1,494 @@
+"""The engine: loading, batches, and that every way of reading gives the plain forward pass's logits."""
+
+import copy
+import os
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, greedy_reference, tiny_engine
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM as Auto
+from transformers import (
+    DeepseekV3Config,
+    Gemma3nTextConfig,
+    GenerationConfig,
+    GPTJConfig,
+    GptOssConfig,
+    MambaConfig,
+    Qwen3NextConfig,
+)
+
+from support import engine as engine_file
+from support.engine import Context, Engine, Growing, join, load_engine, pad
+from support.files import UserError
+
+# --- Loading ----------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_there_or_cannot_chat_is_one_clear_error(tmp_path, demo_tokenizer):
+    with pytest.raises(UserError, match="Ways out"):
+        load_engine(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="--device teapot"):
+        load_engine(str(ROOT / "demo" / "model"), device="teapot")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(ROOT / "demo" / "model" / name, tmp_path)
+    mute = type(demo_tokenizer)(tokenizer_object=demo_tokenizer.backend_tokenizer, eos_token="<|end|>")
+    mute.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no chat template"):
+        load_engine(str(tmp_path))
+    demo_tokenizer.save_pretrained(tmp_path)
+    assert load_engine(str(tmp_path), "cpu").model.dtype == torch.float32
+    assert load_engine(str(tmp_path), "cpu", "bfloat16").model.dtype == torch.bfloat16
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")  # would be a pickle
+    with pytest.raises(UserError, match="cannot load"):
+        load_engine(str(tmp_path), "cpu")
+
+
+def test_the_model_s_own_sampling_settings_do_not_count_and_its_end_tokens_do(demo_tokenizer):
+    model = tiny_engine("llama", demo_tokenizer).model
+    expected = Engine(model, demo_tokenizer).complete([[7, 8, 9]], 20)
+    model.generation_config = GenerationConfig(do_sample=True, repetition_penalty=1.7, eos_token_id=[3, 5])
+    engine = Engine(model.train().requires_grad_(True), demo_tokenizer)
+    assert engine.end_ids == [3, 5] and engine.complete([[7, 8, 9]], 20) == expected
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    model.generation_config.eos_token_id = 3
+    assert Engine(model, demo_tokenizer).end_ids == [3, demo_tokenizer.eos_token_id]
+    model.generation_config.eos_token_id, nameless = None, copy.deepcopy(demo_tokenizer)
+    nameless.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        Engine(model, nameless)
+
+
+# --- Which models are read, and which are refused -----------------------------------------------------
+
+SMALL = {
+    "vocab_size": 126,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 512,
+}
+WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+def gemma3n():
+    """Layers 2 and 3 use the keys and values of 0 and 1; every layer looks its tokens up once more."""
+    return Gemma3nTextConfig(
+        **SMALL | WINDOW | {"intermediate_size": [48] * 4},
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=126,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 4,
+        altup_num_inputs=2,
+    )
+
+
+def gpt_oss():
+    """Attention sinks, sliding windows, and experts."""
+    return GptOssConfig(**SMALL | WINDOW, num_local_experts=4, num_experts_per_tok=2)
+
+
+def gptj():
+    """Attention outside of transformers' attention interface."""
+    return GPTJConfig(vocab_size=126, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, initializer_range=0.3)
+
+
+OTHER_MODELS = {"gemma3n": gemma3n, "gpt-oss": gpt_oss, "gptj": gptj}
+
+
+@pytest.fixture(params=OTHER_MODELS)
+def other_engine(request, demo_tokenizer):
+    torch.manual_seed(0)
+    model = Auto.from_config(OTHER_MODELS[request.param](), dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if "sinks" in name:
+            torch.nn.init.normal_(weight, std=2.0)
+    return Engine(model, demo_tokenizer)
+
+
+def test_models_with_sinks_shared_keys_or_attention_of_their_own_are_read_as_in_one_pass(other_engine):
+    """Rows of different length, read in three pieces, some of them dropped, rewound, and as embeddings."""
+    model = other_engine.model
+    sequences = [list(range(10, 40)), list(range(50, 72)), list(range(5, 30))]
+    context, first = other_engine.prefill([ids[:-12] for ids in sequences])
+    context = context.select([2, 0, 2, 1])
+    picked = [sequences[i] for i in (2, 0, 2, 1)]
+    tails = torch.tensor([ids[-12:] for ids in picked])
+    found = [first[[2, 0, 2, 1]][:, None]]
+    found.append(other_engine.forward(context, tails[:, :7], columns=[list(range(7))] * 4))
+    found.append(other_engine.forward(context, other_engine.embed(tails[:, 7:]), columns=[list(range(5))] * 4))
+    for n, ids in enumerate(picked):
+        plain = model(input_ids=torch.tensor([ids])).logits[0, -13:].detach()
+        torch.testing.assert_close(torch.cat([piece[n] for piece in found]), plain, rtol=1e-3, atol=1e-3)
+    again = context.rewind(torch.tensor([3, 1]), torch.tensor([12, 5]))  # forget all of a tail, and its second part
+    for row, ids, start in ((0, picked[3], 12), (1, picked[1], 5)):
+        logits = other_engine.forward(again.select([row]), torch.tensor([ids[-start:]]))[0, 0]
+        torch.testing.assert_close(logits, model(input_ids=torch.tensor([ids])).logits[0, -1], rtol=1e-3, atol=1e-3)
+
+
+def test_the_gradient_with_respect_to_embeddings_is_the_plain_pass_s(other_engine):
+    """By central differences through ids: the loss of a mixture of two tokens' embeddings."""
+    ids = torch.arange(10, 22)[None]
+    context, _ = other_engine.prefill([ids[0, :6].tolist()])
+    choices = other_engine.embed(torch.tensor([16, 90]))  # the token that stands there, and another
+
+    def loss(one_hot):
+        embedded = torch.cat([(one_hot @ choices)[:, None], other_engine.embed(ids[:, 7:])], 1)
+        return other_engine.forward(context.select([0]), embedded).log_softmax(-1)[0, 0, 33]
+
+    one_hot = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(one_hot), one_hot)
+    plain = other_engine.model(input_ids=ids).logits.log_softmax(-1)[0, -1, 33]
+    torch.testing.assert_close(loss(one_hot), plain, rtol=1e-3, atol=1e-3)
+    for k in range(2):
+        step = 0.01 * torch.eye(2)[k]
+        numeric = (loss(one_hot + step) - loss(one_hot - step)).item() / 0.02
+        assert gradient[0, k].item() == pytest.approx(numeric, rel=0.05, abs=0.02)
+
+
+def test_generation_is_the_plain_pass_s_token_by_token(other_engine):
+    sequences = [list(range(10, 30)), list(range(50, 60)), list(range(70, 95))]
+    expected = [greedy_reference(other_engine, ids, 12) for ids in sequences]
+    assert other_engine.complete(sequences, 12, 3) == expected
+
+
+def test_layers_that_are_not_attention_are_refused_by_their_name(demo_tokenizer):
+    config = Qwen3NextConfig(
+        **SMALL, layer_types=["linear_attention", "full_attention"] * 2, num_experts=2, num_experts_per_tok=1,
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="layers of type linear_attention: use one of full or sliding attention"):
+        Engine(Auto.from_config(config), demo_tokenizer)
+
+
+def test_a_model_that_keeps_something_else_than_keys_and_values_is_one_line(demo_tokenizer, monkeypatch):
+    model = Auto.from_config(MambaConfig(vocab_size=126, hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(UserError, match="linear_attention"):
+        Engine(model, demo_tokenizer)
+    monkeypatch.setattr(MambaConfig, "layer_types", None)  # as if it did not say so
+    with pytest.raises(UserError, match="^--model (cannot be read|gives other logits) .*use another model$"):
+        Engine(model, demo_tokenizer)
+
+
+def test_a_model_that_gives_other_logits_in_pieces_is_refused(demo_tokenizer, monkeypatch):
+    engine = tiny_engine("llama", demo_tokenizer)
+    plain = Growing.update
+    monkeypatch.setattr(Growing, "update", lambda self, keys, values, *_, **__: plain(self, keys, -values))
+    with pytest.raises(UserError, match="other logits when it is read in pieces"):
+        engine.check()
+    monkeypatch.setattr(Growing, "update", lambda self, keys, values, *_, **__: keys.no_such_thing)
+    with pytest.raises(UserError, match="cannot be read in pieces .*no_such_thing"):
+        engine.check()
+
+
+def test_latent_attention_is_read_rightly_or_refused(demo_tokenizer):
+    """DeepSeek-V3's layers keep something else than what their attention is given."""
+    config = DeepseekV3Config(
+        **{name: value for name, value in SMALL.items() if name != "head_dim"}, q_lora_rank=8, kv_lora_rank=8,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, moe_intermediate_size=16,
+        n_group=1, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    try:
+        engine = Engine(Auto.from_config(config, dtype=torch.float32), demo_tokenizer)
+    except UserError as error:
+        assert "use another model" in str(error)
+    else:
+        sequences = [list(range(10, 30)), list(range(50, 60))]
+        assert engine.complete(sequences, 8, 2) == [greedy_reference(engine, ids, 8) for ids in sequences]
+
+
+# --- Batches ----------------------------------------------------------------------------------------
+
+
+def test_padding_stands_on_one_side_and_is_masked():
+    ids, mask = pad([[1, 2], [3], []], "cpu")
+    assert (ids.tolist(), mask.tolist()) == ([[1, 2], [3, 0], [0, 0]], [[1, 1], [1, 0], [0, 0]])
+    ids, mask = pad([[1, 2], [3]], "cpu", left=True)
+    assert (ids.tolist(), mask.tolist()) == ([[1, 2], [0, 3]], [[1, 1], [0, 1]])
+
+
+def test_over_rows_takes_the_costliest_first_and_gives_results_in_the_jobs_order(llama):
+    batches = []
+
+    def double(batch):
+        batches.append(batch)
+        return [2 * job for job in batch]
+
+    assert llama.over_rows(double, [3, 1, 5, 4, 1], "a", 2, cost=lambda job: job) == [6, 2, 10, 8, 2]
+    assert batches == [[5, 4], [3, 1], [1]]
+
+
+def test_when_memory_runs_out_the_size_halves_is_kept_and_nothing_is_lost(llama):
+    sizes = []
+
+    def work(batch):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("no")
+        return list(batch)
+
+    assert llama.over_rows(work, range(10), "a", 8, cost=lambda job: 0) == list(range(10))
+    assert sizes == [8, 4, 2, 2, 2, 2, 2]
+    llama.over_rows(work, [1, 2, 3], "a", 8, cost=lambda job: 0)
+    assert sizes[7:] == [2, 1] and llama.batch_sizes == {"a": 2}
+    with pytest.raises(UserError, match="single row"):
+        llama.over_rows(lambda batch: work(range(9)), [1], "b", 1, cost=lambda job: 0)
+
+
+def test_a_size_that_did_not_fit_once_does_not_override_a_smaller_one(llama):
+    llama.batch_sizes, sizes = {"reading": 75}, []
+
+    def count(batch):
+        sizes.append(len(batch))
+        return batch
+
+    llama.over_rows(count, range(45), "reading", 20, cost=lambda job: 0)
+    llama.over_rows(count, range(100), "reading", 200, cost=lambda job: 0)
+    assert sizes == [20, 20, 5, 75, 25]
+
+
+@pytest.mark.parametrize(("family", "head_size"), [("llama", 8), ("qwen3", 16)])
+def test_automatic_batches_follow_the_model_s_size(demo_tokenizer, family, head_size, monkeypatch):
+    engine = tiny_engine(family, demo_tokenizer, torch.float32)
+    vocabulary = len(engine.model.get_input_embeddings().weight)
+    # Per layer queries; keys and values; what becomes of them; the two inner and the outer layer.
+    outputs = 2 * (4 * head_size + 2 * 2 * head_size + 32 + 2 * 48 + 32) + vocabulary
+    assert engine.rows_for_backward(60) == 192 * 2**20 // int(1.5 * 4 * outputs * 60)
+    assert engine.rows_for_backward(10**9) == 1
+    states = 2 * 2 * 2 * head_size * 4 * 500  # keys and values, layers, key/value heads, head size, float32, columns
+    logits = 3 * 4 * vocabulary
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 10**7, "SC_PAGE_SIZE": 4096}[name])
+    assert engine.rows_that_fit(500) == 2**32 // (states + logits)
+    assert engine.rows_that_fit(500, 64) == 2**32 // (states + 64 * logits)
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 10**5, "SC_PAGE_SIZE": 4096}[name])
+    assert engine.rows_that_fit(500) == 1024 * 10**5 // (states + logits)  # a small machine: a quarter of its memory
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**9))
+    engine.device = torch.device("cuda")
+    weights = 4 * sum(weight.numel() for weight in engine.model.parameters())
+    assert engine.rows_that_fit(500) == (8 * 10**8 - weights) // (states + logits)
+    assert engine.rows_for_backward(60) == 10**9 // 8 // int(1.5 * 4 * outputs * 60)
+
+
+@pytest.mark.parametrize(
+    ("rope", "known"),
+    [
+        ({"rope_type": "default"}, 512),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 100}, 100),
+        ({"rope_type": "dynamic"}, 512),
+    ],
+)
+def test_more_tokens_than_the_model_has_positions_are_refused(llama, rope, known):
+    llama.config.rope_parameters = rope
+    assert llama.rows_that_fit(known) >= 1
+    with pytest.raises(UserError, match=f"--max-new-tokens: .* {known + 1} tokens.* knows {known}: lower it"):
+        llama.rows_that_fit(known + 1)
+
+
+# --- Reading ----------------------------------------------------------------------------------------
+
+
+def test_logits_are_those_of_the_whole_sequence_at_the_columns_asked_for(any_engine):
+    ids = torch.randint(6, 100, (3, 20))
+    whole = any_engine.model(input_ids=ids).logits
+    read = any_engine.forward(Context([], ids[:, :0]), ids, columns=[[0, 5], [19], [7, 2]])
+    expected = whole[torch.arange(3)[:, None], torch.tensor([[0, 5], [19, 19], [7, 2]])]  # the last one is repeated
+    torch.testing.assert_close(read, expected)
+    torch.testing.assert_close(any_engine.forward(Context([], ids[:, :0]), ids), whole[:, -1:])
+
+
+def test_reading_in_pieces_is_reading_in_one_and_leaves_what_was_selected_from_as_it_was(any_engine):
+    ids = torch.randint(6, 100, (3, 30))
+    whole = any_engine.model(input_ids=ids).logits
+    context, first = any_engine.prefill(ids[:, :20].tolist(), 2)
+    torch.testing.assert_close(first, whole[:, 19])
+    for rows in ([0, 1, 2], [2, 0], [1, 1, 1]):  # from the same context
+        selected = context.select(rows)
+        logits = any_engine.forward(selected, ids[rows, 20:], columns=[[4, 9]] * len(rows))
+        torch.testing.assert_close(logits, whole[rows][:, [24, 29]])
+        assert context.mask.shape[1] == 20 and all(layer.keys.shape[2] == 20 for layer in context.layers)
+
+
+def test_rows_of_different_length_are_padded_on_the_left_and_read_as_alone(any_engine):
+    sequences = [torch.randint(6, 100, (size,)).tolist() for size in (20, 3, 12)]
+    expected = [any_engine.model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in sequences]
+    for batch_size in (1, 2, 3):
+        context, logits = any_engine.prefill(sequences, batch_size)
+        torch.testing.assert_close(logits, torch.stack(expected))
+        assert context.mask.sum(1).tolist() == [20, 3, 12] and context.mask[:, -1].all()
+        more = torch.randint(6, 100, (3, 4))
+        found = any_engine.forward(context, more)[:, 0]
+        for row, ids in enumerate(sequences):
+            alone = torch.tensor([ids + more[row].tolist()])
+            torch.testing.assert_close(found[row], any_engine.model(input_ids=alone).logits[0, -1])
+
+
+def test_growing_keys_and_values_are_those_that_were_put_in_and_leave_the_first_ones_alone():
+    keys, values = torch.arange(12.0).reshape(2, 1, 3, 2), torch.arange(30.0).reshape(2, 1, 3, 5)  # of other sizes
+    layer, expected = Growing(keys, values), [keys.clone(), values.clone()]
+    for n in range(100):
+        new = [torch.randn(2, 1, 1 + n % 3, states.shape[3]) for states in expected]
+        expected = [torch.cat(pair, 2) for pair in zip(expected, new)]
+        assert all(map(torch.equal, layer.update(*new), expected))
+        assert layer.get_seq_length() == expected[0].shape[2]
+    assert torch.equal(keys, torch.arange(12.0).reshape(2, 1, 3, 2))
+
+
+def made_context(mask):
+    """One layer whose keys say which row (tens) and column (ones) they are of; values are the negatives."""
+    mask = torch.tensor(mask)
+    rows, columns = mask.shape
+    keys = (10.0 * torch.arange(rows)[:, None] + torch.arange(columns)).reshape(rows, 1, columns, 1)
+    return Context([Growing(keys, -keys)], mask)
+
+
+def test_some_rows_are_selected_kept_or_looked_at():
+    context = made_context([[0, 1, 1], [0, 0, 1], [1, 1, 1]])
+    selected = context.select([1, 0, 1])
+    assert selected.mask.tolist() == [[0, 1], [1, 1], [0, 1]]  # without the column that is padding in all
+    assert selected.layers[0].keys[:, 0, :, 0].tolist() == [[11, 12], [1, 2], [11, 12]]
+    assert selected.layers[0].values[:, 0, :, 0].tolist() == [[-11, -12], [-1, -2], [-11, -12]]
+    alone = context.row(2)
+    assert alone.mask.tolist() == [[1, 1, 1]] and alone.layers[0].keys.flatten().tolist() == [20, 21, 22]
+    context.keep(torch.tensor([2, 0]))
+    assert context.mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert context.layers[0].values[:, 0, :, 0].tolist() == [[-20, -21, -22], [0, -1, -2]]
+
+
+def test_contexts_are_joined_on_the_left():
+    joined = join([made_context([[1, 1, 1]]), made_context([[1]])])
+    assert joined.mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert joined.layers[0].keys[:, 0, :, 0].tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+def test_rewinding_moves_each_row_to_the_right_and_masks_what_comes_in():
+    context = made_context([[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])
+    rewound = context.rewind(torch.tensor([0, 2]), torch.tensor([1, 2]))
+    assert rewound.mask.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
+    assert rewound.layers[0].keys[0, 0, 2:, 0].tolist() == [1, 2]
+    assert rewound.layers[0].values[1, 0, 2:, 0].tolist() == [-20, -21]
+    assert context.mask[0].tolist() == [0, 1, 1, 1]
+
+
+def test_logits_of_a_model_in_half_precision_are_float32(demo_tokenizer):
+    engine = tiny_engine("llama", demo_tokenizer, torch.bfloat16)
+    assert engine.prefill([list(range(6, 16))])[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_half_precision_pieces_are_read_as_nearly_as_whole_sequences(demo_tokenizer, family):
+    exact, half = (tiny_engine(family, demo_tokenizer, torch.float32) for _ in range(2))
+    half.model.to(torch.bfloat16)
+    exact.model.load_state_dict({name: weight.float() for name, weight in half.model.state_dict().items()})
+    ids = torch.randint(6, 100, (5, 60), generator=torch.Generator().manual_seed(0))
+    context, _ = half.prefill(ids[:, :40].tolist())
+    pieces = half.forward(context, ids[:, 40:], columns=[list(range(20))] * 5)
+    expected, whole = (engine.model(input_ids=ids).logits[:, 40:].float() for engine in (exact, half))
+    errors = [(logits - expected).square().mean().sqrt() for logits in (pieces, whole)]
+    assert errors[0] < 1.2 * errors[1] and errors[1] > 0
+
+
+# --- Generation -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def contexts(few_rows):
+    rows, prompt = few_rows
+    return [row.question + list(prompt) + row.turn_end for row in rows]
+
+
+def test_batched_generation_is_that_of_one_row_at_a_time(any_engine, contexts):
+    expected = [greedy_reference(any_engine, context, 12) for context in contexts]
+    assert any_engine.complete(contexts, 12, 3) == expected
+
+
+def test_greedy_decoding_is_that_of_transformers(any_engine, contexts):
+    for context in contexts[:2]:
+        ids = torch.tensor([context])
+        options = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": any_engine.end_ids, "pad_token_id": 0}
+        theirs = any_engine.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        theirs = theirs[0, ids.shape[1] :].tolist()
+        ours, stopped = any_engine.complete([context], 15, 1)[0]
+        assert ours == (theirs[:-1] if stopped else theirs)
+
+
+def test_a_row_leaves_with_the_context_of_its_own_ids_and_nothing_behind(any_engine, contexts):
+    """Each row has its own limit; what is read behind a row that has left is what the plain model reads."""
+    context, logits = any_engine.prefill(contexts)
+    limits, seen = [3, 9, 1, 6, 9], []
+    for ended in any_engine.generate(context, logits, limits):
+        more = torch.tensor([[20, 21]] * len(ended.rows))
+        after = any_engine.forward(ended.context, more)[:, 0]
+        for n, row in enumerate(ended.rows):
+            ids, stopped = greedy_reference(any_engine, contexts[row], limits[row])
+            assert (ended.ids[n], ended.stopped[n]) == (ids, stopped)
+            whole = torch.tensor([contexts[row] + ids + [20, 21]])
+            torch.testing.assert_close(after[n], any_engine.model(input_ids=whole).logits[0, -1])
+        seen += ended.rows
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+
+
+def test_reasoning_ends_before_the_end_token_and_counts_it(demo_engine, contexts):
+    demo_engine.counts.clear()
+    done = demo_engine.complete(contexts, 40, 8)
+    assert all(stopped for _, stopped in done)
+    assert all(demo_engine.tokenizer.eos_token_id not in ids for ids, _ in done)
+    assert demo_engine.counts["generated_tokens"] == sum(len(ids) + 1 for ids, _ in done)
+    cut = demo_engine.complete(contexts, 2, 8)
+    assert cut == [(ids[:2], len(ids) < 2) for ids, _ in done]
+
+
+def test_a_batch_size_of_0_is_one_that_fits_and_changes_nothing(any_engine, contexts, monkeypatch):
+    expected, asked = any_engine.complete(contexts, 5, 2), []
+
+    def fits(engine, columns, positions_read=1):
+        asked.append(columns)
+        return 3
+
+    monkeypatch.setattr(Engine, "rows_that_fit", fits)
+    assert any_engine.complete(contexts, 5) == expected
+    assert asked == [max(map(len, contexts)) + 5]
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host waits for a GPU: those that bring a value or a size to it."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        self.seen[name] += name in self.WAITING
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_decoding_step_does_not_wait_for_the_device_between_two_looks(any_engine, contexts, monkeypatch):
+    context, logits = any_engine.prefill(contexts)
+    monkeypatch.setitem(engine_file.LOOK_EVERY, "cpu", 8)
+    per_forward, plain = [], Engine.forward
+
+    def forward(*arguments, **more):
+        with Waits() as waits:
+            found = plain(*arguments, **more)
+        per_forward.append(waits.seen.total())
+        return found
+
+    monkeypatch.setattr(Engine, "forward", forward)
+    any_engine.end_ids = [10**6]  # none ends before its limit
+    with Waits() as everything:
+        list(any_engine.generate(context, logits, [24] * len(contexts)))
+    assert len(per_forward) >= 24 and not any(per_forward)
+    assert 0 < everything.seen.total() < 24 + 60  # three looks, and what is made of the rows that have ended
