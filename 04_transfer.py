@@ -128,7 +128,8 @@ def evaluate_job(job, answerer, split, out):
 
 def write_matrix(records, out):
     """Write transfer.jsonl, and from it the table and the picture; print the table."""
-    from support.report import transfer_picture, transfer_table
+    from support.pictures import transfer_picture
+    from support.report import transfer_table
 
     write_jsonl(out / "transfer.jsonl", records)
     table = transfer_table(records)

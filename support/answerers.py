@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from support.evaluation import Generation
 from support.files import UserError, require, short_name, weights_hash
 from support.settings import ServerFlags
+from support.tokens import encode, encode_chat, extractor_ids
 
 
 @dataclass(frozen=True)
@@ -50,37 +51,49 @@ def open_answerer(flags, model, endpoint=""):
 
 
 def local_answerer(engine, path):
-    """The Answerer that is the model loaded here from `path`."""
-    from support.tokens import encode, encode_chat, extractor_ids
+    """The Answerer that is the model of an `Engine`, loaded from `path`."""
+    identity = (weights_hash(path), str(engine.model.dtype))
+    return Answerer(short_name(path), identity, LocalModel(engine).generate)
 
-    tokenizer = engine.tokenizer
 
-    def generate(task, rows, prompt, settings, done):
+@dataclass(frozen=True)
+class LocalModel:
+    """A model loaded here, as one that answers."""
+
+    engine: object  # engine.Engine, which is not imported here because it imports torch
+
+    def generate(self, task, rows, prompt, settings, done):
+        """As `Answerer` says, short rows first. Errors: UserError if the tokenizer does not know the prompt's words."""
+        tokenizer = self.engine.tokenizer
         unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encode(tokenizer, " " + prompt)
         require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
-        contexts = {row["id"]: encode_chat(tokenizer, task, row["question"], prompt) for row in rows}
-        extractor = extractor_ids(tokenizer, task)
-        ordered = sorted(rows, key=lambda row: len(contexts[row["id"]]))
-        longest = max(map(len, contexts.values()))
-        size = settings.batch_size or engine.rows_that_fit(longest + settings.max_new_tokens)
+        contexts = [(row, encode_chat(tokenizer, task, row["question"], prompt)) for row in rows]
+        contexts.sort(key=lambda context: len(context[1]))
+        longest = len(contexts[-1][1])
+        size = settings.batch_size or self.engine.rows_that_fit(longest + settings.max_new_tokens)
         # A batch is whole or not there, so an evaluation that was killed goes on with the same batches.
-        for start in range(0, len(rows), size):
-            batch = ordered[start : start + size]
-            if done.issuperset(row["id"] for row in batch):
+        for start in range(0, len(contexts), size):
+            batch = contexts[start : start + size]
+            if done.issuperset(row["id"] for row, _ in batch):
                 continue
-            asked = [contexts[row["id"]] for row in batch]
-            reasoning = engine.complete(asked, settings.max_new_tokens, size)
-            asked = [context + ids + extractor for context, (ids, _) in zip(asked, reasoning)]
-            replies = engine.complete(asked, settings.answer_tokens(task), size)
-            answered = []
-            for row, (ids, stopped), (reply_ids, _) in zip(batch, reasoning, replies):
-                if row["id"] not in done:
-                    text = tokenizer.decode(ids, skip_special_tokens=True)
-                    reply = tokenizer.decode(reply_ids, skip_special_tokens=True)
-                    answered.append((row, text, reply, len(ids), not stopped))
-            yield answered
+            answered = self.answer(task, batch, settings)
+            yield [generation for generation in answered if generation.row["id"] not in done]
 
-    return Answerer(short_name(path), (weights_hash(path), str(engine.model.dtype)), generate)
+    def answer(self, task, batch, settings):
+        """The `Generation` of each (row, context ids) of one batch: the reasoning, then the reply behind it and the
+        extractor."""
+        engine, tokenizer = self.engine, self.engine.tokenizer
+        asked = [ids for _, ids in batch]
+        reasonings = engine.complete(asked, settings.max_new_tokens, len(batch))
+        extractor = extractor_ids(tokenizer, task)
+        asked = [context + ids + extractor for context, (ids, _) in zip(asked, reasonings)]
+        replies = engine.complete(asked, settings.answer_tokens(task), len(batch))
+        answered = []
+        for (row, _), (ids, stopped), (reply_ids, _) in zip(batch, reasonings, replies):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            reply = tokenizer.decode(reply_ids, skip_special_tokens=True)
+            answered.append(Generation(row, text, reply, len(ids), not stopped))
+        return answered
 
 
 # --- A model behind a server ---------------------------------------------------------------------------

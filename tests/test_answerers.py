@@ -15,17 +15,17 @@ import urllib.request
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, own_task, settings
 
-import greater_core
-from greater_core import encode_in_place
 from support import answerers
 from support.answerers import Server, local_answerer, server_answerer
 from support.evaluation import Evaluation, evaluate, evaluate_once
 from support.files import UserError, read_jsonl, write_jsonl
 from support.settings import ServerFlags
+from support.tokens import encode_prompt
 
 
 @pytest.fixture(autouse=True)
@@ -42,26 +42,21 @@ def flags(**changes):
 # --- A model loaded here ------------------------------------------------------------------------------------------
 
 
-class Model:
-    dtype = "float32"
+class ScriptedEngine:
+    """An engine that says what the test wants: [(reasoning, stopped)], then the replies behind the extractor."""
 
+    def __init__(self, tokenizer, reasoning=None, replies=(), dtype="float32"):
+        self.tokenizer, self.model = tokenizer, SimpleNamespace(dtype=dtype)
+        self.texts = [reasoning, [(reply, True) for reply in replies]]
+        self.calls = []  # (contexts, max_new_tokens)
 
-@pytest.fixture
-def scripted(monkeypatch, demo_tokenizer):
-    """Generations that say what the test wants: [(reasoning, stopped)] and the replies behind the extractor."""
+    def rows_that_fit(self, columns):
+        return 16
 
-    def install(reasoning, replies):
-        calls = []
-
-        def generate(model, contexts, max_new_tokens, batch_size, work=None):
-            calls.append((contexts, max_new_tokens))
-            texts = reasoning if len(calls) % 2 else [(reply, True) for reply in replies]
-            return [(demo_tokenizer.encode(text, add_special_tokens=False), stopped) for text, stopped in texts]
-
-        monkeypatch.setattr(greater_core, "generate_greedily", generate)
-        return calls
-
-    return install
+    def complete(self, contexts, max_new_tokens, batch_size):
+        texts = self.texts[len(self.calls) % 2] or [("", True)] * len(contexts)
+        self.calls.append((contexts, max_new_tokens))
+        return [(self.tokenizer.encode(text, add_special_tokens=False), stopped) for text, stopped in texts]
 
 
 ROWS = [
@@ -70,57 +65,49 @@ ROWS = [
 ]
 
 
-def test_a_model_loaded_here_answers_behind_its_reasoning_and_the_extractor(scripted, demo_tokenizer, demo_task):
-    calls = scripted([("1 + 2 = 3 .", True), ("4 + 5 = 20", False)], ["5", "tom <|end|>"])
-    answerer = local_answerer(Model(), demo_tokenizer, "m")
-    found = evaluate(answerer, demo_task, ROWS, "find this .", settings(max_new_tokens=9))
+def test_a_model_loaded_here_answers_behind_its_reasoning_and_the_extractor(demo_tokenizer, demo_task):
+    engine = ScriptedEngine(demo_tokenizer, [("1 + 2 = 3 .", True), ("4 + 5 = 20", False)], ["5", "tom <|end|>"])
+    found = evaluate(local_answerer(engine, "m"), demo_task, ROWS, "find this .", settings(max_new_tokens=9))
     assert [(p["id"], p["answer"], p["harness_answer"]) for p in found] == [("a", "5", "3"), ("b", None, "20")]
     assert [(p["tokens"], p["truncated"], p["text"], p["reply"]) for p in found] == [
         (6, False, "1 + 2 = 3 .", "5"),
         (5, True, "4 + 5 = 20", "tom"),
     ]
-    (contexts, limit), (asked, reply_limit) = calls
+    (contexts, limit), (asked, reply_limit) = engine.calls
     assert (limit, reply_limit) == (9, 12)
     text = demo_tokenizer.decode(asked[0])
     assert asked[0][: len(contexts[0])] == contexts[0] and text.endswith("1 + 2 = 3 . so the answer is")
 
 
-def test_evaluation_reads_the_same_ids_as_the_search(monkeypatch, subword_tokenizer):
-    seen = []
-
-    def generate(model, contexts, max_new_tokens, batch_size, work=None):
-        seen.append(contexts)
-        return [([], True) for _ in contexts]
-
-    monkeypatch.setattr(greater_core, "generate_greedily", generate)
+def test_evaluation_reads_the_same_ids_as_the_search(subword_tokenizer):
+    engine = ScriptedEngine(subword_tokenizer)
     task, row = own_task("choice", choices="AB"), {"id": "r", "question": "Is it A?\nOptions:\n(A) yes", "answer": "A"}
     prompt = "logical steps, then the answer."
-    evaluate(local_answerer(Model(), subword_tokenizer, "m"), task, [row], prompt, settings())
-    assert seen[0] == [sum(encode_in_place(subword_tokenizer, task, row["question"], prompt), [])]
+    evaluate(local_answerer(engine, "m"), task, [row], prompt, settings())
+    assert engine.calls[0][0] == [sum(encode_prompt(subword_tokenizer, task, row["question"], prompt), [])]
 
 
-def test_a_bare_prompt_stands_behind_the_question_and_an_empty_one_leaves_the_question_alone(
-    monkeypatch, subword_tokenizer
-):
-    asked = []
+def test_the_gold_answer_is_not_needed_to_ask_for_an_answer(subword_tokenizer):
+    engine = ScriptedEngine(subword_tokenizer)
+    task, row = own_task("boolean", choices=("True", "False")), {"id": "r", "question": "Is it?", "answer": "\udcff"}
+    list(local_answerer(engine, "m").generate(task, [row], "think.", settings(), frozenset()))
+    assert subword_tokenizer.decode(engine.calls[1][0][0]).endswith(" The answer is $")
 
-    def generate(model, contexts, max_new_tokens, batch_size, work=None):
-        asked.append([subword_tokenizer.decode(ids) for ids in contexts])
-        return [([], True) for _ in contexts]
 
-    monkeypatch.setattr(greater_core, "generate_greedily", generate)
+def test_a_bare_prompt_stands_behind_the_question_and_an_empty_one_leaves_the_question_alone(subword_tokenizer):
     task = own_task(template="Question: {question}\nNow use {prompt}")
     row = {"id": "r", "question": "3 + 14", "answer": "17"}
+    engine = ScriptedEngine(subword_tokenizer)
     for prompt in ("", "Let's think step by step."):
-        evaluate(local_answerer(Model(), subword_tokenizer, "m"), task.bare, [row], prompt, settings())
-    empty, thought = asked[0][0], asked[2][0]
+        evaluate(local_answerer(engine, "m"), task.bare, [row], prompt, settings())
+    empty, thought = (subword_tokenizer.decode(engine.calls[n][0][0]) for n in (0, 2))
     assert "Question: 3 + 14" in empty and "Now use" not in empty
     assert thought.replace("\nLet's think step by step.", "", 1) == empty
     assert own_task(template="{question} please {prompt}").bare.template == "{question} {prompt}"
 
 
 def test_a_prompt_with_a_word_the_tokenizer_does_not_know_is_refused(demo_tokenizer, demo_task):
-    answerer = local_answerer(Model(), demo_tokenizer, "m")
+    answerer = local_answerer(ScriptedEngine(demo_tokenizer), "m")
     with pytest.raises(UserError, match="does not know all of the prompt"):
         evaluate(answerer, demo_task, ROWS, "find this theorem .", settings())
 
@@ -130,9 +117,8 @@ def test_a_model_loaded_here_is_known_by_its_weights_and_its_dtype(tmp_path, dem
     found = set()
     for weights, dtype in ((b"1", "float32"), (b"2", "float32"), (b"2", "bfloat16")):
         (tmp_path / "m" / "model.safetensors").write_bytes(weights)
-        model = Model()
-        model.dtype = dtype
-        found.add(local_answerer(model, demo_tokenizer, tmp_path / "m").identity)
+        engine = ScriptedEngine(demo_tokenizer, dtype=dtype)
+        found.add(local_answerer(engine, tmp_path / "m").identity)
     assert len(found) == 3
 
 
@@ -140,12 +126,12 @@ def without_time(record):
     return {key: value for key, value in record.items() if key != "minutes"}
 
 
-def test_a_killed_evaluation_of_a_real_model_ends_the_same(tmp_path, demo_model, demo_tokenizer, demo_task, demo_data):
+def test_a_killed_evaluation_of_a_real_model_ends_the_same(tmp_path, demo_engine, demo_task, demo_data):
     rows, results = demo_data["dev"][:10], []
     for cut in (None, 5):  # in the middle of the second batch
         folder = tmp_path / str(cut)
         folder.mkdir()
-        answerer = local_answerer(demo_model, demo_tokenizer, "m")
+        answerer = local_answerer(demo_engine, "m")
         asked = Evaluation(answerer, demo_task, "dev", rows, "check each step .", settings(batch_size=3))
         evaluate_once(asked, folder, "best")
         if cut:
@@ -563,12 +549,12 @@ def real_server(tmp_path_factory):
 
 
 def test_a_real_server_gives_the_texts_answers_and_scores_of_the_model_loaded_here(
-    real_server, tmp_path, demo_model, demo_tokenizer, demo_task, demo_data
+    real_server, tmp_path, demo_engine, demo_task, demo_data
 ):
     url, name = real_server
     rows, records = demo_data["dev"][:24], []
     there = server_answerer(flags(concurrency=6, request_timeout=60.0), url, name)
-    for answerer in (there, local_answerer(demo_model, demo_tokenizer, name)):
+    for answerer in (there, local_answerer(demo_engine, name)):
         folder = tmp_path / str(len(records))
         folder.mkdir()
         long_enough = settings(max_new_tokens=40)

@@ -300,9 +300,9 @@ def test_the_whole_chain_runs_on_own_rows(tmp_path):
 
 
 def test_another_model_or_extractor_is_evaluated_anew_and_a_killed_evaluation_leaves_no_trace(tmp_path, demo_tokenizer):
-    from conftest import tiny_model
+    from conftest import tiny_engine
 
-    tiny_model("llama", demo_tokenizer).save_pretrained(tmp_path / "random")
+    tiny_engine("llama", demo_tokenizer).model.save_pretrained(tmp_path / "random")
     demo_tokenizer.save_pretrained(tmp_path / "random")
     flags = ["--prompt", "check each step carefully .", "--eval-rows", "30", "--run-dir", "r"]
     good("03_evaluate.py", *flags, folder=tmp_path)
@@ -413,9 +413,9 @@ def test_a_user_s_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path, comman
 
 
 def test_an_extractor_that_merges_is_refused_before_the_search(tmp_path, subword_tokenizer):
-    from conftest import tiny_model
+    from conftest import tiny_engine
 
-    tiny_model("llama", subword_tokenizer).save_pretrained(tmp_path / "model")
+    tiny_engine("llama", subword_tokenizer).model.save_pretrained(tmp_path / "model")
     subword_tokenizer.save_pretrained(tmp_path / "model")
     write_bad_files(tmp_path)
     flags = ["--task", "words.jsonl", "--extractor", "It is ", "--train-rows", "2", "--model", "./model"]
