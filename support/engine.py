@@ -31,6 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from support.files import UserError, require
+from support.onednn import use_onednn
 
 LOOK_EVERY = {"cpu": 1, "cuda": 8}  # decoding steps between looks at which rows have ended: a look waits for the device
 LEAVE_TOGETHER = 8  # rows that `generate` hands out at once, so that the copy of their keys and values stays small
@@ -55,8 +56,9 @@ class Growing(DynamicLayer):
         start = self.keys.shape[2]
         end = start + keys.shape[2]
         if end > self.key_buffer.shape[2]:
-            self.key_buffer = with_room(self.keys, end + ROOM)
-            self.value_buffer = with_room(self.values, end + ROOM)
+            columns = end + ROOM if keys.shape[2] == 1 else end  # behind one token more are to come
+            self.key_buffer = with_room(self.keys, columns)
+            self.value_buffer = with_room(self.values, columns)
         self.key_buffer[:, :, start:end] = keys
         self.value_buffer[:, :, start:end] = values
         self.keys, self.values = self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
@@ -143,7 +145,7 @@ class Ended:
     rows: list[int]  # their numbers in the batch
     ids: list[list[int]]  # what was generated, without the end token
     stopped: list[bool]  # by an end token, not by the limit
-    context: Context  # what was read before them, and `ids`
+    context: Context  # what was read before them, and `ids`; until the next rows are asked for
 
 
 # --- The engine ------------------------------------------------------------------------------------
@@ -169,6 +171,7 @@ class Engine:
         self.model, self.tokenizer = model.requires_grad_(False).eval(), tokenizer
         if model.config._attn_implementation == "sdpa":
             model.set_attn_implementation("sdpa-always-masked")
+        use_onednn(model)
         self.device = model.device
         self.config = model.config.get_text_config()
         # In Gemma-3n and -4 every layer looks a token up once more; see `embed`.
@@ -311,7 +314,9 @@ class Engine:
                         texts = [row[:count] for row, count in zip(ids[some].tolist(), counts)]
                         stopped = (before_end < limits)[some].tolist()
                         self.counts["generated_tokens"] += sum(counts) + sum(stopped)
-                        yield Ended(rows[some].tolist(), texts, stopped, context.rewind(some, n - length[some]))
+                        ended = Ended(rows[some].tolist(), texts, stopped, context.rewind(some, n - length[some]))
+                        yield ended
+                        ended.context.layers.clear()  # before the next ones are copied
                     if over.all():
                         return
                     going = (~over).nonzero()[:, 0]

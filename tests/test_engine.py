@@ -386,7 +386,8 @@ def test_logits_of_a_model_in_half_precision_are_float32(demo_tokenizer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_half_precision_pieces_are_read_as_nearly_as_whole_sequences(demo_tokenizer, family):
+def test_in_half_precision_pieces_are_read_as_nearly_as_whole_sequences(demo_tokenizer, family, monkeypatch):
+    monkeypatch.setattr(engine_file, "use_onednn", lambda model: None)  # whose weights could not be cast any more
     exact, half = (tiny_engine(family, demo_tokenizer, torch.float32) for _ in range(2))
     half.model.to(torch.bfloat16)
     exact.model.load_state_dict({name: weight.float() for name, weight in half.model.state_dict().items()})

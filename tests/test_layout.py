@@ -25,6 +25,7 @@ SUPPORT = (
     "files",
     "tokens",
     "engine",
+    "onednn",
     "tasks",
     "sources",
     "settings",
