@@ -115,10 +115,8 @@ def propose_candidates(log_probs, samples, k, min_candidates, admit):
         candidates = sorted((t for t in found if admitted[t]), key=lambda t: (-likelihood[t].item(), t))
         if candidates and len(candidates) >= min_candidates:
             return candidates, k
-        require(
-            k < largest_k,
-            f"only {len(candidates)} candidate tokens are possible here: lower --min-candidates (now {min_candidates})",
-        )
+        found_few = f"only {len(candidates)} candidate tokens are possible here"
+        require(k < largest_k, f"{found_few}: lower --min-candidates (now {min_candidates})")
         k += 2
 
 
@@ -171,19 +169,16 @@ def objective_of(cross_entropy, wrong, nll, settings):
 
 def candidate_gradients(search, prefix, prompt, candidates, reasoning):
     """(gradients [B, K], losses [B]): per row, of the `training_loss` with respect to the one-hot choice among
-    `candidates` at the prefix's position, taken at the prompt's token there, which must be one of them.
-
-    Earlier tokens do not depend on the choice, so the pass begins at that position; reasoning is held fixed. A more
-    negative entry promises a lower loss.
+    `candidates` at the prefix's position, taken at the prompt's token there, which must be one of them. A more negative
+    entry promises a lower loss. Earlier tokens do not depend on the choice, so the pass begins at that position.
     """
     engine, settings, position = search.engine, search.settings, len(prefix.tokens)
     later = len(prompt) - position - 1  # how many prompt tokens follow the choice
     chosen = candidates.index(prompt[position])
     # In float32 or better, lest half precision rounds the gradients of different tokens to the same.
     dtype = torch.promote_types(engine.model.dtype, torch.float32)
-    candidates = torch.tensor(candidates, device=engine.device)  # [K]
-    embeddings = engine.embed(candidates).to(dtype)  # [K, E]
-
+    candidate_ids = torch.tensor(candidates, device=engine.device)  # [K]
+    embeddings = engine.embed(candidate_ids).to(dtype)  # [K, E]
     tails = [  # from the choice to the answer
         [*prompt[position:], *row.turn_end, *generated, *row.extractor, *row.answer]
         for row, generated in zip(search.rows, reasoning)
@@ -203,7 +198,7 @@ def candidate_gradients(search, prefix, prompt, candidates, reasoning):
         columns = [[*range(later), *answer_columns(len(tails[i]), search.rows[i])] for i in numbers]
         logits = engine.forward(prefix.context.select(numbers), embedded, mask, columns)  # [B, later + A, V]
         cross_entropy, _ = answer_loss(logits[:, later:], rows, settings.loss_temperature)
-        here = (one_hot * prefix.log_probs[numbers][:, candidates]).sum(1)  # so a candidate's own probability counts
+        here = (one_hot * prefix.log_probs[numbers][:, candidate_ids]).sum(1)  # so its own probability counts
         nll = prompt_nll(prefix.nll[numbers], here, logits[:, :later], ids[:, 1 : 1 + later])
         losses = training_loss(cross_entropy, nll, settings)
         # The rows do not touch each other, so the gradient of the sum holds each row's own gradient.
@@ -254,10 +249,8 @@ class Outcome:
 
 def reason_and_score(search, prefix, jobs):
     """An `Outcome` for each job (prompt, row number): the model reasons, then the answer behind its reasoning and the
-    extractor is scored on the keys and values that generation left behind.
-
-    The prompts begin with the prefix's tokens and have one length.
-    """
+    extractor is scored on the keys and values that generation left behind. Prompts have one length, and the prefix's
+    tokens first."""
     engine, settings, position = search.engine, search.settings, len(prefix.tokens)
     later = len(jobs[0][0]) - position - 1  # how many prompt tokens follow the position
 
@@ -406,11 +399,9 @@ def search_step(search, prefix, step):
 
 
 def optimize(engine, rows, prompt, settings, history=()):
-    """Search a prompt (Alg. 1): yields a `Step` per position visited; step 0 is the start.
+    """Search a prompt (Alg. 1) from its initial ids: yields a `Step` per position visited; step 0 is the start.
 
-    rows: list of `Row`. prompt: the initial prompt's ids. history: the steps of an interrupted run, in order; the
-    search goes on behind them to the same result.
-    """
+    history: the steps of an interrupted run; the search goes on behind them to the same result."""
     engine.counts, engine.batch_sizes = Counter(), {}
     allowed = torch.zeros(engine.model.get_input_embeddings().num_embeddings, dtype=torch.bool)
     allowed[allowed_ids(engine.tokenizer, len(allowed))] = True
@@ -434,12 +425,10 @@ def optimize(engine, rows, prompt, settings, history=()):
 
 
 def resume(search, questions, history):
-    """Bring a search to where its history ends. Returns the `Prefix` that the interrupted run had.
+    """Bring a search to where its history ends: the `Prefix` that the interrupted run had.
 
-    The current prompt's reasoning is generated once more in the very job that first gave it: the same batches give
-    the same bits on the same machine, so a resumed run does not drift. Errors: UserError if the recorded objective
-    does not come back.
-    """
+    The current prompt's reasoning is generated in the very job that first gave it: the same batches give the same bits
+    on the same machine. Errors: UserError if the recorded objective does not come back."""
     engine, last = search.engine, history[-1]
     search.scores = scores_of(history)
     first, job = last_job(history)

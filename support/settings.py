@@ -230,7 +230,7 @@ def calm_threads():
     this must run before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "200000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def run_script(main):

@@ -101,7 +101,7 @@ def test_the_same_rows_are_own_rows_for_every_script():
 @pytest.mark.parametrize(
     ("set_by_the_user", "expected"),
     [
-        ({}, {"GOMP_SPINCOUNT": "200000"}),
+        ({}, {"GOMP_SPINCOUNT": "3000"}),
         ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
     ],
@@ -133,4 +133,4 @@ def test_the_setting_reaches_the_threads_of_torch():
     }
     environment["OMP_DISPLAY_ENV"] = "VERBOSE"  # OpenMP tells its settings when it is loaded
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert "GOMP_SPINCOUNT = '200000'" in done.stderr
+    assert "GOMP_SPINCOUNT = '3000'" in done.stderr
