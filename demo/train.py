@@ -36,6 +36,7 @@ HERE = Path(__file__).parent
 LARGEST = 30  # every number in a problem and in its working lies in 0..30, one token each
 OPENING = "please"  # the fixed word between question and instruction
 EXTRACTOR = "so the answer is"
+BATCH_SIZE, PEAK_RATE = 64, 1.5e-3  # texts in a batch; the learning rate at the end of its rise
 
 NAMES = "tom ann sam eva max lea ben ida".split()
 THINGS = "apples books coins cards stones shells pens cups".split()
@@ -195,15 +196,15 @@ def make_model(tokenizer, size):
     )
 
 
-def train(model, ids, held_out, seed, batches, batch_size=64, peak_rate=1.5e-3):
+def train(model, ids, held_out, seed, batches):
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda b: min((b + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * b / batches))
     )
     bar = tqdm(range(batches), desc="training", mininterval=5)
     for batch in bar:
-        input_ids, labels = make_batch(rng, batch_size, ids, held_out)
+        input_ids, labels = make_batch(rng, BATCH_SIZE, ids, held_out)
         loss = model(input_ids=input_ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,6 +1,6 @@
 """Tiny models and tokenizers, made here: no network, no GPU, seconds.
 
-Run all tests with `python -m pytest -n 2 --dist loadfile`, or without the flags in one process.
+Run all tests with `python -m pytest -n2 --dist loadfile`, or without the flags in one process.
 """
 
 import os

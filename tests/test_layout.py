@@ -91,9 +91,27 @@ def test_support_holds_one_file_for_each_purpose_and_nothing_else():
     assert found == {"__init__.py", *(f"{name}.py" for name in SUPPORT)}
 
 
-@pytest.mark.parametrize("name", ["files", "tasks", "sources", "settings"])
+@pytest.mark.parametrize("name", SUPPORT)
 def test_a_file_in_support_has_its_file_of_tests(name):
     assert support_file(name).exists() and (ROOT / "tests" / f"test_{name}.py").exists()
+
+
+# --- What keeps it readable ----------------------------------------------------------------------------
+
+
+def test_the_method_fits_into_450_lines():
+    assert len((ROOT / "greater_core.py").read_text(encoding="utf-8").splitlines()) <= 450
+
+
+def test_no_function_takes_more_than_six_arguments():
+    wide = []
+    for path in (path for path in PYTHON_FILES if path.parent.name != "tests"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if len(arguments) > 6:
+                    wide.append(f"{path.name}: {node.name}")
+    assert wide == []
 
 
 # --- Which file imports which --------------------------------------------------------------------------
