@@ -34,7 +34,7 @@ from support.files import UserError, require
 from support.onednn import use_onednn
 
 LOOK_EVERY = {"cpu": 1, "cuda": 8}  # decoding steps between looks at which rows have ended: a look waits for the device
-LEAVE_TOGETHER = 8  # rows that `generate` hands out at once, so that the copy of their keys and values stays small
+LEAVE_TOGETHER = 8  # rows that `generate` hands out at once, so that what is read of them stays small
 ROOM = 64  # columns by which keys and values grow
 
 
@@ -56,9 +56,8 @@ class Growing(DynamicLayer):
         start = self.keys.shape[2]
         end = start + keys.shape[2]
         if end > self.key_buffer.shape[2]:
-            columns = end + ROOM if keys.shape[2] == 1 else end  # behind one token more are to come
-            self.key_buffer = with_room(self.keys, columns)
-            self.value_buffer = with_room(self.values, columns)
+            self.key_buffer = with_room(self.keys, end + ROOM)
+            self.value_buffer = with_room(self.values, end + ROOM)
         self.key_buffer[:, :, start:end] = keys
         self.value_buffer[:, :, start:end] = values
         self.keys, self.values = self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
@@ -70,6 +69,27 @@ def with_room(states, columns):
     buffer = states.new_empty(*states.shape[:2], columns, states.shape[3])
     buffer[:, :, : states.shape[2]] = states
     return buffer
+
+
+class Borrowed(DynamicLayer):
+    """Some rows of another layer's keys and values without their last columns, for a single forward pass: they are
+    copied, and joined with the new ones, only while their layer is read, so that the copy is one layer's."""
+
+    def __init__(self, lender, index, source):
+        """index [b]: rows of the lender. source [b, C]: for each of its columns the lender's."""
+        super().__init__()
+        self.lender, self.index, self.source, self.is_initialized = lender, index[:, None], source, True
+
+    def get_seq_length(self):
+        return self.source.shape[1]
+
+    def update(self, keys, values, *args, **kwargs):
+        return self.joined(self.lender.keys, keys), self.joined(self.lender.values, values)
+
+    def joined(self, states, new):
+        """[B, heads, C, head size] and new ones [b, heads, S, head size] -> [b, heads, C + S, head size]"""
+        picked = states.transpose(1, 2)[self.index, self.source].transpose(1, 2)
+        return torch.cat([picked, new], 2)
 
 
 @dataclass
@@ -103,16 +123,11 @@ class Context:
             self.layers[n] = Growing(layer.keys.index_select(0, index), layer.values.index_select(0, index))
 
     def rewind(self, index, columns):
-        """A copy of the rows index [b] without their last `columns` [b] columns; padded on the left instead."""
+        """The rows index [b] without their last `columns` [b] columns, padded on the left instead: for one forward
+        pass, and only until this context changes."""
         source = torch.arange(self.mask.shape[1], device=self.mask.device) - columns[:, None]  # [b, C]
-        inside = source >= 0
-        source = source.clamp(min=0)
-
-        def moved(states):  # [B, heads, C, head size] -> [b, heads, C, head size]
-            return states.transpose(1, 2)[index[:, None], source].transpose(1, 2)
-
-        layers = [Growing(moved(layer.keys), moved(layer.values)) for layer in self.layers]
-        return Context(layers, self.mask[index].gather(1, source) * inside)
+        mask = self.mask[index].gather(1, source.clamp(min=0)) * (source >= 0)
+        return Context([Borrowed(layer, index, source.clamp(min=0)) for layer in self.layers], mask)
 
 
 def join(contexts):
@@ -145,7 +160,7 @@ class Ended:
     rows: list[int]  # their numbers in the batch
     ids: list[list[int]]  # what was generated, without the end token
     stopped: list[bool]  # by an end token, not by the limit
-    context: Context  # what was read before them, and `ids`; until the next rows are asked for
+    context: Context  # what was read before them, and `ids`: for one forward pass, before the next rows are asked for
 
 
 # --- The engine ------------------------------------------------------------------------------------
@@ -314,9 +329,7 @@ class Engine:
                         texts = [row[:count] for row, count in zip(ids[some].tolist(), counts)]
                         stopped = (before_end < limits)[some].tolist()
                         self.counts["generated_tokens"] += sum(counts) + sum(stopped)
-                        ended = Ended(rows[some].tolist(), texts, stopped, context.rewind(some, n - length[some]))
-                        yield ended
-                        ended.context.layers.clear()  # before the next ones are copied
+                        yield Ended(rows[some].tolist(), texts, stopped, context.rewind(some, n - length[some]))
                     if over.all():
                         return
                     going = (~over).nonzero()[:, 0]

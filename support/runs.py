@@ -81,7 +81,9 @@ class Step(Score):
     shortlist: list[Tried] = field(default_factory=list)
     prompt: str = ""  # its text
     best: Best | None = None
-    totals: dict[str, int] = field(default_factory=dict)  # since the start: forward_tokens (with padding), backward_, generated_
+    totals: dict[str, int] = field(
+        default_factory=dict
+    )  # since the start: forward_tokens (with padding), backward_, generated_
     batch_sizes: dict[str, int] = field(default_factory=dict)  # {stage: rows at once}, where memory ran out
 
 

@@ -223,11 +223,10 @@ def early_flags():
 def calm_threads():
     """Let threads that wait for each other spin for a bounded time only, unless the user's environment says how.
 
-    The threads of a matrix product wait for the slowest of them: they spin first, then they sleep. Spinning is fast on
-    an idle machine; but beside other work the slowest thread waits for the core on which another one spins, and
-    everything all but stops. Sleeping at once does well there and loses time on an idle machine. A bounded spin does
-    well on both (GNU OpenMP's own bound is 300000 rounds). The OpenMP library reads the variable when it is loaded, so
-    this must run before torch is imported.
+    The threads of a matrix product wait for the slowest of them: they spin first, then they sleep. GNU OpenMP's own
+    bound of 300000 rounds is fast on an idle machine; but beside other work the slowest thread waits for the core on
+    which another one spins, and everything all but stops. 3000 rounds do well on both (benchmarks/README.md). The
+    OpenMP library reads the variable when it is loaded, so this must run before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")

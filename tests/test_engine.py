@@ -129,9 +129,9 @@ def test_models_with_sinks_shared_keys_or_attention_of_their_own_are_read_as_in_
     for n, ids in enumerate(picked):
         plain = model(input_ids=torch.tensor([ids])).logits[0, -13:].detach()
         torch.testing.assert_close(torch.cat([piece[n] for piece in found]), plain, rtol=1e-3, atol=1e-3)
-    again = context.rewind(torch.tensor([3, 1]), torch.tensor([12, 5]))  # forget all of a tail, and its second part
-    for row, ids, start in ((0, picked[3], 12), (1, picked[1], 5)):
-        logits = other_engine.forward(again.select([row]), torch.tensor([ids[-start:]]))[0, 0]
+    again = context.rewind(torch.tensor([3, 1]), torch.tensor([12, 7]))  # forget the tail, or some of it
+    ends = torch.tensor([picked[3][-12:-5], picked[1][-7:]])
+    for logits, ids in zip(other_engine.forward(again, ends)[:, 0], (picked[3][:-5], picked[1])):
         torch.testing.assert_close(logits, model(input_ids=torch.tensor([ids])).logits[0, -1], rtol=1e-3, atol=1e-3)
 
 
@@ -375,9 +375,10 @@ def test_rewinding_moves_each_row_to_the_right_and_masks_what_comes_in():
     context = made_context([[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])
     rewound = context.rewind(torch.tensor([0, 2]), torch.tensor([1, 2]))
     assert rewound.mask.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
-    assert rewound.layers[0].keys[0, 0, 2:, 0].tolist() == [1, 2]
-    assert rewound.layers[0].values[1, 0, 2:, 0].tolist() == [-20, -21]
-    assert context.mask[0].tolist() == [0, 1, 1, 1]
+    keys, values = rewound.layers[0].update(*torch.full((2, 2, 1, 1, 1), 99.0))
+    assert rewound.layers[0].get_seq_length() == 4
+    assert keys[0, 0, 2:, 0].tolist() == [1, 2, 99] and values[1, 0, 2:, 0].tolist() == [-20, -21, 99]
+    assert context.mask[0].tolist() == [0, 1, 1, 1] and context.layers[0].keys.shape[2] == 4
 
 
 def test_logits_of_a_model_in_half_precision_are_float32(demo_tokenizer):

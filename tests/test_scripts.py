@@ -58,6 +58,11 @@ def test_stage_2_prepares_the_data_and_prints_both_prompts_with_errors_and_paths
         assert f"runs/demo-seed0/{name}" in printed and (folder / "runs" / "demo-seed0" / name).exists()
 
 
+def test_a_newcomer_s_first_screen_shows_no_warning(tmp_path):
+    done = run("02_optimize.py", "--steps", "1", "--train-rows", "5", "--eval-rows", "5", folder=tmp_path)
+    assert done.returncode == 0 and not re.search("warn|deprecat", done.stderr + done.stdout, re.I)
+
+
 def test_stage_2_files_agree_with_each_other(finished):
     run_dir = finished[0] / "runs" / "demo-seed0"
     steps, prompts, results = (read_jsonl(run_dir / f"{n}.jsonl") for n in ("steps", "prompts", "results"))
