@@ -197,37 +197,34 @@ class Engine:
         self.batch_sizes = {}  # {stage: rows at once}, lowered when CUDA memory runs out
         self.check()
 
-    @torch.no_grad()
     def check(self):
-        """Compare the plain forward pass with reading in pieces, on a few tokens, before any long work."""
+        """Read a few tokens in one pass and in pieces, and compare, before any long work."""
         others = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         kinds = ", ".join(sorted(others))
         require(not others, f"--model has layers of type {kinds}: use one of full or sliding attention")
-        ids = torch.arange(3, 15, device=self.device)[None] % self.config.vocab_size  # [1, 12]
         try:
-            plain = self.model(input_ids=ids).logits[0, 5:].float()  # [7, V]
-            context, first = self.prefill([ids[0, 2:6].tolist(), ids[0, :6].tolist()], 2)  # row 1 is the one to compare
-            later = self.forward(context, self.embed(ids[:, 6:].expand(2, -1)), columns=[list(range(6))] * 2)
+            plain, pieces, self.column_bytes = self.read_both_ways()
         except torch.OutOfMemoryError:
             raise
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:  # whatever a model raises that wants to be read in another way
             raise UserError(f"--model cannot be read in pieces ({error!r:.200}): use another model") from None
-        pieces = torch.cat([first[1:], later[1]]).float()
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.1
         scale = plain.nan_to_num().abs().max().item()
         same = torch.allclose(pieces, plain, rtol=0, atol=tolerance * scale + 1e-6, equal_nan=True)
         require(same, "--model gives other logits when it is read in pieces than in one: use another model")
-        per_layer = [layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in context.layers]
-        self.column_bytes = sum(per_layer) * self.model.dtype.itemsize  # keys and values of one token
         self.counts.clear()
+
+    @torch.no_grad()
+    def read_both_ways(self):
+        """(logits [7, V] of a row in one pass, the same behind padding, a context and as embeddings, bytes that the
+        keys and values of one token take)."""
+        ids = torch.arange(3, 15, device=self.device)[None] % self.config.vocab_size  # [1, 12]
+        plain = self.model(input_ids=ids).logits[0, 5:].float()
+        context, first = self.prefill([ids[0, 2:6].tolist(), ids[0, :6].tolist()], 2)  # row 1 is the one to compare
+        later = self.forward(context, self.embed(ids[:, 6:].expand(2, -1)), columns=[list(range(6))] * 2)
+        pieces = torch.cat([first[1:], later[1]]).float()
+        values = sum(layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in context.layers)
+        return plain, pieces, values * self.model.dtype.itemsize
 
     def embed(self, ids):
         """Embeddings [..., E] of token ids [...], as `forward` takes them: all that the model looks up for a token.
