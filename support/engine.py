@@ -271,6 +271,8 @@ class Engine:
         None: the last token.
         """
         mask = context.mask.new_ones(tokens.shape[:2]) if mask is None else mask
+        if context.mask.shape[1] and not context.layers:
+            raise ValueError("this context is used up: what it read has changed since")
         context.mask = torch.cat([context.mask, mask], 1)  # [B, C + S]
         positions = (context.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         cache = DynamicCache()
@@ -326,7 +328,9 @@ class Engine:
                         texts = [row[:count] for row, count in zip(ids[some].tolist(), counts)]
                         stopped = (before_end < limits)[some].tolist()
                         self.counts["generated_tokens"] += sum(counts) + sum(stopped)
-                        yield Ended(rows[some].tolist(), texts, stopped, context.rewind(some, n - length[some]))
+                        ended = Ended(rows[some].tolist(), texts, stopped, context.rewind(some, n - length[some]))
+                        yield ended
+                        ended.context.layers.clear()  # they lend from layers that change now
                     if over.all():
                         return
                     going = (~over).nonzero()[:, 0]

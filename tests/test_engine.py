@@ -440,6 +440,13 @@ def test_a_row_leaves_with_the_context_of_its_own_ids_and_nothing_behind(any_eng
     assert sorted(seen) == [0, 1, 2, 3, 4]
 
 
+def test_the_context_of_rows_that_left_cannot_be_read_behind_once_others_have_left(llama, contexts):
+    context, logits = llama.prefill(contexts)
+    first, *_ = llama.generate(context, logits, [3, 9, 1, 6, 9])
+    with pytest.raises(ValueError, match="used up"):
+        llama.forward(first.context, torch.tensor([[20]] * len(first.rows)))
+
+
 def test_reasoning_ends_before_the_end_token_and_counts_it(demo_engine, contexts):
     demo_engine.counts.clear()
     done = demo_engine.complete(contexts, 40, 8)
