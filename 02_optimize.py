@@ -16,11 +16,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from support.answerers import local_answerer
+from support.evaluation import Evaluation, evaluate_once
 from support.files import alone_in, append_jsonl, require, write_jsonl
 from support.runs import finalists, log_line, open_run, rank_prompts, read_steps, run_folder, scores_of
 from support.settings import ModelFlags, SearchSettings, TaskFlags, flag, parse_flags, run_script
 from support.sources import open_task
-from support.tokens import prompt_text
+from support.tokens import encode_prompt, encode_row, prompt_text
 
 
 @dataclass
@@ -55,11 +57,7 @@ def main():
 
 def optimize_task(flags, task, splits, train, run_dir):
     """The search, its finalists on dev rows, and the initial and the best prompt on test rows."""
-    # These import torch, so only after everything that can be wrong without it.
-    from support.answerers import local_answerer
-    from support.engine import load_engine
-    from support.evaluation import Evaluation, evaluate_once
-    from support.tokens import encode_prompt, encode_row
+    from support.engine import load_engine  # imports torch, so only after everything that can be wrong without it
 
     engine = load_engine(flags.model, flags.device, flags.dtype)
     rows = [encode_row(engine.tokenizer, task, row) for row in train]

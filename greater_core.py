@@ -72,8 +72,8 @@ def prefill_questions(engine, rows, batch_size=0):
 
 @torch.no_grad()
 def prefix_at(engine, questions, tokens, known=None):
-    """The `Prefix` behind `tokens`, read a token at a time: from `known`, which is used up, if it leads there, else
-    from a copy of `questions`."""
+    """The `Prefix` behind `tokens`, read a token at a time: `known`, moved on, if it leads there, else a copy of
+    `questions`, or these themselves where there are no tokens."""
     leads = known is not None and known.tokens == tokens[: len(known.tokens)]
     prefix = known if leads else questions
     if prefix is questions and tokens:
@@ -82,8 +82,9 @@ def prefix_at(engine, questions, tokens, known=None):
     for token in tokens[len(prefix.tokens) :]:
         ids = torch.full((len(prefix.log_probs), 1), token, device=engine.device)  # [B, 1]
         logits = engine.forward(prefix.context, ids)[:, 0]  # [B, V]
-        nll = torch.cat([prefix.nll, -prefix.log_probs[:, token, None]], 1)  # [B, i + 1]
-        prefix = Prefix((*prefix.tokens, token), prefix.context, logits.log_softmax(-1), nll)
+        prefix.nll = torch.cat([prefix.nll, -prefix.log_probs[:, token, None]], 1)  # [B, i + 1]
+        prefix.log_probs = logits.log_softmax(-1)
+        prefix.tokens += (token,)
     return prefix
 
 
@@ -137,14 +138,14 @@ def answer_loss(logits, rows, temperature):
     answers, real = pad([row.answer for row in rows], logits.device)  # [B, A]
     each = F.cross_entropy(logits.transpose(1, 2) / temperature, answers, reduction="none")  # [B, A]
     wrong = ((logits.argmax(-1) != answers) & real.bool()).any(1)
-    return (each * real).sum(1) / real.sum(1), wrong
+    return each.masked_fill(real == 0, 0).sum(1) / real.sum(1), wrong
 
 
-def prompt_nll(before, here, logits, later):
+def prompt_nll(before, here, logits, later_ids):
     """Mean negative log-likelihood [B] of a prompt in three parts: before [B, i], the nll of the tokens before position
-    i; here [B], the log-probability of token i; logits [B, P - i - 1, V] of the `later` ids [B, P - i - 1]."""
-    log_probs = logits.log_softmax(-1).gather(2, later[..., None])[..., 0]  # [B, P - i - 1]
-    return (before.sum(1) - here - log_probs.sum(1)) / (before.shape[1] + 1 + later.shape[1])
+    i; here [B], the log-probability of token i; logits [B, P - i - 1, V] of the later_ids [B, P - i - 1]."""
+    log_probs = logits.log_softmax(-1).gather(2, later_ids[..., None])[..., 0]  # [B, P - i - 1]
+    return (before.sum(1) - here - log_probs.sum(1)) / (before.shape[1] + 1 + later_ids.shape[1])
 
 
 def fluency(nll, settings):
@@ -191,7 +192,7 @@ def candidate_gradients(search, prefix, prompt, candidates, reasoning):
         one_hot[:, chosen] = 1
         one_hot.requires_grad_()
         choice = one_hot @ embeddings  # [B, K] @ [K, E] -> [B, E]
-        embedded = engine.embed(ids)
+        embedded = engine.embed(ids)  # [B, S, E]
         embedded = torch.cat([choice[:, None].to(embedded.dtype), embedded[:, 1:]], 1)  # [B, S, E]
 
         # Column c predicts token c + 1: first the prompt's later tokens, then the answer.
@@ -258,29 +259,30 @@ def reason_and_score(search, prefix, jobs):
     def run(batch):
         numbers = [i for _, i in batch]
         rows = [search.rows[i] for i in numbers]
-        tails = [[*prompt[position:], *search.rows[i].turn_end] for prompt, i in batch]
-        ids = torch.tensor(tails, device=engine.device)  # [B, S]
+        unread = [[*prompt[position:], *search.rows[i].turn_end] for prompt, i in batch]
+        ids = torch.tensor(unread, device=engine.device)  # [B, S]
         # Columns that predict the prompt's later tokens, then the last one, which predicts the first of the reasoning.
         columns = [[*range(later), ids.shape[1] - 1]] * len(batch)
         context = prefix.context.select(numbers)
         logits = engine.forward(context, ids, columns=columns)  # [B, later + 1, V]
-        here = prefix.log_probs[numbers].gather(1, ids[:, :1])[:, 0]
+        here = prefix.log_probs[numbers, ids[:, 0]]  # [B]
         nll = prompt_nll(prefix.nll[numbers], here, logits[:, :later], ids[:, 1 : 1 + later]).tolist()
         logits = logits[:, -1].clone()  # [B, V]; the others go, they are large where the vocabulary is
 
         outcomes = [None] * len(batch)
         for ended in engine.generate(context, logits, [settings.max_new_tokens] * len(batch)):
             ended_rows = [rows[n] for n in ended.rows]
-            ids, mask = pad([row.extractor + row.answer for row in ended_rows], engine.device)  # [b, S]
-            columns = [answer_columns(len(row.extractor + row.answer), row) for row in ended_rows]
-            answer_logits = engine.forward(ended.context, ids, mask, columns)  # [b, A, V]
+            tails, mask = pad([row.extractor + row.answer for row in ended_rows], engine.device)  # [b, S]
+            answer_at = [answer_columns(len(row.extractor + row.answer), row) for row in ended_rows]
+            answer_logits = engine.forward(ended.context, tails, mask, answer_at)  # [b, A, V]
             cross_entropy, wrong = answer_loss(answer_logits, ended_rows, settings.loss_temperature)
             for n, reasoning, loss, is_wrong in zip(ended.rows, ended.ids, cross_entropy.tolist(), wrong.tolist()):
                 outcomes[n] = Outcome(reasoning, loss, is_wrong, nll[n])
         return outcomes
 
-    tail = max(len(row.turn_end + row.extractor + row.answer) for row in search.rows)
-    columns_kept = prefix.context.mask.shape[1] + 1 + later + tail + settings.max_new_tokens
+    around = max(len(row.turn_end + row.extractor + row.answer) for row in search.rows)
+    columns_kept = prefix.context.mask.shape[1] + 1 + later + around + settings.max_new_tokens
+    engine.require_positions(columns_kept)
     size = settings.batch_size or engine.rows_that_fit(columns_kept, 1 + later)
     return engine.over_rows(run, jobs, "generation", size, cost=lambda job: len(search.rows[job[1]].question))
 

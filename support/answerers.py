@@ -69,8 +69,9 @@ class LocalModel:
         require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
         contexts = [(row, encode_chat(tokenizer, task, row["question"], prompt)) for row in rows]
         contexts.sort(key=lambda context: len(context[1]))
-        longest = len(contexts[-1][1])
-        size = settings.batch_size or self.engine.rows_that_fit(longest + settings.max_new_tokens)
+        columns = len(contexts[-1][1]) + settings.max_new_tokens
+        self.engine.require_positions(columns)
+        size = settings.batch_size or self.engine.rows_that_fit(columns)
         # A batch is whole or not there, so an evaluation that was killed goes on with the same batches.
         for start in range(0, len(contexts), size):
             batch = contexts[start : start + size]
@@ -86,8 +87,8 @@ class LocalModel:
         asked = [ids for _, ids in batch]
         reasonings = engine.complete(asked, settings.max_new_tokens, len(batch))
         extractor = extractor_ids(tokenizer, task)
-        asked = [context + ids + extractor for context, (ids, _) in zip(asked, reasonings)]
-        replies = engine.complete(asked, settings.answer_tokens(task), len(batch))
+        behind = [context + ids + extractor for context, (ids, _) in zip(asked, reasonings)]
+        replies = engine.complete(behind, settings.answer_tokens(task), len(batch))
         answered = []
         for (row, _), (ids, stopped), (reply_ids, _) in zip(batch, reasonings, replies):
             text = tokenizer.decode(ids, skip_special_tokens=True)

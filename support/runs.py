@@ -74,16 +74,16 @@ class Step(Score):
 
     step: int  # 0 is the start: the initial prompt's score, nothing tried
     position: int | None  # in the prompt's tokens; None at the start
-    seconds: dict[str, float]  # propose, gradient, select
+    seconds: dict[str, float]  # propose, gradient, select; at the start select, with the reading of the questions
     k: int | None = None  # the top-k at which enough candidates were found
     grows: bool = False  # the position was behind the last token
     candidates: list[Candidate] = field(default_factory=list)
     shortlist: list[Tried] = field(default_factory=list)
     prompt: str = ""  # its text
     best: Best | None = None
-    totals: dict[str, int] = field(
-        default_factory=dict
-    )  # since the start: forward_tokens (with padding), backward_, generated_
+    # Tokens since the start: forward_tokens (in forward passes, with decoding and padding), backward_tokens,
+    # generated_tokens.
+    totals: dict[str, int] = field(default_factory=dict)
     batch_sizes: dict[str, int] = field(default_factory=dict)  # {stage: rows at once}, where memory ran out
 
 
@@ -170,7 +170,7 @@ def scores_of(steps):
     """{prompt ids: Score} of every prompt in the records of a run, the initial one first."""
     scores = {}
     for step in steps:
-        for record in (step, *step.shortlist):
+        for record in (*step.shortlist, step):  # as they were scored, so that equals keep their order
             scores.setdefault(record.prompt_ids, score_of(record))
     return scores
 

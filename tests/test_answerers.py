@@ -53,6 +53,9 @@ class ScriptedEngine:
     def rows_that_fit(self, columns):
         return 16
 
+    def require_positions(self, columns):
+        pass
+
     def complete(self, contexts, max_new_tokens, batch_size):
         texts = self.texts[len(self.calls) % 2] or [("", True)] * len(contexts)
         self.calls.append((contexts, max_new_tokens))

@@ -52,7 +52,7 @@ def test_a_prefix_read_token_by_token_is_that_of_the_whole_sequence(any_engine, 
 def test_a_known_prefix_is_used_only_if_it_leads_to_the_tokens(llama, few_rows):
     rows, prompt = few_rows
     questions = core.prefill_questions(llama, rows, 3)
-    columns = questions.context.mask.shape[1]
+    kept = [layer.keys.clone() for layer in questions.context.layers]
     for tokens, read in ((prompt[:3], 1), ((), 0), ((prompt[0], 60), 2)):
         known = core.prefix_at(llama, questions, prompt[:2])
         llama.counts.clear()
@@ -60,7 +60,9 @@ def test_a_known_prefix_is_used_only_if_it_leads_to_the_tokens(llama, few_rows):
         assert llama.counts["forward_tokens"] == read * len(rows)
         fresh = core.prefix_at(llama, questions, tokens)
         assert found.tokens == tokens and torch.equal(found.log_probs, fresh.log_probs)
-    assert questions.context.mask.shape[1] == columns and questions.tokens == ()
+        assert (found is known) is (read == 1) and (found is questions) is (tokens == ())
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(questions.context.layers, kept))
+    assert questions.tokens == ()
 
 
 # --- Reasoning, and the loss behind it -----------------------------------------------------------------
@@ -150,6 +152,23 @@ def test_an_answer_of_several_tokens_is_wrong_if_one_token_is_and_its_loss_is_th
     a, b = math.log(math.exp(3) + 2) - 3, math.log(math.exp(5) + 2)
     assert wrong.tolist() == [False, True, False]
     assert cross_entropy.tolist() == pytest.approx([(a + b - 5) / 2, (a + b) / 2, a])
+
+
+def test_a_forbidden_padding_token_does_not_touch_the_loss_of_a_shorter_answer():
+    logits = torch.zeros(2, 2, 4)
+    logits[:, :, 0] = float("-inf")  # padding is id 0
+    logits.requires_grad_()
+    rows = [Row([], [], [], answer) for answer in ([1, 2], [1])]
+    cross_entropy, _ = core.answer_loss(logits, rows, 1.0)
+    assert cross_entropy.tolist() == pytest.approx([math.log(3)] * 2)
+    assert not torch.autograd.grad(cross_entropy.sum(), logits)[0].isnan().any()
+
+
+@pytest.mark.parametrize("batch_size", [0, 3])
+def test_a_search_that_could_exceed_the_model_s_positions_is_refused(llama, few_rows, batch_size):
+    rows, prompt = few_rows
+    with pytest.raises(UserError, match="--max-new-tokens: a row could have .* the model knows 512: lower it"):
+        reason_and_score(llama, rows, 0, [prompt], max_new_tokens=500, batch_size=batch_size)
 
 
 def test_the_column_before_a_token_predicts_it():

@@ -12,6 +12,8 @@ from conftest import FAMILIES, ROOT, greedy_reference, tiny_engine
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     DeepseekV3Config,
     Gemma3nTextConfig,
     GenerationConfig,
@@ -191,6 +193,40 @@ def test_a_model_that_gives_other_logits_in_pieces_is_refused(demo_tokenizer, mo
         engine.check()
 
 
+def test_a_model_that_does_not_know_where_its_padding_ends_is_refused(demo_tokenizer):
+    """Bart takes its positions from the columns, whatever it is told."""
+    config = BartConfig(
+        vocab_size=126, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, init_std=0.3
+    )
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="other logits when it is read in pieces"):
+        Engine(BartForCausalLM(config), demo_tokenizer)
+
+
+@pytest.mark.parametrize("forbidden", [float("-inf"), float("nan")])
+def test_tokens_that_a_model_forbids_do_not_hide_that_others_are_wrong(demo_tokenizer, forbidden, monkeypatch):
+    engine = tiny_engine("llama", demo_tokenizer)
+    head = engine.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor([9]), forbidden))
+    engine.check()
+    plain = Growing.update
+    monkeypatch.setattr(Growing, "update", lambda self, keys, values, *_, **__: plain(self, keys, -values))
+    with pytest.raises(UserError, match="other logits when it is read in pieces"):
+        engine.check()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_rows_are_those_of_transformers_eager_attention(demo_tokenizer, family, double):
+    engine, plain = (tiny_engine(family, demo_tokenizer) for _ in range(2))
+    plain.model.set_attn_implementation("eager")
+    sequences = [list(range(6, 40)), list(range(50, 60))]
+    context, first = engine.prefill(sequences)
+    later = engine.forward(context, torch.tensor([[7, 8], [9, 10]]), columns=[[0, 1]] * 2)
+    for row, (ids, more) in enumerate(zip(sequences, ([7, 8], [9, 10]))):
+        expected = plain.model(input_ids=torch.tensor([ids + more])).logits[0, -3:]
+        torch.testing.assert_close(torch.stack([first[row], *later[row]]), expected)
+
+
 def test_latent_attention_is_read_rightly_or_refused(demo_tokenizer):
     """DeepSeek-V3's layers keep something else than what their attention is given."""
     config = DeepseekV3Config(
@@ -268,11 +304,11 @@ def test_automatic_batches_follow_the_model_s_size(demo_tokenizer, family, head_
     assert engine.rows_for_backward(10**9) == 1
     states = 2 * 2 * 2 * head_size * 4 * 500  # keys and values, layers, key/value heads, head size, float32, columns
     logits = 3 * 4 * vocabulary
-    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 10**7, "SC_PAGE_SIZE": 4096}[name])
+    monkeypatch.setattr(engine_file, "physical_memory", lambda: 2**36)
     assert engine.rows_that_fit(500) == 2**32 // (states + logits)
     assert engine.rows_that_fit(500, 64) == 2**32 // (states + 64 * logits)
-    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 10**5, "SC_PAGE_SIZE": 4096}[name])
-    assert engine.rows_that_fit(500) == 1024 * 10**5 // (states + logits)  # a small machine: a quarter of its memory
+    monkeypatch.setattr(engine_file, "physical_memory", lambda: 2**30)
+    assert engine.rows_that_fit(500) == 2**28 // (states + logits)  # a small machine: a quarter of its memory
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**9))
     engine.device = torch.device("cuda")
     weights = 4 * sum(weight.numel() for weight in engine.model.parameters())
@@ -290,9 +326,35 @@ def test_automatic_batches_follow_the_model_s_size(demo_tokenizer, family, head_
 )
 def test_more_tokens_than_the_model_has_positions_are_refused(llama, rope, known):
     llama.config.rope_parameters = rope
-    assert llama.rows_that_fit(known) >= 1
+    llama.require_positions(known)
     with pytest.raises(UserError, match=f"--max-new-tokens: .* {known + 1} tokens.* knows {known}: lower it"):
-        llama.rows_that_fit(known + 1)
+        llama.require_positions(known + 1)
+    for batch_size in (0, 1):  # whoever sets the batch size is told, too
+        with pytest.raises(UserError, match="--max-new-tokens"):
+            llama.complete([[7] * known], 1, batch_size)
+        with pytest.raises(UserError, match="--max-new-tokens"):
+            llama.prefill([[7] * (known + 1)], batch_size)
+
+
+def test_a_small_machine_s_memory_is_told_in_whole_gibibytes(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2_050_000, "SC_PAGE_SIZE": 4096}[name])
+    assert engine_file.physical_memory() == 8 * 2**30
+    monkeypatch.delattr(os, "sysconf")
+    assert engine_file.physical_memory() == 2**34
+
+
+def test_when_memory_runs_out_in_a_completion_its_batches_are_halved_and_nothing_is_lost(llama, contexts, monkeypatch):
+    expected, plain, sizes = llama.complete(contexts, 5, 2), Engine.forward, []
+
+    def forward(engine, context, tokens, *rest, **more):
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("none left")
+        sizes.append(len(tokens))
+        return plain(engine, context, tokens, *rest, **more)
+
+    monkeypatch.setattr(Engine, "forward", forward)
+    assert llama.complete(contexts, 5, 5) == expected and max(sizes) == 2
+    assert llama.batch_sizes == {"completion": 2}
 
 
 # --- Reading ----------------------------------------------------------------------------------------

@@ -3,13 +3,34 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from made_runs import STEPS, finalist, make_run, result, step
 
 from support.files import UserError, write_json, write_jsonl
-from support.runs import Unfinished, as_step, load_run, load_runs, log_line, read_run, read_steps, run_folder, scores_of
+from support.runs import (
+    Best,
+    Candidate,
+    Score,
+    Step,
+    Tried,
+    Unfinished,
+    as_step,
+    described,
+    finalists,
+    last_job,
+    load_run,
+    load_runs,
+    log_line,
+    rank_prompts,
+    read_run,
+    read_steps,
+    run_folder,
+    scores_of,
+)
+from support.tokens import Row, encode
 
 
 def written(path, records):
@@ -177,3 +198,71 @@ def test_a_line_cut_short_is_an_error_and_stays_for_the_run_that_may_be_writing_
     with pytest.raises(UserError, match="results.jsonl, line 4"):
         load_runs(tmp_path)
     assert path.read_text().endswith('{"role"')
+
+
+# --- Which prompts are final, and which were scored together ----------------------------------------------------
+
+
+def scored(tokenizer, texts):
+    """{prompt ids: Score} of {text: objective}."""
+    scores = {}
+    for text, objective in texts.items():
+        ids = tuple(encode(tokenizer, text))
+        scores[ids] = Score(ids, objective, 0.0, 0.0, objective, 0)
+    return scores
+
+
+def test_finalists_are_finished_prompts_and_the_initial_one_by_objective(demo_tokenizer):
+    texts = {"find this and": 3.0, "check this and": 0.5, "find this .": 2.0, "tell this .": 1.0}
+    scores = scored(demo_tokenizer, texts)
+    assert [s.objective for s in finalists(demo_tokenizer, scores, 9)] == [1.0, 2.0, 3.0]
+    assert [s.objective for s in finalists(demo_tokenizer, scores, 2)] == [1.0, 2.0]  # the initial one is cut off
+
+
+def test_a_step_is_described_with_texts_the_best_finished_prompt_and_what_was_counted(demo_tokenizer):
+    scores = scored(demo_tokenizer, {"find this and": 3.0, "check this and": 0.5, "tell this .": 1.0})
+    current = list(scores.values())[1]
+    token = encode(demo_tokenizer, "check")[0]
+    found = Step(
+        **vars(current), step=4, position=0, seconds={}, candidates=[Candidate(token, -2.0)],
+        shortlist=[Tried(**vars(current), token=token, new=True)],
+    )  # fmt: skip
+    engine = SimpleNamespace(tokenizer=demo_tokenizer, counts={"generated_tokens": 7}, batch_sizes={"generation": 2})
+    row = Row(encode(demo_tokenizer, "how many ? please"), [], [], [])
+    step = described(found, engine, row, scores)
+    assert (step.prompt, step.best) == ("check this and", Best(1.0, "tell this ."))
+    assert (step.candidates[0].text, step.shortlist[0].text) == ("check", "check")
+    assert (step.totals, step.batch_sizes) == ({"generated_tokens": 7}, {"generation": 2})
+
+
+def test_prompts_are_ranked_by_dev_accuracy_then_objective_or_by_the_objective_alone():
+    prompts = [{"dev_accuracy": a, "objective": o} for a, o in ((0.5, 1.0), (0.7, 3.0), (0.7, 2.0))]
+    assert [p["objective"] for p in rank_prompts(prompts, "dev")] == [2.0, 3.0, 1.0]
+    assert [p["objective"] for p in rank_prompts(prompts, "train")] == [1.0, 2.0, 3.0]
+
+
+def made_step(number, ids, tried=()):
+    """A step behind which the prompt is `ids`; tried: [(ids, whether they were new)]."""
+    shortlist = [Tried(*made_score(other), token=1, new=new) for other, new in tried]
+    return Step(*made_score(ids), step=number, position=number, seconds={}, shortlist=shortlist)
+
+
+def made_score(ids):
+    return tuple(ids), 1.0, 0.0, 1.0, 1.0, 5
+
+
+def test_the_last_job_is_the_one_in_which_the_current_prompt_was_generated():
+    steps = [
+        made_step(0, [1]),
+        made_step(1, [2], [([3], True), ([2], True), ([4], False)]),  # wins, with another new one beside it
+        made_step(2, [2], [([5], True)]),  # stays
+        made_step(3, [1], [([1], False), ([6], True)]),  # an earlier one comes back, generated alone
+        made_step(4, [1], [([7], True)]),
+    ]
+    found = [last_job(steps[: n + 1]) for n in range(5)]
+    assert found == [(0, [(1,)]), (1, [(3,), (2,)]), (1, [(3,), (2,)]), (3, [(1,)]), (3, [(1,)])]
+
+
+def test_scores_come_back_in_the_order_in_which_they_were_given():
+    steps = [made_step(0, [1]), made_step(1, [2], [([3], True), ([2], True)])]
+    assert list(scores_of(steps)) == [(1,), (3,), (2,)]
