@@ -16,6 +16,7 @@ from transformers import (
     BartForCausalLM,
     DeepseekV3Config,
     Gemma3nTextConfig,
+    Gemma4TextConfig,
     GenerationConfig,
     GPTJConfig,
     GptOssConfig,
@@ -104,7 +105,14 @@ def gptj():
     return GPTJConfig(vocab_size=126, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, initializer_range=0.3)
 
 
-OTHER_MODELS = {"gemma3n": gemma3n, "gpt-oss": gpt_oss, "gptj": gptj}
+def gemma4():
+    """As Gemma-3n, with wider heads in its full layers."""
+    return Gemma4TextConfig(
+        **SMALL | WINDOW, num_kv_shared_layers=2, hidden_size_per_layer_input=6, vocab_size_per_layer_input=126
+    )
+
+
+OTHER_MODELS = {"gemma3n": gemma3n, "gemma4": gemma4, "gpt-oss": gpt_oss, "gptj": gptj}
 
 
 @pytest.fixture(params=OTHER_MODELS)
