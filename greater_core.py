@@ -171,8 +171,7 @@ def objective_of(cross_entropy, wrong, nll, settings):
 def candidate_gradients(search, prefix, prompt, candidates, reasoning):
     """(gradients [B, K], losses [B]): per row, of the `training_loss` with respect to the one-hot choice among
     `candidates` at the prefix's position, taken at the prompt's token there, which must be one of them. A more negative
-    entry promises a lower loss. Earlier tokens do not depend on the choice, so the pass begins at that position.
-    """
+    entry promises a lower loss. Earlier tokens do not depend on the choice, so the pass begins at that position."""
     engine, settings, position = search.engine, search.settings, len(prefix.tokens)
     later = len(prompt) - position - 1  # how many prompt tokens follow the choice
     chosen = candidates.index(prompt[position])
@@ -267,10 +266,11 @@ def reason_and_score(search, prefix, jobs):
         logits = engine.forward(context, ids, columns=columns)  # [B, later + 1, V]
         here = prefix.log_probs[numbers, ids[:, 0]]  # [B]
         nll = prompt_nll(prefix.nll[numbers], here, logits[:, :later], ids[:, 1 : 1 + later]).tolist()
-        logits = logits[:, -1].clone()  # [B, V]; the others go, they are large where the vocabulary is
+        next_logits = logits[:, -1].clone()  # [B, V]
+        del logits  # which are large where the vocabulary is
 
         outcomes = [None] * len(batch)
-        for ended in engine.generate(context, logits, [settings.max_new_tokens] * len(batch)):
+        for ended in engine.generate(context, next_logits, [settings.max_new_tokens] * len(batch)):
             ended_rows = [rows[n] for n in ended.rows]
             tails, mask = pad([row.extractor + row.answer for row in ended_rows], engine.device)  # [b, S]
             answer_at = [answer_columns(len(row.extractor + row.answer), row) for row in ended_rows]
