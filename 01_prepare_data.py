@@ -21,7 +21,7 @@ def main():
     flags = parse_flags(TaskFlags, __doc__.splitlines()[0])
     names = GROUPS.get(flags.task, [flags.task])
     for name in names:
-        task = get_task(name, flags.extractor, flags.kind, flags.template)
+        task = get_task(name, flags.extractor, flags.kind, flags.template, flags.answer_space)
         folder = prepare(task, flags.data_dir, flags.source, flags.own_rows)
         prepared = json.loads((folder / "task.json").read_text(encoding="utf-8"))
         counts = prepared["counts"]

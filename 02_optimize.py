@@ -49,8 +49,10 @@ def main():
 
     run_dir = Path(flags.run_dir) if flags.run_dir else run_folder(task.name, flags.model, flags.seed)
     prepared = json.loads((Path(flags.data_dir) / task.name / "task.json").read_text(encoding="utf-8"))
-    config = asdict(flags) | {"initial_prompt": task.initial_prompt}
-    open_run(run_dir, config, prepared, [row["id"] for row in train])
+    # As they are now, also where the flags leave them to the task: a later version's task may have others.
+    of_task = {"extractor": task.extractor, "template": task.template, "kind": task.kind}
+    of_task |= {"answer_space": task.used_answer_space, "initial_prompt": task.initial_prompt}
+    open_run(run_dir, asdict(flags) | of_task, prepared, [row["id"] for row in train])
     with alone_in(run_dir):
         optimize_task(flags, task, splits, train, run_dir)
 

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn import functional as F
 
+from support.answers import answer_columns, choice_log_probs, read_answers
 from support.engine import Context, Engine, pad
 from support.files import UserError, require
 from support.runs import Candidate, Score, Step, Tried, described, last_job, scores_of, timed
@@ -124,17 +125,17 @@ def propose_candidates(log_probs, samples, k, min_candidates, admit):
 # --- 2. The loss behind the reasoning (Eq. 5-6) ----------------------------------------------------
 
 
-def answer_columns(length, row):
-    """The columns that predict the answer at the end of a sequence of so many tokens: column c predicts token c + 1."""
-    return list(range(length - len(row.answer) - 1, length - 1))
-
-
 def answer_loss(logits, rows, temperature):
-    """(cross-entropy [B], wrong [B]) of the gold answers from logits [B, A, V] at `answer_columns`.
+    """(cross-entropy [B], wrong [B]) of the gold answers from logits [B, R, A, V] of the rows' reads.
 
-    cross-entropy: mean over the answer's tokens of logits / temperature. wrong: whether a token is not the argmax.
-    Columns behind the end of a shorter answer do not count.
+    Of rows with choices: among these, from log-probabilities / temperature; wrong: another one is likelier. Else among
+    all tokens, from logits / temperature, mean over the answer's; wrong: one of them is not the likeliest.
     """
+    if rows[0].choices:
+        gold = torch.tensor([row.gold for row in rows], device=logits.device)  # [B]
+        log_probs = choice_log_probs(logits, rows[0].choices)  # [B, M]
+        return F.cross_entropy(log_probs / temperature, gold, reduction="none"), log_probs.argmax(1) != gold
+    logits = logits[:, 0]  # [B, A, V]: one read
     answers, real = pad([row.answer for row in rows], logits.device)  # [B, A]
     each = F.cross_entropy(logits.transpose(1, 2) / temperature, answers, reduction="none")  # [B, A]
     wrong = ((logits.argmax(-1) != answers) & real.bool()).any(1)
@@ -179,34 +180,34 @@ def candidate_gradients(search, prefix, prompt, candidates, reasoning):
     dtype = torch.promote_types(engine.model.dtype, torch.float32)
     candidate_ids = torch.tensor(candidates, device=engine.device)  # [K]
     embeddings = engine.embed(candidate_ids).to(dtype)  # [K, E]
-    tails = [  # from the choice to the answer
-        [*prompt[position:], *row.turn_end, *generated, *row.extractor, *row.answer]
-        for row, generated in zip(search.rows, reasoning)
-    ]
+    tails = [[*prompt[position:], *row.turn_end, *ids, *row.extractor] for row, ids in zip(search.rows, reasoning)]
 
     def run(numbers):
         rows = [search.rows[i] for i in numbers]
-        ids, mask = pad([tails[i] for i in numbers], engine.device)  # [B, S]
+        pairs = [(i, read) for i in numbers for read in search.rows[i].reads]
+        ids, mask = pad([[*tails[i], *read] for i, read in pairs], engine.device)  # [B * R, S]
+        # Column c predicts token c + 1: first the prompt's later tokens, then the answer.
+        columns = [[*range(later), *answer_columns(len(tails[i]) + len(read), read)] for i, read in pairs]
         one_hot = torch.zeros(len(rows), len(candidates), dtype=dtype, device=engine.device)  # [B, K]
         one_hot[:, chosen] = 1
         one_hot.requires_grad_()
-        choice = one_hot @ embeddings  # [B, K] @ [K, E] -> [B, E]
-        embedded = engine.embed(ids)  # [B, S, E]
-        embedded = torch.cat([choice[:, None].to(embedded.dtype), embedded[:, 1:]], 1)  # [B, S, E]
+        reads = len(pairs) // len(rows)  # R
+        choice = (one_hot @ embeddings).repeat_interleave(reads, 0)  # [B, K] @ [K, E] -> [B * R, E]
+        embedded = engine.embed(ids)  # [B * R, S, E]
+        embedded = torch.cat([choice[:, None].to(embedded.dtype), embedded[:, 1:]], 1)  # [B * R, S, E]
 
-        # Column c predicts token c + 1: first the prompt's later tokens, then the answer.
-        columns = [[*range(later), *answer_columns(len(tails[i]), search.rows[i])] for i in numbers]
-        logits = engine.forward(prefix.context.select(numbers), embedded, mask, columns)  # [B, later + A, V]
-        cross_entropy, _ = answer_loss(logits[:, later:], rows, settings.loss_temperature)
+        context = prefix.context.select([i for i, _ in pairs])
+        logits = engine.forward(context, embedded, mask, columns).unflatten(0, (-1, reads))  # [B, R, later + A, V]
+        cross_entropy, _ = answer_loss(logits[:, :, later:], rows, settings.loss_temperature)
         here = (one_hot * prefix.log_probs[numbers][:, candidate_ids]).sum(1)  # so its own probability counts
-        nll = prompt_nll(prefix.nll[numbers], here, logits[:, :later], ids[:, 1 : 1 + later])
+        nll = prompt_nll(prefix.nll[numbers], here, logits[:, 0, :later], ids[::reads, 1 : 1 + later])
         losses = training_loss(cross_entropy, nll, settings)
         # The rows do not touch each other, so the gradient of the sum holds each row's own gradient.
         (gradient,) = torch.autograd.grad(losses.sum(), one_hot)  # [B, K]
         engine.counts["backward_tokens"] += ids.numel()
         return list(zip(gradient, losses.detach()))
 
-    size = settings.gradient_batch_size or engine.rows_for_backward(max(map(len, tails)))
+    size = settings.gradient_batch_size or engine.rows_for_backward(max(map(len, tails)) * len(search.rows[0].reads))
     # Rows of like length share a batch, so that little of it is padding.
     per_row = engine.over_rows(run, range(len(tails)), "gradient", size, cost=lambda i: len(tails[i]))
     return torch.stack([gradient for gradient, _ in per_row]), torch.stack([loss for _, loss in per_row])
@@ -272,9 +273,8 @@ def reason_and_score(search, prefix, jobs):
         outcomes = [None] * len(batch)
         for ended in engine.generate(context, next_logits, [settings.max_new_tokens] * len(batch)):
             ended_rows = [rows[n] for n in ended.rows]
-            tails, mask = pad([row.extractor + row.answer for row in ended_rows], engine.device)  # [b, S]
-            answer_at = [answer_columns(len(row.extractor + row.answer), row) for row in ended_rows]
-            answer_logits = engine.forward(ended.context, tails, mask, answer_at)  # [b, A, V]
+            reads = [row.reads for row in ended_rows]
+            answer_logits = read_answers(engine, ended.context, ended_rows[0].extractor, reads)  # [b, R, A, V]
             cross_entropy, wrong = answer_loss(answer_logits, ended_rows, settings.loss_temperature)
             for n, reasoning, loss, is_wrong in zip(ended.rows, ended.ids, cross_entropy.tolist(), wrong.tolist()):
                 outcomes[n] = Outcome(reasoning, loss, is_wrong, nll[n])

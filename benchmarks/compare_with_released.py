@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import greater_core as core
+from support.answers import answer_columns
 from support.engine import Context, Engine, load_engine
 from support.settings import SearchSettings
 from support.tokens import Row
@@ -182,9 +183,10 @@ def answer_losses(case, rows, scored):
     longest = max(len(row.answer) for row in rows)
     logits = []
     for row, ids in zip(rows, scored):
-        columns = core.answer_columns(len(ids), row)
+        (read,) = row.reads
+        columns = answer_columns(len(ids) - 1, read)  # less the answer's last token
         logits.append(logits_of(case, ids, columns + columns[-1:] * (longest - len(columns))))
-    return core.answer_loss(torch.stack(logits), rows, case.settings["answer_loss_temperature"])
+    return core.answer_loss(torch.stack(logits)[:, None], rows, case.settings["answer_loss_temperature"])
 
 
 def prompt_nll(case, row, ids, labels):

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from support.evaluation import Generation
 from support.files import UserError, require, short_name, weights_hash
 from support.settings import ServerFlags
-from support.tokens import encode, encode_chat, extractor_ids
+from support.tokens import encode, encode_chat, encode_choices, extractor_ids
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class LocalModel:
         """The `Generation` of each (row, context ids) of one batch: the reasoning, then the reply behind it and the
         extractor."""
         engine, tokenizer = self.engine, self.engine.tokenizer
+        if task.ranks_choices:
+            return self.rank(task, batch, settings)
         asked = [ids for _, ids in batch]
         reasonings = engine.complete(asked, settings.max_new_tokens, len(batch))
         extractor = extractor_ids(tokenizer, task)
@@ -94,6 +96,23 @@ class LocalModel:
             text = tokenizer.decode(ids, skip_special_tokens=True)
             reply = tokenizer.decode(reply_ids, skip_special_tokens=True)
             answered.append(Generation(row, text, reply, len(ids), not stopped))
+        return answered
+
+    def rank(self, task, batch, settings):
+        from support.answers import choice_log_probs, read_answers
+
+        engine, tokenizer = self.engine, self.engine.tokenizer
+        extractor, choices = extractor_ids(tokenizer, task), encode_choices(tokenizer, task)
+        context, logits = engine.read([ids for _, ids in batch])
+        answered = []
+        for ended in engine.generate(context, logits, [settings.max_new_tokens] * len(batch)):
+            read = read_answers(engine, ended.context, extractor, [choices.reads] * len(ended.rows))
+            first = read[:, 0, 0].argmax(-1).tolist()  # the likeliest token behind the extractor
+            log_probs = choice_log_probs(read, choices).tolist()
+            for n, ids, stopped, token, ranked in zip(ended.rows, ended.ids, ended.stopped, first, log_probs):
+                text, reply = tokenizer.decode(ids, skip_special_tokens=True), tokenizer.decode([token])
+                scores = {c: round(v, 4) for c, v in zip(task.choices, ranked)}
+                answered.append(Generation(batch[n][0], text, reply, len(ids), not stopped, scores))
         return answered
 
 

@@ -131,6 +131,14 @@ class Context:
         mask = self.mask[index].gather(1, source.clamp(min=0)) * (source >= 0)
         return Context([Borrowed(layer, index, source.clamp(min=0)) for layer in self.layers], mask)
 
+    def repeated(self, times):
+        """Each row so many times in succession, of a context that `rewind` gave."""
+        layers = [
+            Borrowed(layer.lender, layer.index[:, 0].repeat_interleave(times), layer.source.repeat_interleave(times, 0))
+            for layer in self.layers
+        ]
+        return Context(layers, self.mask.repeat_interleave(times, 0))
+
 
 def join(contexts):
     """One Context of the rows of several, padded on the left to the longest. Their layers are used up."""

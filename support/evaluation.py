@@ -1,7 +1,8 @@
 """Evaluation of a prompt: one generation, two readings, accuracy with its standard error, paired comparisons.
 
-The model reasons greedily under the prompt. `paper` reading: the extractor is appended, the model writes a short
-answer, and that is graded. `harness` reading: lm-evaluation-harness's flexible extraction looks into the reasoning
+The model reasons greedily under the prompt. `paper` reading: the extractor is appended,
+and the answer is what the model writes behind it, or, of a task whose possible answers are known, the likeliest of them
+there (--answer-space). `harness` reading: lm-evaluation-harness's flexible extraction looks into the reasoning
 itself, so that numbers can be compared with published ones. They are two columns, never mixed.
 
 Who generates is an `Answerer` of answerers.py: a model loaded here or one behind a server. Every generation is on disk
@@ -56,11 +57,12 @@ class Prediction(TypedDict):
     evaluation: str
     id: str  # of the row
     text: str  # the reasoning
-    reply: str  # what the model wrote behind the extractor
+    reply: str  # what the model wrote behind the extractor: only its first token where choices were ranked
+    choices: NotRequired[dict[str, float]]  # log-probability there of each possible answer, where they were ranked
     tokens: int  # of the reasoning
     truncated: bool  # the reasoning was cut at max_new_tokens
     gold: str  # the right answer
-    answer: str | None  # `paper` reading: the answer in the reply, None if none was found
+    answer: str | None  # `paper` reading: the likeliest choice, or the answer in the reply, None if none was found
     correct: bool  # whether that is the right one
     harness_answer: str | None  # `harness` reading: the answer in the reasoning, None if none was found
     harness_correct: bool  # whether that is the right one
@@ -111,19 +113,23 @@ class Generation(NamedTuple):
     reply: str  # behind the extractor
     tokens: int  # of the reasoning
     truncated: bool  # the reasoning was cut at max_new_tokens
+    choices: dict[str, float] | None = None  # log-probability of each possible answer; None: they were not ranked
 
 
 def graded(task, generation):
     """The `Prediction` of one `Generation`, without its reference. A reading that fails is None and counts as wrong."""
-    row, text, reply, tokens, truncated = generation
-    written = {"id": row["id"], "text": text, "reply": reply, "tokens": tokens, "truncated": truncated}
-    return written | readings(task, row, text, reply)
+    written = generation._asdict()
+    row, choices = written.pop("row"), written.pop("choices")
+    written = {"id": row["id"]} | written | ({"choices": choices} if choices else {})
+    return written | readings(task, row, written)
 
 
-def readings(task, row, text, reply):
-    """What of a prediction comes from the grader alone, so that it can be made again without a model."""
-    answer = read_answer(task, reply)
-    harness_answer = read_answer_harness(task, row["question"], text)
+def readings(task, row, written):
+    """What of a prediction comes from the grader alone, so that it can be made again without a model. `written`: the
+    fields text, reply and choices of a `Prediction`."""
+    choices = written.get("choices")
+    answer = max(choices, key=choices.get) if choices else read_answer(task, written["reply"])
+    harness_answer = read_answer_harness(task, row["question"], written["text"])
     return {
         "gold": row["answer"],
         "answer": answer,
@@ -173,6 +179,7 @@ class Evaluation:
             rows_hash(self.rows),
             self.settings.max_new_tokens,
         ]
+        parts += ["ranked"] if self.task.ranks_choices else []  # what was written is kept under the key it always had
         return text_hash(json.dumps(parts + list(self.answerer.identity)))
 
     @property
@@ -364,7 +371,7 @@ def graded_again(path, task, splits):
     for number, old in enumerate(read_all_predictions(path), 1):
         row = rows.get((old["split"], old["id"]))
         require(row, f"{path}, line {number}: {old['id']} is no row of {task.name}'s {old['split']} split")
-        predictions.append(old | readings(task, row, old["text"], old["reply"]))
+        predictions.append(old | readings(task, row, old))
     return predictions
 
 

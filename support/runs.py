@@ -194,10 +194,19 @@ def read_run(folder, **kinds):
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         config = record["config"]
-        good = isinstance(config, dict) and all(isinstance(config[name], kind) for name, kind in kinds.items())
+        good = isinstance(config, dict)
+        record = with_answer_space(record) if good and "task" in record else record
+        good = good and all(isinstance(config[name], kind) for name, kind in kinds.items())
     except (OSError, ValueError, KeyError, TypeError):
         good = False
     require(good, f"{path} is not the record of a run of stage 02")
+    return record
+
+
+def with_answer_space(record):
+    """The record of a run; one from before there were answer spaces gets what was used then."""
+    if "answer_space" not in record["config"]:
+        record["config"] |= {"answer_space": "vocabulary", "extractor": record["task"]["extractor"]}
     return record
 
 
@@ -216,7 +225,8 @@ def open_run(run_dir, config, prepared, train_ids):
     """
     record = {
         "config": config,
-        "task": {key: prepared[key] for key in ("name", "extractor", "template", "sha256", "grader_version")},
+        "task": {key: prepared[key] for key in ("name", "sha256", "grader_version")}
+        | {key: config[key] for key in ("extractor", "template")},
         "train_ids": train_ids,
         "model_hash": weights_hash(config["model"]),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},

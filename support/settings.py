@@ -42,10 +42,13 @@ class GenerationSettings:
         return limits[task.kind]
 
 
-# What the released scripts do otherwise than the paper says: values of the settings below, not another code path.
+# What the paper does otherwise than is done here by default, and the released scripts otherwise than the paper says:
+# values of flags, not another code path.
 PRESETS = {
-    "paper": {},
+    "default": {},
+    "paper": {"answer_space": "vocabulary"},
     "released": {
+        "answer_space": "vocabulary",
         "top_k": 40,
         "intersections": 6,
         "objective": "error",
@@ -77,7 +80,9 @@ KNOWN_VALUES = {
 class SearchSettings(GenerationSettings):
     """The method's settings (Sec. 5.1; where the paper is silent, the released configuration)."""
 
-    preset: str = flag("paper", "paper, or released: the defaults of the released scripts")
+    preset: str = flag(
+        "default", "default; paper: extractor and answer space of the paper; released: all that the released scripts do"
+    )
     steps: int = flag(105, "T: positions visited")
     train_rows: int = flag(50, "training rows, drawn by the seed")
     top_k: int = flag(10, "k: a proposal is among the k likeliest allowed next tokens of every sampled row")
@@ -119,9 +124,14 @@ class TaskFlags:
     """Flags of every script that reads a task's rows."""
 
     task: str = flag("demo", "a task of tasks.py, such as gsm8k or bbh/navigate, or your own rows.jsonl")
-    extractor: str = flag("", "own rows: the text behind which the answer is read")
-    kind: str = flag("", "own rows: number, choice, boolean or text; inferred when empty")
-    template: str = flag("", "own rows: how question and prompt are joined, ending in ' {prompt}'")
+    extractor: str = flag("", "the text behind which the answer is read; empty: the task's own")
+    kind: str = flag("", "number, choice, boolean or text; empty: the task's own, or inferred from your rows")
+    template: str = flag("", "how question and prompt are joined, ending in ' {prompt}'; empty: the task's own")
+    answer_space: str = flag(
+        "",
+        "choices (the answer is the likeliest of the possible ones) or vocabulary (it is what the model writes, as in "
+        "the paper); empty: choices where all possible answers are known",
+    )
     data_dir: str = flag("data", "where stage 01 writes the prepared tasks")
     source: str = flag("", "folder of the data files as their authors publish them; empty: the hub")
 
@@ -202,6 +212,8 @@ def parse_flags(flags_class, description, more_defaults=None):
     if "task" in names:
         task = TASKS.get(early.task or of_the_run.get("task", "demo"))
         defaults |= task.defaults if task else {}
+        if early.preset in ("paper", "released"):
+            defaults["extractor"] = task.paper_extractor if task else ""
     defaults |= PRESETS.get(early.preset, {})
     defaults |= of_the_run
     parser = HfArgumentParser(flags_class, description=description, allow_abbrev=False)
@@ -215,7 +227,7 @@ def early_flags():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task", default="", nargs="?", const="")
     parser.add_argument("--run-dir", "--run_dir", default="", nargs="?", const="")
-    parser.add_argument("--preset", default="paper", nargs="?", const="")
+    parser.add_argument("--preset", default="default", nargs="?", const="")
     known, _ = parser.parse_known_args()
     return known
 

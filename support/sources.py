@@ -379,6 +379,7 @@ def prepare(task, data_dir, source="", own_rows=""):
     for split, rows in splits.items():
         write_jsonl(folder / f"{split}.jsonl", rows)
     record = asdict(task)
+    del record["answer_space"], record["paper_extractor"]  # which change nothing in the rows
     record |= {
         "split_rule": split_rule(task),
         "defaults": record.pop("defaults"),  # behind the rule, where it has always been: the same bytes
@@ -417,7 +418,7 @@ def open_task(flags):
 
     Errors: UserError for a task, a file or a row that cannot be used.
     """
-    task = get_task(flags.task, flags.extractor, flags.kind, flags.template)
+    task = get_task(flags.task, flags.extractor, flags.kind, flags.template, flags.answer_space)
     # Own rows and the demo's lie here and may have changed; preparing them takes no time.
     if flags.own_rows or task.name == "demo" or not is_prepared(task, flags.data_dir):
         print(f"preparing {task.name} in {prepare(task, flags.data_dir, flags.source, flags.own_rows)}")

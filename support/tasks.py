@@ -16,6 +16,8 @@ from support.files import UserError, is_text, read_jsonl, require
 
 GRADER_VERSION = 1  # raise it whenever an answer could be read or graded differently
 KINDS = ("number", "choice", "boolean", "text")
+CLOSED_KINDS = ("choice", "boolean")  # of which all possible answers are known
+ANSWER_SPACES = ("choices", "vocabulary")
 SPLITS = ("train", "dev", "test")
 
 
@@ -30,18 +32,30 @@ class Task:
     kind: str  # number, choice, boolean or text: how an answer is read and compared
     extractor: str  # follows the reasoning; the answer is read right behind it (Sec. 3.2)
     choices: tuple[str, ...] = ()  # the only possible answers of kind choice and boolean
+    answer_space: str = ""  # choices, vocabulary, or "" for the former where there are any: see `ranks_choices`
     template: str = "{question}\nUse {prompt}"  # "Use" is fixed; the searched tokens start after it
     initial_prompt: str = "proper logical reasoning and think step by step. Finally give the actual correct answer."
     chain_of_thought: str = "Let's think step by step."  # the standard baseline, a sentence of its own
+    paper_extractor: str = ""  # the paper's form, for --preset paper; empty: the same
     hub: tuple[str, str] = ("", "")  # (dataset, configuration) on the hub
     defaults: dict = field(default_factory=dict)  # flags whose default differs from the paper's
 
     @property
     def answer_prefix(self):
-        """What stands between extractor and answer: a number follows a sign at once ("$8"), a word after a space."""
+        """What stands between extractor and answer: a number follows a sign at once ("$8"), a word after a space or an
+        opening bracket."""
         last = self.extractor[-1]
         behind_a_sign = self.kind == "number" and not last.isalnum()
-        return "" if last.isspace() or behind_a_sign else " "
+        return "" if last.isspace() or last in "([{" or behind_a_sign else " "
+
+    @property
+    def ranks_choices(self):
+        """Whether the answer is the likeliest of the choices and its loss is among them, or whatever is written."""
+        return bool(self.choices) and self.answer_space != "vocabulary"
+
+    @property
+    def used_answer_space(self):
+        return "choices" if self.ranks_choices else "vocabulary"
 
     @property
     def bare(self):
@@ -56,8 +70,13 @@ class Task:
         return (before + prompt.strip()).rstrip()
 
 
+# Behind these small models go on with an answer, behind the paper's form with none (docs/extractors.md).
+CHOICE = "So the answer is ("
+BOOLEAN = "So the answer is"
+
+
 def ask(what):
-    """The extractor that asks for the answer in this form."""
+    """The extractor in the paper's form."""
     return f"Therefore, the final answer, written as a dollar sign followed by {what}, is $"
 
 
@@ -116,8 +135,10 @@ def letters_to(last):
     return tuple(string.ascii_uppercase.partition(last)[0] + last)
 
 
-def bbh_task(name, kind, extractor, choices=()):
-    return Task(f"bbh/{name}", kind, extractor, choices, hub=("SaylorTwift/bbh", name))
+def bbh_task(name, kind, paper_extractor, choices=()):
+    extractor = {"choice": CHOICE, "boolean": BOOLEAN}.get(kind, paper_extractor)
+    hub = ("SaylorTwift/bbh", name)
+    return Task(f"bbh/{name}", kind, extractor, choices, paper_extractor=paper_extractor, hub=hub)
 
 
 def bbh_tasks():
@@ -204,8 +225,9 @@ def mmlu_task(subject):
     return Task(
         f"mmlu/{subject}",
         "choice",
-        ask_choice(choices),
+        CHOICE,
         choices,
+        paper_extractor=ask_choice(choices),
         hub=("cais/mmlu", subject),
         defaults={"train_rows": few},
     )
@@ -232,16 +254,18 @@ KNOWN_TASKS = (
     Task(
         "folio",
         "choice",
-        ask_choice(("A", "B", "C")),
+        CHOICE,
         choices=("A", "B", "C"),
+        paper_extractor=ask_choice(("A", "B", "C")),
         hub=("tasksource/folio", ""),
     ),
     Task("multiarith", "number", INTEGER, hub=("ChilleD/MultiArith", "")),
     Task(
         "aqua",
         "choice",
-        ask_choice(("A", "B", "C", "D", "E")),
+        CHOICE,
         choices=("A", "B", "C", "D", "E"),
+        paper_extractor=ask_choice(("A", "B", "C", "D", "E")),
         hub=("deepmind/aqua_rat", "raw"),
     ),
     # The Winograd schemas in SuperGLUE's form. It has a labelled training file beside the labelled rows for
@@ -249,8 +273,9 @@ KNOWN_TASKS = (
     Task(
         "wsc",
         "boolean",
-        ask_choice(("Yes", "No")),
+        BOOLEAN,
         choices=("Yes", "No"),
+        paper_extractor=ask_choice(("Yes", "No")),
         hub=("aps/super_glue", "wsc.fixed"),
     ),
     *bbh_tasks(),
@@ -261,32 +286,50 @@ PAPER_BBH = [task.name for task in bbh_tasks() if task.name.removeprefix("bbh/")
 GROUPS = {"bbh": PAPER_BBH, "mmlu": [f"mmlu/{subject}" for subject in MMLU_SIZES]}
 
 
-def get_task(name, extractor="", kind="", template=""):
-    """The task called `name`, or a user's own: the path of a JSONL file of rows and an extractor.
+def get_task(name, extractor="", kind="", template="", answer_space=""):
+    """The task called `name`, or a user's own: the path of a JSONL file of rows. What is not empty replaces the task's.
 
-    Errors: UserError for an unknown name (with the nearest known one) or an own task without extractor.
+    Errors: UserError for an unknown name (with the nearest known one), an own task without extractor, or parts that do
+    not fit each other.
     """
-    if name.endswith(".jsonl"):
-        return own_task(name, extractor, kind, template)
+    task = own_task(name, extractor, kind) if name.endswith(".jsonl") else known_task(name)
+    changes = {"extractor": extractor, "kind": kind, "template": template, "answer_space": answer_space}
+    return checked_task(replace(task, **{name: text for name, text in changes.items() if text}))
+
+
+def known_task(name):
+    """The task of the table. Errors: UserError, with the nearest name."""
     if name not in TASKS:
         require(not Path(name).exists() and "." not in name, f"--task {name}: your own rows must be a .jsonl file")
         raise UserError(
             f"unknown task {name!r}.{suggestion(name)} Known: {known_names()}, or the path of your own .jsonl file"
         )
-    given = extractor or kind or template
-    require(not given, f"--extractor, --kind and --template are for your own rows; {name} has its own")
     return TASKS[name]
 
 
-def own_task(path, extractor, kind, template):
-    """The task of a user's own rows; an empty kind is inferred from the answers, an empty template the usual one."""
+def own_task(path, extractor, kind):
+    """The task of a user's own rows; an empty kind is inferred from the answers."""
     how = 'say how to ask for the answer, --extractor "The answer is $"'
     require(extractor.strip(), f"--task {path} is your own: {how}")
     answers = [row["answer"] for row in read_rows(path)]
     kind = kind or infer_kind(answers)
-    require(kind in KINDS, f"--kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    choices = tuple(sorted(set(answers))) if kind in ("choice", "boolean") else ()
-    task = Task(f"own/{Path(path).stem}", kind, extractor, choices, template=template or Task.template)
+    choices = tuple(sorted(set(answers))) if kind in CLOSED_KINDS else ()
+    return Task(f"own/{Path(path).stem}", kind, extractor, choices)
+
+
+def checked_task(task):
+    """The task, if its parts fit each other. One whose kind was changed to an open one has no choices any more."""
+    require(task.kind in KINDS, f"--kind must be one of {', '.join(KINDS)}, not {task.kind!r}")
+    require(task.extractor.strip(), "--extractor must hold at least one word")
+    spaces = ANSWER_SPACES
+    known = task.answer_space in ("", *spaces)
+    require(known, f"--answer-space must be one of {', '.join(spaces)}, not {task.answer_space!r}")
+    if task.kind not in CLOSED_KINDS:
+        task = replace(task, choices=())
+    elif not task.choices:
+        raise UserError(f"--kind {task.kind}: {task.name} has no closed set of answers: number or text")
+    some = task.choices or task.answer_space != "choices"
+    require(some, f"--answer-space choices: {task.name} has no closed set of answers: leave it out, or vocabulary")
     return check_template(task)
 
 

@@ -15,6 +15,15 @@ PUNCTUATION = (*SENTENCE_ENDS, ",", ";", ":")
 
 
 @dataclass(frozen=True)
+class Choices:
+    """The possible answers of a task as token ids behind its extractor, and what is read there to score them all."""
+
+    answers: tuple[tuple[int, ...], ...]  # in the order of Task.choices
+    reads: tuple[tuple[int, ...], ...]  # each answer's tokens but the last begin one of these
+    read_of: tuple[int, ...]  # for each answer the number of that read
+
+
+@dataclass(frozen=True)
 class Row:
     """One training row as token ids; prompt and reasoning, which change, are not in it."""
 
@@ -22,6 +31,17 @@ class Row:
     turn_end: list[int]  # the end of the user's turn, the header of the assistant's
     extractor: list[int]  # "Therefore, the final answer ... is $"
     answer: list[int]  # the gold answer
+    choices: Choices | None = None  # None: the answer may be any text
+
+    @property
+    def gold(self):
+        """The number of the gold answer among the choices."""
+        return self.choices.answers.index(tuple(self.answer))
+
+    @property
+    def reads(self):
+        """What is read behind the extractor for the answer's loss: an answer's last token predicts nothing."""
+        return self.choices.reads if self.choices else (tuple(self.answer[:-1]),)
 
 
 def encode(tokenizer, text):
@@ -88,11 +108,40 @@ def answer_ids(tokenizer, task, answer):
     return ids
 
 
+def encode_choices(tokenizer, task):
+    """The `Choices` of a task that ranks them, else None. Errors: UserError for two that have the same tokens, or one
+    with a word that the tokenizer does not know."""
+    if not task.ranks_choices:
+        return None
+    answers = [tuple(answer_ids(tokenizer, task, choice)) for choice in task.choices]
+    for choice, ids in zip(task.choices, answers):
+        unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
+        require(not unknown, f"the model's tokenizer does not know the answer {choice!r}: --answer-space vocabulary")
+        twin = task.choices[answers.index(ids)]
+        same = f"the model's tokenizer cannot tell the answers {twin!r} and {choice!r} apart behind {task.extractor!r}"
+        require(twin == choice, f"{same}: name one of them otherwise")
+    return choices_of(answers)
+
+
+def choices_of(answers):
+    """The `Choices` of answers as tuples of ids, no two the same."""
+    reads = []
+    for head in sorted({ids[:-1] for ids in answers}, key=lambda head: (-len(head), head)):
+        if not any(read[: len(head)] == head for read in reads):
+            reads.append(head)
+    read_of = []
+    for ids in answers:
+        head = ids[:-1]
+        read_of.append(next(n for n, read in enumerate(reads) if read[: len(head)] == head))
+    return Choices(tuple(answers), tuple(reads), tuple(read_of))
+
+
 def encode_row(tokenizer, task, row):
     """The `Row` of a data row {"id", "question", "answer"}. Errors: UserError that names the row."""
     try:
+        extractor, choices = extractor_ids(tokenizer, task), encode_choices(tokenizer, task)
         question, _, turn_end = encode_prompt(tokenizer, task, row["question"], task.initial_prompt)
-        return Row(question, turn_end, extractor_ids(tokenizer, task), answer_ids(tokenizer, task, row["answer"]))
+        return Row(question, turn_end, extractor, answer_ids(tokenizer, task, row["answer"]), choices)
     except UserError as error:
         raise UserError(f"row {row['id']}: {error}") from None
 

@@ -6,6 +6,7 @@ Run all tests with `python -m pytest -n2 --dist loadfile`, or without the flags 
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from support.engine import Engine, load_engine  # noqa: E402
 from support.settings import SearchSettings  # noqa: E402
 from support.sources import split_rows  # noqa: E402
 from support.tasks import Task, get_task  # noqa: E402
-from support.tokens import encode_prompt, encode_row  # noqa: E402
+from support.tokens import choices_of, encode_prompt, encode_row  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models run no faster on more, and two processes would wait for each other
 FAMILIES = ("llama", "llama-tied", "gemma2", "qwen3")
@@ -121,6 +122,16 @@ def settings(**changes):
     return SearchSettings(**(small | changes))
 
 
+# Answers of one and of several tokens, some with a beginning in common, two that begin another.
+ANSWERS = ((60,), (75, 61), (75, 61, 62), (75, 90), (60, 61, 63), (91,))
+
+
+def with_choices(rows):
+    """The rows with answers out of `ANSWERS`."""
+    choices = choices_of(ANSWERS)
+    return [replace(row, answer=list(ANSWERS[n % len(ANSWERS)]), choices=choices) for n, row in enumerate(rows)]
+
+
 @pytest.fixture
 def few_rows(demo_tokenizer, demo_task, demo_data):
     """Five rows of different length and their start prompt: (rows, prompt ids)."""
@@ -145,10 +156,37 @@ def greedy_reference(engine, context, limit):
     return ids[len(context) :], False
 
 
+def plain_logits(model, ids):
+    """Logits [S, V] of a whole sequence in one pass."""
+    return model(input_ids=torch.tensor([ids])).logits[0]
+
+
+def slow_log_probs(logits_of, context, answers):
+    """Log-probability [M] of each answer behind a context, each in a pass of its own, logits_of(ids) -> [S, V]; one
+    that begins another counts only where the other does not follow."""
+    whole = []
+    for answer in answers:
+        log_probs = logits_of([*context, *answer]).log_softmax(-1)
+        whole.append(sum(log_probs[len(context) - 1 + n, token] for n, token in enumerate(answer)))
+    exact = []
+    for n, answer in enumerate(answers):
+        longer = [m for m, other in enumerate(answers) if m != n and other[: len(answer)] == answer]
+        direct = [m for m in longer if not any(k != m and answers[m][: len(answers[k])] == answers[k] for k in longer)]
+        exact.append((whole[n].exp() - sum(whole[m].exp() for m in direct)).log() if direct else whole[n])
+    return torch.stack(exact)
+
+
 def slow_losses(model, row, prompt, reasoning, temperature):
     """(cross-entropy, wrong, nll) of one row, unpadded, all logits, plain indexing."""
+    if row.choices:
+        ids = row.question + list(prompt) + row.turn_end + reasoning + row.extractor
+        log_probs = slow_log_probs(lambda ids: plain_logits(model, ids), ids, row.choices.answers)
+        gold = row.choices.answers.index(tuple(row.answer))
+        _, _, nll = slow_losses(model, replace(row, choices=None), prompt, reasoning, temperature)
+        loss = F.cross_entropy(log_probs[None] / temperature, torch.tensor([gold]))
+        return loss.item(), log_probs.argmax().item() != gold, nll
     ids = row.question + list(prompt) + row.turn_end + reasoning + row.extractor + row.answer
-    logits = model(input_ids=torch.tensor([ids])).logits[0]
+    logits = plain_logits(model, ids)
     start, end = len(row.question), len(ids) - len(row.answer)
     answers = torch.tensor(row.answer)
     cross_entropy = F.cross_entropy(logits[end - 1 : -1] / temperature, answers)

@@ -8,7 +8,17 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import FAMILIES, constant_engine, greedy_reference, own_task, settings, slow_losses, tiny_engine
+from conftest import (
+    FAMILIES,
+    constant_engine,
+    greedy_reference,
+    own_task,
+    settings,
+    slow_log_probs,
+    slow_losses,
+    tiny_engine,
+    with_choices,
+)
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -68,16 +78,18 @@ def test_a_known_prefix_is_used_only_if_it_leads_to_the_tokens(llama, few_rows):
 # --- Reasoning, and the loss behind it -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("choices", [False, True])
 @pytest.mark.parametrize("position", [0, 4])
 @pytest.mark.parametrize("batch_size", [3, 100])
 def test_reasoning_and_score_behind_kept_keys_and_values_are_those_of_whole_sequences(
-    any_engine, few_rows, position, batch_size
+    any_engine, few_rows, position, batch_size, choices
 ):
     """Rows of very different length, some of which end early: the ids, losses and likelihoods of the plain path."""
     rows, prompt = few_rows
     rows = [
         Row(r.question * (1 + 2 * (n % 2)), r.turn_end, r.extractor, r.answer * (1 + n % 3)) for n, r in enumerate(rows)
     ]
+    rows = with_choices(rows) if choices else rows
     prompts = [(*prompt[:position], token, *prompt[position + 1 :]) for token in (60, 75, 90)]
 
     def plain(prompt, i):
@@ -146,7 +158,7 @@ def test_the_loss_on_constant_logits_is_the_one_worked_out_by_hand(demo_tokenize
 
 
 def test_an_answer_of_several_tokens_is_wrong_if_one_token_is_and_its_loss_is_the_mean():
-    logits = torch.tensor([[[3.0, 0, 0], [0, 5.0, 0]]]).expand(3, -1, -1)
+    logits = torch.tensor([[[3.0, 0, 0], [0, 5.0, 0]]]).expand(3, 1, -1, -1)
     rows = [Row([], [], [], answer) for answer in ([0, 1], [0, 2], [0])]
     cross_entropy, wrong = core.answer_loss(logits, rows, 1.0)
     a, b = math.log(math.exp(3) + 2) - 3, math.log(math.exp(5) + 2)
@@ -155,8 +167,8 @@ def test_an_answer_of_several_tokens_is_wrong_if_one_token_is_and_its_loss_is_th
 
 
 def test_a_forbidden_padding_token_does_not_touch_the_loss_of_a_shorter_answer():
-    logits = torch.zeros(2, 2, 4)
-    logits[:, :, 0] = float("-inf")  # padding is id 0
+    logits = torch.zeros(2, 1, 2, 4)
+    logits[..., 0] = float("-inf")  # padding is id 0
     logits.requires_grad_()
     rows = [Row([], [], [], answer) for answer in ([1, 2], [1])]
     cross_entropy, _ = core.answer_loss(logits, rows, 1.0)
@@ -171,14 +183,12 @@ def test_a_search_that_could_exceed_the_model_s_positions_is_refused(llama, few_
         reason_and_score(llama, rows, 0, [prompt], max_new_tokens=500, batch_size=batch_size)
 
 
-def test_the_column_before_a_token_predicts_it():
-    assert core.answer_columns(9, Row([], [], [], [7, 8])) == [6, 7]  # of tokens 7 and 8
-
-
-def test_batched_losses_behind_given_reasoning_are_those_of_one_row_at_a_time(any_engine, few_rows):
+@pytest.mark.parametrize("choices", [False, True])
+def test_batched_losses_behind_given_reasoning_are_those_of_one_row_at_a_time(any_engine, few_rows, choices):
     """Also a one-hot choice of the current token changes nothing, whatever else could be chosen."""
     rows, prompt = few_rows
     rows = [Row(r.question, r.turn_end, r.extractor, r.answer * (1 + n % 3)) for n, r in enumerate(rows)]
+    rows = with_choices(rows) if choices else rows
     reasoning = [[20 + n] * (3 * n) for n in range(len(rows))]
     search = search_of(any_engine, rows, loss_temperature=0.7)
     for position, candidates in ((0, [prompt[0]]), (3, [60, prompt[3], 61])):
@@ -229,26 +239,35 @@ def test_refused_tokens_do_not_count_and_an_empty_result_names_the_flag():
 
 
 def whole_losses(model, row, reasoning, prompt, position, candidates, one_hot, embedding):
-    """(cross-entropy at temperature 0.7, nll) of one whole sequence, with an embedding put at the position."""
-    ids = torch.tensor([row.question + list(prompt) + row.turn_end + reasoning + row.extractor + row.answer])
-    start, embeddings = len(row.question), model.get_input_embeddings()(ids)
+    """(cross-entropy at temperature 0.7, nll) of whole sequences, with an embedding put at the position."""
+    start = len(row.question)
     at = start + position
-    embeddings = torch.cat([embeddings[:, :at], embedding[None, None], embeddings[:, at + 1 :]], 1)
-    logits = model(inputs_embeds=embeddings).logits[0]
-    answers = len(row.answer)
-    cross_entropy = F.cross_entropy(logits[-1 - answers : -1] / 0.7, torch.tensor(row.answer))
+    context = row.question + list(prompt) + row.turn_end + reasoning + row.extractor
+
+    def logits_of(ids):
+        embeddings = model.get_input_embeddings()(torch.tensor([ids]))
+        embeddings = torch.cat([embeddings[:, :at], embedding[None, None], embeddings[:, at + 1 :]], 1)
+        return model(inputs_embeds=embeddings).logits[0]
+
+    logits = logits_of(context + row.answer)
+    if row.choices:
+        log_probs = slow_log_probs(logits_of, context, row.choices.answers)
+        cross_entropy = F.cross_entropy(log_probs / 0.7, torch.tensor(row.choices.answers.index(tuple(row.answer))))
+    else:
+        answers = len(row.answer)
+        cross_entropy = F.cross_entropy(logits[-1 - answers : -1] / 0.7, torch.tensor(row.answer))
     log_probs = logits[start - 1 : start - 1 + len(prompt)].log_softmax(-1)
     each = [log_probs[j, t] for j, t in enumerate(prompt)]
     each[position] = one_hot @ log_probs[position, candidates]
     return cross_entropy, -torch.stack(each).mean()
 
 
-@pytest.mark.parametrize("fluency", ["nll", "perplexity"])
+@pytest.mark.parametrize(("fluency", "choices"), [("nll", False), ("perplexity", False), ("nll", True)])
 @pytest.mark.parametrize("position", [0, 3, -1])
-def test_candidate_gradients_are_central_differences_of_the_loss(any_engine, few_rows, position, fluency):
+def test_candidate_gradients_are_central_differences_of_the_loss(any_engine, few_rows, position, fluency, choices):
     rows, prompt = few_rows
     position %= len(prompt)
-    rows, reasoning = rows[:3], [[30, 41, 22], [25] * 9, []]
+    rows, reasoning = with_choices(rows[:3]) if choices else rows[:3], [[30, 41, 22], [25] * 9, []]
     candidates = [60, 75, prompt[position], 90]
     config = settings(fluency=fluency, fluency_weight=0.7, loss_temperature=0.7, gradient_batch_size=2)
     prefix = prefix_of(any_engine, rows, prompt[:position])

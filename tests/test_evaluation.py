@@ -112,7 +112,7 @@ def stub(name="m", batch=2, die_after=None, log=None):
             if log is not None:
                 log.extend(row["id"] for row in missing)
             right = {row["id"]: row["answer"] if int(row["id"]) % 2 else "0" for row in missing}
-            yield [(row, f"it is {right[row['id']]}", right[row["id"]], 3, False) for row in missing]
+            yield [Generation(row, f"it is {right[row['id']]}", right[row["id"]], 3, False) for row in missing]
 
     return Answerer(name, (name, "float32"), generate)
 
@@ -203,9 +203,9 @@ def recorded_answerer():
     """It writes what the recorded predictions hold."""
 
     def generate(task, rows, prompt, settings, done):
-        written = [(rows[0], "it is 1", "1", 3, False), (rows[1], "it is 0", "none", 3, True)]
-        yield [generation for generation in written if generation[0]["id"] not in done]
-        yield [(rows[2], "so 3", "3", 4, False)]
+        written = [Generation(rows[0], "it is 1", "1", 3, False), Generation(rows[1], "it is 0", "none", 3, True)]
+        yield [generation for generation in written if generation.row["id"] not in done]
+        yield [Generation(rows[2], "so 3", "3", 4, False)]
 
     return Answerer("m", ("m", "float32"), generate)
 
@@ -223,9 +223,10 @@ def silent_answerer():
 def test_the_keys_of_evaluations_are_those_of_the_records_that_users_have():
     assert of(RECORDED_ROWS, recorded_answerer()).key == "dfbdfc41e0793446"
     server = Answerer("s", ("server", "s", "continue"), None)
-    task = own_task("choice", "It is $", ("A", "B"), template="{question} {prompt}")
+    task = own_task("choice", "It is $", ("A", "B"), template="{question} {prompt}", answer_space="vocabulary")
     there = Evaluation(server, task, "test", RECORDED_ROWS, "", settings(max_new_tokens=7))
     assert (there.key, there.prompt_hash) == ("932177d7a2626bcd", "e3b0c44298fc1c14")
+    assert replace(there, task=replace(task, answer_space="")).key != there.key  # another reading
 
 
 def test_the_files_of_an_evaluation_are_those_that_users_have_byte_for_byte(tmp_path, monkeypatch):

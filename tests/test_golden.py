@@ -40,9 +40,9 @@ def quantities(engine):
     candidates = [*candidates, prompt[1]]
     gradients, losses = core.candidate_gradients(search, prefix, prompt, candidates, reasoning)
     steps = list(core.optimize(engine, rows, prompt, config))
-    parts = {"question": "before", "turn_end": "between"}  # as the file calls them
+    names = {"before": "question", "between": "turn_end", "extractor": "extractor", "answer": "answer"}
     return {
-        "rows": [{parts.get(name, name): ids for name, ids in vars(row).items()} for row in rows],
+        "rows": [{name: getattr(row, part) for name, part in names.items()} for row in rows],
         "prompt_ids": list(prompt),
         "reasoning_ids": reasoning,
         "cross_entropy": [outcome.cross_entropy for outcome in outcomes],

@@ -32,6 +32,7 @@ SUPPORT = (
     "runs",
     "evaluation",
     "answerers",
+    "answers",
     "pictures",
     "report",
 )

@@ -21,7 +21,7 @@ from support.settings import PRESETS, GenerationSettings, SearchSettings, TaskFl
         ({"fluency_weight": -1.0}, "--lambda"),
         ({"objective": "err"}, "--objective must be one of loss, error"),
         ({"batch_size": -1}, "--batch-size"),
-        ({"preset": "mine"}, "--preset must be one of paper, released"),
+        ({"preset": "mine"}, "--preset must be one of default, paper, released"),
     ],
 )
 def test_a_setting_out_of_range_names_its_flag(change, message):
@@ -31,7 +31,9 @@ def test_a_setting_out_of_range_names_its_flag(change, message):
 
 def test_the_released_preset_is_what_the_scripts_say():
     released = {"top_k": 40, "intersections": 6, "objective": "error", "ties": "last"}
-    assert PRESETS == {"paper": {}, "released": released | {"force_sentence_end": True, "choose_on": "train"}}
+    paper = {"answer_space": "vocabulary"}
+    more = {"force_sentence_end": True, "choose_on": "train"}
+    assert PRESETS == {"default": {}, "paper": paper, "released": paper | released | more}
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("number", 12), ("choice", 8), ("boolean", 8), ("text", 128)])
@@ -46,7 +48,7 @@ def test_the_defaults_are_the_paper_s():
     assert (s.steps, s.top_k, s.intersections, s.sampled_rows, s.shortlist_size) == (105, 10, 1, 5, 3)
     assert (s.fluency_weight, s.loss_temperature, s.train_rows, s.max_new_tokens) == (0.2, 0.2, 50, 1024)
     assert (s.objective, s.choose_on, s.ties, s.fluency) == ("loss", "dev", "first", "nll")
-    assert set().union(*PRESETS.values()) <= set(vars(s))
+    assert set().union(*PRESETS.values()) <= set(vars(s)) | {"answer_space"}
 
 
 # --- The command line ----------------------------------------------------------------------------------

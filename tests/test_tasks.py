@@ -1,5 +1,7 @@
 """Tasks: the table, own tasks, rows, reading and grading answers."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import own_task
 
@@ -49,14 +51,18 @@ def test_the_table_holds_all_27_bbh_tasks_and_the_paper_s_21_all_57_mmlu_subject
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_every_extractor_ends_where_an_answer_can_begin(task):
-    assert task.extractor == task.extractor.strip()
+    assert task.extractor == task.extractor.strip() and task.paper_extractor == task.paper_extractor.strip()
     assert task.template.endswith(" {prompt}") and task.template.count("{question}") == 1
-    assert all(choice in task.extractor for choice in task.choices)
+    paper = task.paper_extractor or task.extractor
+    assert all(choice in paper for choice in task.choices)
+    assert paper.endswith(" is $") or task.name == "demo"
 
 
+@pytest.mark.parametrize("form", ["extractor", "paper_extractor"])
 @pytest.mark.parametrize("task", [t for t in TASKS.values() if t.name != "demo"], ids=lambda t: t.name)
-def test_the_answer_s_span_is_found_non_empty_and_minimal_for_every_task(subword_tokenizer, task):
+def test_the_answer_s_span_is_found_non_empty_and_minimal_for_every_task(subword_tokenizer, task, form):
     """What follows the extractor is the answer and nothing else: no shorter span of ids decodes to it."""
+    task = replace(task, extractor=getattr(task, form) or task.extractor)
     gold = {"number": "-1234", "text": "] } )"}.get(task.kind) or task.choices[-1]
     extractor, answer = extractor_ids(subword_tokenizer, task), answer_ids(subword_tokenizer, task, gold)
     assert subword_tokenizer.decode(extractor + answer).strip().endswith(task.extractor + task.answer_prefix + gold)
@@ -79,13 +85,37 @@ def test_an_unknown_task_lists_the_known_ones_and_suggests_the_nearest(name, nea
         get_task(name)
 
 
-def test_an_own_task_needs_an_extractor_and_a_known_one_refuses_it(tmp_path):
+def test_a_user_s_own_parts_replace_those_of_a_known_task(tmp_path):
+    task = get_task("bbh/navigate", extractor="Hence", template="{question} {prompt}")
+    assert (task.extractor, task.template, task.choices) == ("Hence", "{question} {prompt}", ("Yes", "No"))
+    assert task.ranks_choices and task.used_answer_space == "choices"
+    assert not get_task("bbh/navigate", answer_space="vocabulary").ranks_choices
+    free = get_task("bbh/navigate", kind="text")
+    assert free.choices == () and free.used_answer_space == "vocabulary"
+    assert get_task("gsm8k") == TASKS["gsm8k"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gsm8k", {"kind": "choice"}, "--kind choice: gsm8k has no closed set of answers"),
+        ("gsm8k", {"answer_space": "choices"}, "--answer-space choices: gsm8k has no closed set"),
+        ("bbh/navigate", {"answer_space": "all"}, "--answer-space must be one of choices, vocabulary"),
+        ("bbh/navigate", {"extractor": "  "}, "--extractor must hold at least one word"),
+        ("bbh/navigate", {"kind": "word"}, "--kind must be one of number"),
+        ("bbh/navigate", {"template": "{prompt}"}, "--template"),
+    ],
+)
+def test_parts_that_do_not_fit_a_known_task_name_their_flag(name, changes, message):
+    with pytest.raises(UserError, match=message):
+        get_task(name, **changes)
+
+
+def test_an_own_task_needs_an_extractor(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"question": "1 + 1?", "answer": "2"}\n')
     with pytest.raises(UserError, match="--extractor"):
         get_task(str(path))
-    with pytest.raises(UserError, match="your own rows"):
-        get_task("gsm8k", extractor="The answer is")
     task = get_task(str(path), "The answer is $")
     assert (task.name, task.kind, task.answer_prefix) == ("own/mine", "number", "")
     with pytest.raises(UserError, match="--kind must be one of number"):

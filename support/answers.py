@@ -1,0 +1,62 @@
+"""What is read behind reasoning and extractor: how likely an answer's tokens are, and each of the possible answers.
+
+Shape letters: B rows, R reads of a row (tokens.Choices), A columns of a read whose logits count, V vocabulary,
+M possible answers.
+"""
+
+import torch
+
+from support.engine import pad
+
+LARGEST_SHARE = 1 - 1e-6  # of an answer's probability that longer ones may take, so that its logarithm stays finite
+
+
+def answer_columns(length, read):
+    """The columns that predict an answer where its `read`, all its tokens but the last, ends a sequence of so many
+    tokens: column c predicts token c + 1."""
+    return list(range(length - len(read) - 1, length))
+
+
+def read_answers(engine, context, extractor, reads):
+    """Logits [B, R, A, V] at the `answer_columns` behind the extractor. reads: R lists of ids for each row.
+
+    context: B rows that end with the reasoning, as `generate` hands them out; used up.
+    """
+    tails, columns = [], []
+    for row_reads in reads:
+        for read in row_reads:
+            tails.append([*extractor, *read])
+            columns.append(answer_columns(len(tails[-1]), read))
+    ids, mask = pad(tails, engine.device)  # [B * R, S]
+    logits = engine.forward(context.repeated(len(reads[0])), ids, mask, columns)
+    return logits.unflatten(0, (len(reads), -1))
+
+
+def choice_log_probs(logits, choices):
+    """Log-probability [B, M] of each possible answer as a whole, from logits [B, R, A, V] of `Choices.reads`.
+
+    An answer with which others begin counts only where none of these follows: "Account" less "Account access".
+    """
+    ids, real = pad(choices.answers, logits.device)  # [M, A]
+    read = torch.tensor(choices.read_of, device=logits.device)[:, None]  # [M, 1]
+    column = torch.arange(ids.shape[1], device=logits.device)[None]  # [1, A]
+    each = logits[:, read, column, ids] - logits.logsumexp(-1)[:, read, column]  # [B, M, A]
+    whole = each.masked_fill(real == 0, 0).sum(-1)  # [B, M]
+    pairs = extensions(choices.answers)
+    if not pairs:
+        return whole
+    longer = torch.zeros(len(ids), len(ids), dtype=torch.bool, device=logits.device)  # [M, M]
+    longer[pairs] = True
+    share = (whole[:, None, :] - whole[:, :, None]).masked_fill(~longer, float("-inf")).exp().sum(-1)  # [B, M]
+    return whole + torch.log1p(-share.clamp(max=LARGEST_SHARE))
+
+
+def extensions(answers):
+    """(numbers of answers, numbers of those that begin with them, with no other in between), or () for none."""
+    shorter, longer = [], []
+    for n, ids in enumerate(answers):
+        heads = [m for m, other in enumerate(answers) if len(other) < len(ids) and ids[: len(other)] == other]
+        if heads:
+            shorter.append(max(heads, key=lambda m: len(answers[m])))
+            longer.append(n)
+    return (shorter, longer) if shorter else ()
