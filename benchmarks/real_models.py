@@ -46,8 +46,8 @@ class Setting:
     initial_prompt: str = ""  # empty: the task's own
 
 
-# Qwen's reasonings on 24 dev rows of bbh/navigate, at most 320 tokens (chosen by their length, not by accuracy): under
-# the paper's initial prompt 255 tokens, 21 % cut; under this one 53, none cut; under one that asks for two sentences 11,
+# Qwen's reasonings on 24 dev rows of bbh/navigate, at most 320 tokens (chosen by length, not by accuracy): under the
+# paper's initial prompt 255 tokens, 21 % cut; under this one 53, none cut; under one that asks for two sentences 11,
 # which is hardly a reasoning; under one that asks for five short lines 140, 8 % cut. SmolLM2's under the paper's: 40.
 IN_SHORT_STEPS = "proper logical reasoning in a few short steps. Finally give the actual correct answer."
 MODELS = {  # the model's folder: its setting
