@@ -124,7 +124,8 @@ class Flags:
         self.models = [ModelFlags(model).model_path() for model in self.models]
         names = [model_name(model) for model in self.models]
         require(len(set(names)) == len(names), "--models: two are called the same")
-        require(self.minutes >= 0, "--minutes must not be negative")
+        for name in ("minutes", "max_new_tokens", "train_rows", "steps", "shortlist_size", "finalists", "eval_rows"):
+            require(getattr(self, name) >= 0, f"{as_flag(name)} must not be negative")
 
 
 def model_name(model):

@@ -182,6 +182,29 @@ def test_scored_generations_are_new_prompts_times_rows(killed):
             assert row["scored"] == [str(5 * len(prompts))]
 
 
+def test_a_prompt_that_was_scored_before_is_not_counted_again(killed, tmp_path):
+    flags = real_models.Flags(models=["demo/small"], tasks=["demo"], train_rows=5)
+    piece = real_models.Piece("search", "demo", "demo/small", "greater", 0)
+    steps = lines_of(killed[0] / "search" / "demo-small-greater-seed0" / "steps.jsonl")
+    tried = [tried for step in steps for tried in step["shortlist"]]
+    tried[0]["new"] = False
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert real_models.scored_generations(tmp_path, piece, flags) == 5 * sum(one["new"] for one in tried)
+    assert sum(one["new"] for one in tried) < len(tried)
+
+
+def test_headroom_shows_the_initial_prompt_on_dev_rows_and_reads_no_test_row(tmp_path):
+    flags = ["--models", "demo/model", "--tasks", "demo", "--headroom", "--max-new-tokens", 30]
+    printed = run("real_models.py", *flags, folder=tmp_path)
+    (result,) = {
+        (r["split"], r["n"], r["accuracy"]) for path in tmp_path.rglob("results.jsonl") for r in lines_of(path)
+    }
+    assert result[:2] == ("dev", 40)
+    (row,) = table_of("## Headroom\n" + (tmp_path / "runs/real-models/headroom.md").read_text(), "Headroom")
+    assert row["paper, %"][0].split()[0] == f"{100 * result[2]:.1f}"
+    assert "above the commonest answer (mean over models, points): demo (" in printed
+
+
 def test_a_transfer_is_the_best_prompt_of_one_model_on_the_other(killed):
     out = killed[0]
     rows = table_of((out / "results.md").read_text(), "Transfer")
@@ -218,6 +241,14 @@ def test_the_mean_difference_averages_the_seeds_row_by_row():
     difference, low, high = real_models_table.mean_difference(seeds, "paper")
     assert difference == 0.375 and low == 0 and high == 0.75  # of rows 1, 1/2, 0, 0
     assert real_models_table.mean_difference(seeds, "harness")[0] == -0.375
+
+
+def test_the_two_readings_are_two_columns_never_mixed():
+    one = made([True, True, True, False], [True, False, False, False])
+    accuracy, change, p = real_models_table.reading_cells(one, "paper")
+    assert accuracy.startswith("75.0 [") and change.startswith("+50.0 [") and p == "0.5"
+    accuracy, change, p = real_models_table.reading_cells(one, "harness")
+    assert accuracy.startswith("25.0 [") and change.startswith("-50.0 [") and p == "0.5"
 
 
 def test_the_first_seed_of_everything_comes_before_the_second():
