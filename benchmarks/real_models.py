@@ -63,8 +63,9 @@ TASK_FLAGS = {  # task: how it is asked, where that is not the table's way
     TICKETS: {
         "extractor": "So the right team is",
         "kind": "choice",
+        # The teams stand before the message: the baselines drop what stands between it and the prompt.
         "template": (
-            "Customer: {question}\nWhich team is right: Billing, Technical issue or Account access?\nUse {prompt}"
+            "Which team is right for this customer: Billing, Technical issue or Account access?\n{question}\nUse {prompt}"
         ),
     },
 }

@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT
 from filelock import FileLock
 
-from support.tasks import SPLITS
+from support.sources import split_own_rows
+from support.tasks import SPLITS, get_task
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import real_models  # noqa: E402
@@ -270,9 +271,6 @@ def test_both_methods_take_as_many_steps_and_tries():
 
 
 def test_the_tickets_are_a_task_whose_splits_hold_all_labels_alike():
-    tasks = real_models.TASK_FLAGS[real_models.TICKETS]
-    from support.sources import split_own_rows
-
     splits = split_own_rows(ROOT / real_models.TICKETS)
     labels = {"Billing": 0.4, "Technical issue": 0.35, "Account access": 0.25}
     assert tuple(splits) == SPLITS and sum(map(len, splits.values())) == 200
@@ -280,4 +278,11 @@ def test_the_tickets_are_a_task_whose_splits_hold_all_labels_alike():
     for rows in splits.values():
         for label, share in labels.items():
             assert abs(sum(row["answer"] == label for row in rows) / len(rows) - share) < 0.03
-    assert all(label in tasks["template"] for label in labels)
+
+
+def test_every_prompt_on_the_tickets_the_baselines_too_is_told_the_teams():
+    task = get_task(str(ROOT / real_models.TICKETS), **real_models.TASK_FLAGS[real_models.TICKETS])
+    for framed in (task, task.bare):
+        turn = framed.user_turn("My card was charged twice.", "")
+        assert "My card was charged twice." in turn
+        assert all(team in turn for team in task.choices) and len(task.choices) == 3
