@@ -2,11 +2,22 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
+from filelock import FileLock
+
+from support.sources import split_own_rows
+from support.tasks import SPLITS, get_task
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import real_models  # noqa: E402
+import real_models_table  # noqa: E402
 
 
 def run(script, *arguments, folder):
@@ -55,3 +66,223 @@ def test_claims_compares_all_arms_at_the_same_budget(tmp_path, budget):
     assert all(printed.count(f"\n{arm}  ") == 2 for arm in arms)
     results = json.loads((tmp_path / "runs/claims/claims.json").read_text())["results"]
     assert all(len(r[arm][str(budget)]) == 2 for r in results.values() for arm in arms)
+
+
+# --- Real models: the driver, on the demo's two models -------------------------------------------------
+
+SMALL = ["--models", "demo/model", "demo/small", "--tasks", "demo", "--seeds", 0, "--methods", "greater"]
+SMALL += ["--steps", 8, "--train-rows", 5, "--eval-rows", 30, "--finalists", 3, "--max-new-tokens", 30]
+
+
+def start_real_models(folder, *more):
+    command = [sys.executable, str(ROOT / "benchmarks" / "real_models.py"), *map(str, SMALL), *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def wait_for_lines(path, count, process):
+    for _ in range(4000):
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} has not {count} lines after 200 seconds")
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table_of(page, title):
+    """The rows below a heading's table with a column called paper, each {column: [cells of that name]}."""
+    section = page.split(f"## {title}\n")[1].split("\n## ")[0]
+    head, rows = None, []
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if "paper, %" in cells:
+            head = cells
+        elif head and line.startswith("| "):
+            rows.append({name: [c for n, c in zip(head, cells) if n == name] for name in head})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The driver killed in a search; its table then; run to the end: (folder, partial page, steps then, output)."""
+    folder = tmp_path_factory.mktemp("real")
+    out = folder / "runs" / "real-models"
+    process = start_real_models(folder)
+    steps_path = out / "search" / "demo-small-greater-seed0" / "steps.jsonl"
+    wait_for_lines(steps_path, 2, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    with FileLock(steps_path.parent / ".lock", timeout=5):  # the search ended with its driver
+        steps_then = steps_path.read_text().splitlines()
+    run("real_models.py", *SMALL, "--only-table", folder=folder)
+    partial = (out / "results.md").read_text()
+    return out, partial, steps_then, run("real_models.py", *SMALL, folder=folder)
+
+
+def test_a_killed_driver_lists_what_is_missing_and_goes_on_where_it_was(killed):
+    out, partial, steps_then, printed = killed
+    assert 2 <= len(steps_then) < 9
+    (missing,) = re.findall(r"^Missing: (.*)\.$", partial, re.M)
+    others = ["demo-small-greater-seed0", "demo-model-fixed", "demo-model-greater-seed0"]
+    assert missing.split(", ") == [*others, "demo-model-greater-seed0-on-small", "demo-small-greater-seed0-on-model"]
+    assert "demo-small-fixed" not in printed
+    assert re.findall(r"^\[\d/6\] (\S+) \.\.\. [\d.]+ minutes$", printed, re.M) == missing.split(", ")
+    finished = (out / "search" / "demo-small-greater-seed0" / "steps.jsonl").read_text().splitlines()
+    assert finished[: len(steps_then)] == steps_then and len(finished) == 9
+    assert "Missing" not in (out / "results.md").read_text()
+    assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_driver_runs_nothing_again_and_refuses_other_settings(killed):
+    out = killed[0]
+    before = {path: path.read_bytes() for path in out.rglob("*.jsonl")}
+    printed = run("real_models.py", *SMALL, folder=out.parent.parent)
+    assert "minutes\n" not in printed and {path: path.read_bytes() for path in before} == before
+    process = start_real_models(out.parent.parent, "--eval-rows", "29")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and error.strip().endswith(
+        "begun with other settings than these: choose another --out"
+    )
+
+
+def test_the_table_shows_the_numbers_of_the_runs(killed):
+    out = killed[0]
+    rows = table_of((out / "results.md").read_text(), "Test rows")
+    assert [row["method"] for row in rows] == [["empty"], ["zero-shot chain of thought"], ["initial"], ["GReaTer"]] * 2
+    seen = set()
+    for row in rows:
+        (model,), (method,) = row["model"], row["method"]
+        kind = f"search/demo-{model}-greater-seed0" if method == "GReaTer" else f"fixed/demo-{model}-fixed"
+        wanted = {"GReaTer": ("best", None), "initial": ("initial", None)}.get(method, ("baseline", method))
+        results = lines_of(out / kind / "results.jsonl")
+        (result,) = [r for r in results if r["split"] == "test" and (r["role"], r.get("name")) == wanted]
+        assert result["n"] == 30
+        for column, field in (("paper, %", "accuracy"), ("harness, %", "harness_accuracy")):
+            assert row[column][0].split()[0] == f"{100 * result[field]:.1f}"
+        assert row["tokens"] == [f"{result['mean_tokens']:.1f}"]
+        (initial,) = [r for r in results if r["split"] == "test" and r["role"] == "initial"]
+        change = 100 * (result["accuracy"] - initial["accuracy"])
+        assert row["to initial"][0].split()[:1] == ([] if method == "initial" else [f"{change:+.1f}"])
+        seen.add(round(change))
+    assert len(seen) > 1  # so that a table of one number would be noticed
+
+
+def test_scored_generations_are_new_prompts_times_rows(killed):
+    out = killed[0]
+    for row in table_of((out / "results.md").read_text(), "Test rows"):
+        if row["method"] == ["GReaTer"]:
+            steps = lines_of(out / "search" / f"demo-{row['model'][0]}-greater-seed0" / "steps.jsonl")
+            prompts = {tuple(tried["prompt_ids"]) for step in steps for tried in step["shortlist"]}
+            prompts.discard(tuple(steps[0]["prompt_ids"]))
+            assert row["scored"] == [str(5 * len(prompts))]
+
+
+def test_a_prompt_that_was_scored_before_is_not_counted_again(killed, tmp_path):
+    flags = real_models.Flags(models=["demo/small"], tasks=["demo"], train_rows=5)
+    piece = real_models.Piece("search", "demo", "demo/small", "greater", 0)
+    steps = lines_of(killed[0] / "search" / "demo-small-greater-seed0" / "steps.jsonl")
+    tried = [tried for step in steps for tried in step["shortlist"]]
+    tried[0]["new"] = False
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert real_models.scored_generations(tmp_path, piece, flags) == 5 * sum(one["new"] for one in tried)
+    assert sum(one["new"] for one in tried) < len(tried)
+
+
+def test_headroom_shows_the_initial_prompt_on_dev_rows_and_reads_no_test_row(tmp_path):
+    flags = ["--models", "demo/model", "--tasks", "demo", "--headroom", "--max-new-tokens", 30]
+    printed = run("real_models.py", *flags, folder=tmp_path)
+    (result,) = {
+        (r["split"], r["n"], r["accuracy"]) for path in tmp_path.rglob("results.jsonl") for r in lines_of(path)
+    }
+    assert result[:2] == ("dev", 40)
+    (row,) = table_of("## Headroom\n" + (tmp_path / "runs/real-models/headroom.md").read_text(), "Headroom")
+    assert row["paper, %"][0].split()[0] == f"{100 * result[2]:.1f}"
+    assert "above the commonest answer (mean over models, points): demo (" in printed
+
+
+def test_a_transfer_is_the_best_prompt_of_one_model_on_the_other(killed):
+    out = killed[0]
+    rows = table_of((out / "results.md").read_text(), "Transfer")
+    assert [(row["model"], row["method"]) for row in rows] == [
+        (["small"], ["GReaTer of model"]),
+        (["model"], ["GReaTer of small"]),
+    ]
+    for row in rows:
+        origin = row["method"][0].removeprefix("GReaTer of ")
+        best = lines_of(out / "search" / f"demo-{origin}-greater-seed0" / "prompts.jsonl")[0]["prompt"]
+        (path,) = (out / "transfer" / f"demo-on-{row['model'][0]}").glob("*/*/results.jsonl")
+        (result,) = {r["accuracy"] for r in lines_of(path) if r["prompt"] == best}
+        assert row["paper, %"][0].split()[0] == f"{100 * result:.1f}"
+
+
+def test_a_wilson_interval_of_no_or_all_rows_has_a_width():
+    low, high = real_models_table.wilson(0.0, 20)
+    assert low == 0 and abs(high - 0.1611) < 1e-3
+    low, high = real_models_table.wilson(1.0, 20)
+    assert abs(low - 0.8389) < 1e-3 and high == 1
+    low, high = real_models_table.wilson(0.5, 100)
+    assert abs(low - 0.4038) < 1e-3 and abs(high - 0.5962) < 1e-3
+
+
+def made(outcomes, initial):
+    def predictions(booleans):
+        return [{"correct": b, "harness_correct": not b, "gold": "A"} for b in booleans]
+
+    return real_models_table.Measurement("t", "m", "GReaTer", 0, {}, predictions(outcomes), predictions(initial), 0.0)
+
+
+def test_the_mean_difference_averages_the_seeds_row_by_row():
+    seeds = [made([True, True, False, False], [False] * 4), made([True, False, False, False], [False] * 4)]
+    difference, low, high = real_models_table.mean_difference(seeds, "paper")
+    assert difference == 0.375 and low == 0 and high == 0.75  # of rows 1, 1/2, 0, 0
+    assert real_models_table.mean_difference(seeds, "harness")[0] == -0.375
+
+
+def test_the_two_readings_are_two_columns_never_mixed():
+    one = made([True, True, True, False], [True, False, False, False])
+    accuracy, change, p = real_models_table.reading_cells(one, "paper")
+    assert accuracy.startswith("75.0 [") and change.startswith("+50.0 [") and p == "0.5"
+    accuracy, change, p = real_models_table.reading_cells(one, "harness")
+    assert accuracy.startswith("25.0 [") and change.startswith("-50.0 [") and p == "0.5"
+
+
+def test_the_first_seed_of_everything_comes_before_the_second():
+    flags = real_models.Flags(models=["a/x", "a/y"], tasks=["demo", "gsm8k"], seeds=[3, 4])
+    pieces = real_models.plan(flags)
+    assert len(pieces) == len({piece.label for piece in pieces}) == 4 + 2 * (8 + 4)
+    seeds = [piece.seed for piece in pieces if piece.kind != "fixed"]
+    assert seeds == [3] * 12 + [4] * 12
+    for number, piece in enumerate(pieces):
+        if piece.kind == "transfer":
+            assert piece.search in pieces[:number]
+
+
+def test_both_methods_take_as_many_steps_and_tries():
+    flags = real_models.Flags(models=["a/x"], tasks=["demo"], seeds=[0])
+    greater, random = [piece for piece in real_models.plan(flags) if piece.kind == "search"]
+    values = real_models.stage_call(greater, flags)[1]
+    assert real_models.stage_call(random, flags)[1] == values | {"shortlist": "random"}
+
+
+def test_the_tickets_are_a_task_whose_splits_hold_all_labels_alike():
+    splits = split_own_rows(ROOT / real_models.TICKETS)
+    labels = {"Billing": 0.4, "Technical issue": 0.35, "Account access": 0.25}
+    assert tuple(splits) == SPLITS and sum(map(len, splits.values())) == 200
+    assert len({row["question"] for rows in splits.values() for row in rows}) == 200
+    for rows in splits.values():
+        for label, share in labels.items():
+            assert abs(sum(row["answer"] == label for row in rows) / len(rows) - share) < 0.03
+
+
+def test_every_prompt_on_the_tickets_the_baselines_too_is_told_the_teams():
+    task = get_task(str(ROOT / real_models.TICKETS), **real_models.TASK_FLAGS[real_models.TICKETS])
+    for framed in (task, task.bare):
+        turn = framed.user_turn("My card was charged twice.", "")
+        assert "My card was charged twice." in turn
+        assert all(team in turn for team in task.choices) and len(task.choices) == 3
