@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from support.evaluation import Generation
 from support.files import UserError, require, short_name, weights_hash
 from support.settings import ServerFlags
-from support.tokens import encode, encode_chat, encode_choices, extractor_ids
+from support.tokens import LARGEST_SHARE, encode, encode_chat, encode_choices, extensions, extractor_ids
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Answerer:
     identity: tuple  # what tells its texts from those of another: part of the evaluation's key
     generate: Callable
     endpoint: str = ""  # of a server, which is known by its model's name wherever it runs
+    gives_log_probs: bool = True  # so that a task's possible answers can be ranked; else what is written is read
 
 
 def open_answerer(flags, model, endpoint=""):
@@ -121,6 +122,7 @@ class LocalModel:
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries
 CONNECTIONS = 100  # that one client opens at most
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}  # as vLLM and SGLang name it
+LOG_PROBS = {"logprobs": True, "top_logprobs": 20}  # of as many likeliest tokens as servers give by default
 CHECK_TRIES = 2  # whoever mistyped an address shall not wait long to be told
 
 
@@ -139,6 +141,7 @@ class Server:
     endpoint: str  # URL
     model: str  # the server's name for it
     flags: ServerFlags
+    gives_log_probs: bool = False
 
     def read_key(self):
         """The server's key, "" for none: read from the environment where it is needed, and not kept here.
@@ -165,9 +168,12 @@ class Server:
         async def ask_row(client, row):
             turns = [{"role": "user", "content": task.user_turn(row["question"], prompt)}]
             reasoning = await chat(client, self, turns, settings.max_new_tokens)
-            turns, fields = answer_turns(self.flags.answer_turn, turns, reasoning.text, task.extractor)
-            reply = await chat(client, self, turns, settings.answer_tokens(task), fields)
-            return Generation(row, reasoning.text, reply.text, reasoning.tokens, reasoning.truncated)
+            if task.ranks_choices and self.gives_log_probs:
+                reply, choices = await rank_choices(client, self, turns, reasoning.text, task)
+            else:
+                turns, fields = answer_turns(self.flags.answer_turn, turns, reasoning.text, task.extractor)
+                reply, choices = await chat(client, self, turns, settings.answer_tokens(task), fields), None
+            return Generation(row, reasoning.text, reply.text, reasoning.tokens, reasoning.truncated, choices)
 
         missing = [row for row in rows if row["id"] not in done]
         try:
@@ -182,9 +188,10 @@ def server_answerer(flags, endpoint, model):
     Errors: UserError if the server is not there, does not have the model, refuses the key, or cannot continue an
     assistant's message although it shall (--answer-turn).
     """
-    server = Server(endpoint, model, flags)
-    check_server(server)
-    return Answerer(short_name(model), ("server", model, flags.answer_turn), server.generate, endpoint)
+    gives_log_probs = check_server(Server(endpoint, model, flags))
+    server = Server(endpoint, model, flags, gives_log_probs)
+    identity = ("server", model, flags.answer_turn)
+    return Answerer(short_name(model), identity, server.generate, endpoint, gives_log_probs)
 
 
 def answer_turns(answer_turn, turns, reasoning, extractor):
@@ -199,11 +206,57 @@ def answer_turns(answer_turn, turns, reasoning, extractor):
     return [*turns, half_written], CONTINUE if answer_turn == "continue" else {}
 
 
+async def rank_choices(client, server, turns, reasoning, task):
+    """(the `Reply` of one token behind the extractor, {choice: its log-probability there}).
+
+    A choice of several tokens takes a request for each place where it parts from the others. One that is nowhere among
+    the likeliest tokens is left out; None where all are.
+    """
+    texts = {choice: task.answer_prefix + choice for choice in task.choices}
+    whole, paths = {}, {}  # of each choice: log-probability, tokens
+    waiting, first = [("", (), 0.0)], None
+    while waiting:
+        begun, path, log_prob = waiting.pop()
+        asked, fields = answer_turns(server.flags.answer_turn, turns, reasoning, task.extractor + begun)
+        reply = await chat(client, server, asked, 1, fields | LOG_PROBS)
+        first = first or reply
+        for choice, text in texts.items():
+            token, length = longest_start(reply.likeliest, text[len(begun) :]) if text.startswith(begun) else ("", 0)
+            if choice in whole or not length:
+                continue
+            way = text[: len(begun) + length], (*path, token), log_prob + reply.likeliest[token]
+            if way[0] == text:
+                whole[choice], paths[choice] = way[2], way[1]
+            elif way not in waiting:
+                waiting.append(way)
+    return first, without_longer(whole, paths) or None
+
+
+def longest_start(tokens, text):
+    """(the token that covers most of the text's start, how many letters it covers), ("", 0) for none. A tokenizer that
+    marks spaces may show a word without the one before it."""
+    best = "", 0
+    for token in tokens:
+        for start in {0, len(text) - len(text.lstrip())}:
+            if token and text.startswith(token, start):
+                best = max(best, (token, start + len(token)), key=lambda found: (found[1], len(found[0])))
+    return best
+
+
+def without_longer(whole, paths):
+    """{choice: log-probability} less that of choices that begin with it, as answers.choice_log_probs has it."""
+    names, taken = list(whole), dict.fromkeys(whole, 0.0)
+    for shorter, longer in extensions([paths[name] for name in names]):
+        taken[names[shorter]] += math.exp(whole[names[longer]] - whole[names[shorter]])
+    return {name: whole[name] + math.log1p(-min(taken[name], LARGEST_SHARE)) for name in names}
+
+
 # --- Is the server fit for it? ---------------------------------------------------------------------------
 
 
 def check_server(server):
     """Short requests before any long work: is the server there, has it the model, does it continue a message?
+    Returns whether it gives log-probabilities of tokens behind a half-written message.
 
     A server that continues an assistant's message reads fewer prompt tokens than one that closes it and opens
     another; one that ignores the fields that ask for it reads as many.
@@ -212,9 +265,15 @@ def check_server(server):
     require_address(server)
     question = {"role": "user", "content": "1"}
     begun = {"role": "assistant", "content": "1"}
-    ask_one_token(server, [question])
+    try:
+        gives_log_probs = bool(ask_one_token(server, [question], LOG_PROBS).likeliest)
+    except ServerError as error:
+        if error.status not in (400, 422):
+            raise
+        ask_one_token(server, [question])
+        gives_log_probs = False
     if server.flags.answer_turn != "continue":
-        return
+        return gives_log_probs and server.flags.answer_turn == "prefill"
     way_out = "--answer-turn ask puts the extractor as a turn of its own, prefill trusts in servers that go on anyway"
     try:
         closed = ask_one_token(server, [question, begun])
@@ -224,6 +283,7 @@ def check_server(server):
         raise
     shorter = continued.prompt_tokens < closed.prompt_tokens
     require(shorter, f"--endpoint {server.endpoint} does not continue an assistant's message: {way_out}")
+    return gives_log_probs
 
 
 def require_address(server):
@@ -287,6 +347,7 @@ class Reply:
     tokens: int  # generated
     prompt_tokens: int
     truncated: bool
+    likeliest: dict[str, float]  # {token: its log-probability} where the reply begins; empty where not asked for
 
 
 @dataclass(frozen=True)
@@ -332,7 +393,9 @@ def as_reply(output):
     choice, usage = output.choices[0], output.usage
     truncated = choice.finish_reason == "length"
     tokens = usage.completion_tokens - (not truncated)  # servers count the end token, we do not
-    return Reply(choice.message.content or "", max(0, tokens), usage.prompt_tokens, truncated)
+    places = choice.logprobs.content if choice.logprobs else ()
+    likeliest = {top.token: top.logprob for top in places[0].top_logprobs} if places else {}
+    return Reply(choice.message.content or "", max(0, tokens), usage.prompt_tokens, truncated, likeliest)
 
 
 def explain(error, server):

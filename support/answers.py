@@ -7,8 +7,7 @@ M possible answers.
 import torch
 
 from support.engine import pad
-
-LARGEST_SHARE = 1 - 1e-6  # of an answer's probability that longer ones may take, so that its logarithm stays finite
+from support.tokens import LARGEST_SHARE, extensions
 
 
 def answer_columns(length, read):
@@ -46,17 +45,7 @@ def choice_log_probs(logits, choices):
     if not pairs:
         return whole
     longer = torch.zeros(len(ids), len(ids), dtype=torch.bool, device=logits.device)  # [M, M]
-    longer[pairs] = True
+    for n, m in pairs:
+        longer[n, m] = True
     share = (whole[:, None, :] - whole[:, :, None]).masked_fill(~longer, float("-inf")).exp().sum(-1)  # [B, M]
     return whole + torch.log1p(-share.clamp(max=LARGEST_SHARE))
-
-
-def extensions(answers):
-    """(numbers of answers, numbers of those that begin with them, with no other in between), or () for none."""
-    shorter, longer = [], []
-    for n, ids in enumerate(answers):
-        heads = [m for m, other in enumerate(answers) if len(other) < len(ids) and ids[: len(other)] == other]
-        if heads:
-            shorter.append(max(heads, key=lambda m: len(answers[m])))
-            longer.append(n)
-    return (shorter, longer) if shorter else ()

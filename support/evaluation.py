@@ -169,6 +169,11 @@ class Evaluation:
         return text_hash(self.prompt)
 
     @property
+    def ranked(self):
+        """Whether the answer is the likeliest of the possible ones, not what is written."""
+        return self.task.ranks_choices and self.answerer.gives_log_probs
+
+    @property
     def key(self):
         """Hash of all that the texts depend on besides the prompt and the machine."""
         parts = [
@@ -179,7 +184,7 @@ class Evaluation:
             rows_hash(self.rows),
             self.settings.max_new_tokens,
         ]
-        parts += ["ranked"] if self.task.ranks_choices else []  # what was written is kept under the key it always had
+        parts += ["ranked"] if self.ranked else []  # what was written is kept under the key it always had
         return text_hash(json.dumps(parts + list(self.answerer.identity)))
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from support.files import UserError, require
 
 SENTENCE_ENDS = (".", "!", "?")
+LARGEST_SHARE = 1 - 1e-6  # of an answer's probability that longer ones may take, so that its logarithm stays finite
 PUNCTUATION = (*SENTENCE_ENDS, ",", ";", ":")
 
 
@@ -134,6 +135,16 @@ def choices_of(answers):
         head = ids[:-1]
         read_of.append(next(n for n, read in enumerate(reads) if read[: len(head)] == head))
     return Choices(tuple(answers), tuple(reads), tuple(read_of))
+
+
+def extensions(answers):
+    """[(number of an answer, number of one that begins with it)], with no third in between."""
+    pairs = []
+    for n, ids in enumerate(answers):
+        heads = [m for m, other in enumerate(answers) if len(other) < len(ids) and ids[: len(other)] == other]
+        if heads:
+            pairs.append((max(heads, key=lambda m: len(answers[m])), n))
+    return pairs
 
 
 def encode_row(tokenizer, task, row):

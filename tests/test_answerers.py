@@ -3,6 +3,7 @@ we know."""
 
 import asyncio
 import json
+import math
 import os
 import re
 import socket
@@ -14,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -320,12 +322,81 @@ def test_a_server_that_never_recovers_ends_the_run_with_one_line_and_the_next_ru
     assert len(read_jsonl(tmp_path / "predictions.jsonl")) == 12
 
 
-@pytest.mark.parametrize("status, sent", [(400, 1), (404, 1), (429, 2), (500, 2)])
+@pytest.mark.parametrize("status, sent", [(400, 2), (404, 1), (429, 2), (500, 2)])
 def test_a_refusal_is_not_repeated_and_a_passing_failure_is(rows, status, sent):
     with serving(lambda handler, body, before: handler.say(status, {"error": "no model m"})) as web:
         with pytest.raises(UserError, match=f"HTTP {status} .*no model m"):
             server_answerer(flags(), web.url, "m")
     assert len(web.requests) == sent
+
+
+LABELS = own_task("choice", "So it is", ("Account", "Account access", "Billing", "Other"))
+NEXT = {  # what stands at the end of the message: the likeliest tokens there, and how likely
+    "So it is": {" Account": 0.5, " Bill": 0.3, " Yes": 0.2},
+    "is Account": {" access": 0.6, ".": 0.4},
+    "is Bill": {"ing": 0.9, "y": 0.1},
+    "reasons": {"1": 1.0},
+}
+
+
+def likely(spaces):
+    """A server that gives the log-probabilities of `NEXT`; without `spaces` as one does whose tokenizer marks them."""
+
+    def behave(handler, body, before):
+        if not body.get("logprobs"):
+            return handler.say(200, completion("reasons"))
+        at = body["messages"][-1]["content"]
+        table = next((tokens for end, tokens in NEXT.items() if at.endswith(end)), {"1": 1.0})
+        tops = []
+        for token, probability in table.items():
+            tops.append({"token": token if spaces else token.lstrip(), "logprob": math.log(probability)})
+        answer = completion(tops[0]["token"], "length", 1)
+        answer["choices"][0]["logprobs"] = {"content": [tops[0] | {"top_logprobs": tops}]}
+        handler.say(200, answer)
+
+    return behave
+
+
+@pytest.mark.parametrize("spaces", [True, False])
+def test_a_server_that_gives_log_probabilities_ranks_the_choices_as_wholes(rows, spaces):
+    with serving(likely(spaces)) as web:
+        answerer = server_answerer(flags(), web.url, "m")
+        found = evaluate(answerer, LABELS, rows[:2], "think.", settings())
+        before = len(web.requests)
+        assert before == 1 + 2 * (1 + 3)  # of each row the reasoning, the start and two places where a label goes on
+    assert answerer.gives_log_probs
+    for prediction in found:
+        probabilities = {choice: math.exp(value) for choice, value in prediction["choices"].items()}
+        assert probabilities == pytest.approx({"Account access": 0.3, "Billing": 0.27, "Account": 0.2})
+        assert prediction["answer"] == "Account access" and prediction["reply"].strip() == "Account"
+
+
+def test_a_server_without_log_probabilities_has_what_it_writes_read_and_is_another_evaluation(rows):
+    def no_field(handler, body, before):
+        if body.get("logprobs"):
+            handler.say(400, {"error": "logprobs: unknown field"})
+        else:
+            handler.say(200, completion("Billing, I think"))
+
+    for behave in (no_field, lambda handler, body, before: handler.say(200, completion("Billing, I think"))):
+        with serving(behave) as web:
+            answerer = server_answerer(flags(), web.url, "m")
+            (found,) = evaluate(answerer, LABELS, rows[:1], "think.", settings())
+        assert (found["answer"], found["reply"], "choices" in found) == ("Billing", "Billing, I think", False)
+        there = Evaluation(answerer, LABELS, "dev", rows, "think.", settings())
+        ranked = Evaluation(replace(answerer, gives_log_probs=True), LABELS, "dev", rows, "think.", settings())
+        assert not there.ranked and ranked.ranked and there.key != ranked.key
+
+
+def test_where_no_choice_is_among_the_likeliest_tokens_what_is_written_is_read(rows):
+    def behave(handler, body, before):
+        answer = completion("Hm")
+        answer["choices"][0]["logprobs"] = {"content": [{"top_logprobs": [{"token": "Hm", "logprob": -0.1}]}]}
+        handler.say(200, answer)
+
+    with serving(behave) as web:
+        (found,) = evaluate(server_answerer(flags(), web.url, "m"), LABELS, rows[:1], "think.", settings())
+    assert (found["answer"], found["reply"], "choices" in found) == (None, "Hm", False)
 
 
 def test_the_pause_is_at_least_as_long_as_the_server_asks_for(rows):
