@@ -65,7 +65,7 @@ TASK_FLAGS = {  # task: how it is asked, where that is not the table's way
         "kind": "choice",
         # The teams stand before the message: the baselines drop what stands between it and the prompt.
         "template": (
-            "Which team is right for this customer: Billing, Technical issue or Account access?\n{question}\nUse {prompt}"
+            "Which team is right for this: Billing, Technical issue or Account access?\n{question}\nUse {prompt}"
         ),
     },
 }
