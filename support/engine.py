@@ -37,6 +37,7 @@ from support.onednn import use_onednn
 LOOK_EVERY = {"cpu": 1, "cuda": 8}  # decoding steps between looks at which rows have ended: a look waits for the device
 LEAVE_TOGETHER = 8  # rows that `generate` hands out at once, so that what is read of them stays small
 ROOM = 64  # columns by which keys and values grow
+TOKENS_AT_ONCE = {"cpu": 512, "cuda": 2**14}  # of questions: a CPU's caches hold what becomes of them in a layer
 
 
 # --- Keys and values -------------------------------------------------------------------------------
@@ -260,10 +261,16 @@ class Engine:
 
     @torch.no_grad()
     def read(self, sequences):
-        """(Context, logits [B, V] of the next token) of B lists of ids, read from nothing, all at once."""
-        ids, mask = pad(sequences, self.device, left=True)  # [B, S]
-        context = Context([], mask[:, :0])
-        return context, self.forward(context, ids, mask)[:, 0]
+        """(Context, logits [B, V] of the next token) of B lists of ids, read from nothing, those of like length at
+        once."""
+        parts = [None] * len(sequences)
+        for rows in of_like_length(sequences, TOKENS_AT_ONCE.get(self.device.type, 2**14)):
+            ids, mask = pad([sequences[n] for n in rows], self.device, left=True)  # [b, S]
+            context = Context([], mask[:, :0])
+            logits = self.forward(context, ids, mask)[:, 0]  # [b, V]
+            for place, n in enumerate(rows):
+                parts[n] = context.row(place), logits[place]
+        return join([context for context, _ in parts]), torch.stack([logits for _, logits in parts])
 
     def prefill(self, sequences, batch_size=0):
         """What `read` gives, in batches. batch_size: sequences at once; 0: as many as fit."""
@@ -442,6 +449,16 @@ def physical_memory():
     if not hasattr(os, "sysconf"):
         return 2**34
     return max(1, round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)) * 2**30
+
+
+def of_like_length(sequences, tokens):
+    """Lists of the sequences' numbers, the longest first: as many in a list as have so many tokens with their padding,
+    or one."""
+    order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
+    while order:
+        count = max(1, tokens // max(1, len(sequences[order[0]])))
+        yield order[:count]
+        order = order[count:]
 
 
 def pad(sequences, device, left=False):

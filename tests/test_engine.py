@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from support import engine as engine_file
-from support.engine import Context, Engine, Growing, join, load_engine, pad
+from support.engine import Context, Engine, Growing, join, load_engine, of_like_length, pad
 from support.files import UserError
 
 # --- Loading ----------------------------------------------------------------------------------------
@@ -402,6 +402,22 @@ def test_rows_of_different_length_are_padded_on_the_left_and_read_as_alone(any_e
         for row, ids in enumerate(sequences):
             alone = torch.tensor([ids + more[row].tolist()])
             torch.testing.assert_close(found[row], any_engine.model(input_ids=alone).logits[0, -1])
+
+
+def test_rows_of_like_length_are_read_at_once_and_come_back_in_their_order(llama, monkeypatch):
+    sequences = [torch.randint(6, 100, (size,)).tolist() for size in (3, 20, 12, 2, 19)]
+    assert list(of_like_length(sequences, 40)) == [[1, 4], [2, 0, 3]]
+    assert list(of_like_length(sequences, 1)) == [[1], [4], [2], [0], [3]]  # a longer row than that is read alone
+    assert list(of_like_length([[], []], 8)) == [[0, 1]]
+    monkeypatch.setitem(engine_file.TOKENS_AT_ONCE, "cpu", 40)
+    llama.counts.clear()
+    context, logits = llama.read(sequences)
+    assert llama.counts["forward_tokens"] == 2 * 20 + 3 * 12  # and not 5 * 20
+    assert context.mask.sum(1).tolist() == [3, 20, 12, 2, 19]
+    later = llama.forward(context, torch.full((5, 1), 7))[:, 0]
+    for n, ids in enumerate(sequences):
+        plain = llama.model(input_ids=torch.tensor([[*ids, 7]])).logits[0, -2:]
+        torch.testing.assert_close(torch.stack([logits[n], later[n]]), plain)
 
 
 def test_growing_keys_and_values_are_those_that_were_put_in_and_leave_the_first_ones_alone():
