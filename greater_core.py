@@ -276,8 +276,9 @@ def reason_and_score(search, prefix, jobs):
             reads = [row.reads for row in ended_rows]
             answer_logits = read_answers(engine, ended.context, ended_rows[0].extractor, reads)  # [b, R, A, V]
             cross_entropy, wrong = answer_loss(answer_logits, ended_rows, settings.loss_temperature)
-            for n, reasoning, loss, is_wrong in zip(ended.rows, ended.ids, cross_entropy.tolist(), wrong.tolist()):
-                outcomes[n] = Outcome(reasoning, loss, is_wrong, nll[n])
+            for n, ids, loss, is_wrong in zip(ended.rows, ended.ids, cross_entropy.tolist(), wrong.tolist()):
+                outcomes[n] = Outcome(ids, loss, is_wrong, nll[n])
+            engine.activity.advance(rows=len(ended.rows))
         return outcomes
 
     around = max(len(row.turn_end + row.extractor + row.answer) for row in search.rows)
@@ -296,12 +297,12 @@ def score_prompts(search, prefix, prompts):
         own = outcomes[n * count : (n + 1) * count]
         values = torch.tensor([[o.cross_entropy, o.wrong, o.nll] for o in own], dtype=torch.float64)  # [N, 3]
         objective = objective_of(*values.unbind(1), search.settings)
-        finite = math.isfinite(objective)
-        require(finite, f"the loss is not finite under prompt ids {list(prompt)}: try --dtype float32")
+        not_finite = f"the loss is not finite under prompt ids {list(prompt)}: try --dtype float32"
+        require(math.isfinite(objective), not_finite)
         cross_entropy, error, nll = values.mean(0).tolist()
         reasoning = [outcome.reasoning for outcome in own]
-        score = Score(tuple(prompt), cross_entropy, error, nll, objective, sum(map(len, reasoning)))
-        scored.append((score, reasoning))
+        tokens = sum(map(len, reasoning))
+        scored.append((Score(tuple(prompt), cross_entropy, error, nll, objective, tokens), reasoning))
     return scored
 
 
@@ -385,8 +386,7 @@ def search_step(search, prefix, step):
 
     with timed(seconds, "select"):
         tried = {token: with_token(token) for token in shortlist}
-        rival = None if grows else search.current
-        new = select_candidate(search, prefix, list(tried.values()), rival, tried.get(forced))
+        new = select_candidate(search, prefix, [*tried.values()], None if grows else search.current, tried.get(forced))
 
     return Step(
         **vars(search.current),

@@ -73,48 +73,41 @@ class LocalModel:
         columns = len(contexts[-1][1]) + settings.max_new_tokens
         self.engine.require_positions(columns)
         size = settings.batch_size or self.engine.rows_that_fit(columns)
-        # A batch is whole or not there, so an evaluation that was killed goes on with the same batches.
-        for start in range(0, len(contexts), size):
-            batch = contexts[start : start + size]
+        # Batches do not depend on what is done, so an evaluation that was killed gives what an uninterrupted one gives.
+        batches = [contexts[start : start + size] for start in range(0, len(contexts), size)]
+        for batch in batches:
             if done.issuperset(row["id"] for row, _ in batch):
                 continue
-            answered = self.answer(task, batch, settings)
-            yield [generation for generation in answered if generation.row["id"] not in done]
+            for ended in self.engine.stream([ids for _, ids in batch], settings.max_new_tokens, len(batch)):
+                answered = self.answered(task, [batch[n][0] for n in ended.rows], ended, settings)
+                yield [generation for generation in answered if generation.row["id"] not in done]
 
-    def answer(self, task, batch, settings):
-        """The `Generation` of each (row, context ids) of one batch: the reasoning, then the reply behind it and the
-        extractor."""
-        engine, tokenizer = self.engine, self.engine.tokenizer
+    def answered(self, task, rows, ended, settings):
+        """The `Generation` of each of the rows whose reasoning has `Ended`: the answer stands behind the extractor."""
+        tokenizer, extractor = self.engine.tokenizer, extractor_ids(self.engine.tokenizer, task)
         if task.ranks_choices:
-            return self.rank(task, batch, settings)
-        asked = [ids for _, ids in batch]
-        reasonings = engine.complete(asked, settings.max_new_tokens, len(batch))
-        extractor = extractor_ids(tokenizer, task)
-        behind = [context + ids + extractor for context, (ids, _) in zip(asked, reasonings)]
-        replies = engine.complete(behind, settings.answer_tokens(task), len(batch))
-        answered = []
-        for (row, _), (ids, stopped), (reply_ids, _) in zip(batch, reasonings, replies):
+            replies, choices = self.ranked(task, ended, extractor)
+        else:
+            replies = self.engine.go_on(ended, extractor, settings.answer_tokens(task))
+            choices = [None] * len(rows)
+        generations = []
+        for row, ids, stopped, reply_ids, ranked in zip(rows, ended.ids, ended.stopped, replies, choices):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             reply = tokenizer.decode(reply_ids, skip_special_tokens=True)
-            answered.append(Generation(row, text, reply, len(ids), not stopped))
-        return answered
+            generations.append(Generation(row, text, reply, len(ids), not stopped, ranked))
+        return generations
 
-    def rank(self, task, batch, settings):
+    def ranked(self, task, ended, extractor):
+        """(the likeliest token of each row behind the extractor, as a list of ids; {choice: log-probability} each)."""
         from support.answers import choice_log_probs, read_answers
 
-        engine, tokenizer = self.engine, self.engine.tokenizer
-        extractor, choices = extractor_ids(tokenizer, task), encode_choices(tokenizer, task)
-        context, logits = engine.read([ids for _, ids in batch])
-        answered = []
-        for ended in engine.generate(context, logits, [settings.max_new_tokens] * len(batch)):
-            read = read_answers(engine, ended.context, extractor, [choices.reads] * len(ended.rows))
-            first = read[:, 0, 0].argmax(-1).tolist()  # the likeliest token behind the extractor
-            log_probs = choice_log_probs(read, choices).tolist()
-            for n, ids, stopped, token, ranked in zip(ended.rows, ended.ids, ended.stopped, first, log_probs):
-                text, reply = tokenizer.decode(ids, skip_special_tokens=True), tokenizer.decode([token])
-                scores = {c: round(v, 4) for c, v in zip(task.choices, ranked)}
-                answered.append(Generation(batch[n][0], text, reply, len(ids), not stopped, scores))
-        return answered
+        choices = encode_choices(self.engine.tokenizer, task)
+        logits = read_answers(self.engine, ended.context, extractor, [choices.reads] * len(ended.rows))
+        first = logits[:, 0, :1].argmax(-1).tolist()
+        scores = []
+        for log_probs in choice_log_probs(logits, choices).tolist():
+            scores.append({choice: round(value, 6) for choice, value in zip(task.choices, log_probs)})
+        return first, scores
 
 
 # --- A model behind a server ---------------------------------------------------------------------------

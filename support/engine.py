@@ -33,9 +33,11 @@ from transformers.modeling_utils import AttentionInterface
 
 from support.files import UserError, require
 from support.onednn import use_onednn
+from support.progress import Activity
 
 LOOK_EVERY = {"cpu": 1, "cuda": 8}  # decoding steps between looks at which rows have ended: a look waits for the device
 LEAVE_TOGETHER = 8  # rows that `generate` hands out at once, so that what is read of them stays small
+OUT_OF_MEMORY = "out of memory with a single row: use a smaller model or fewer tokens"
 ROOM = 64  # columns by which keys and values grow
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 2**14}  # of questions: a CPU's caches hold what becomes of them in a layer
 
@@ -90,8 +92,10 @@ class Borrowed(DynamicLayer):
 
     def joined(self, states, new):
         """[B, heads, C, head size] and new ones [b, heads, S, head size] -> [b, heads, C + S, head size]"""
-        picked = states.transpose(1, 2)[self.index, self.source].transpose(1, 2)
-        return torch.cat([picked, new], 2)
+        return torch.cat([self.picked(states), new], 2)
+
+    def picked(self, states):
+        return states.transpose(1, 2)[self.index, self.source].transpose(1, 2)
 
 
 @dataclass
@@ -131,6 +135,13 @@ class Context:
         source = torch.arange(self.mask.shape[1], device=self.mask.device) - columns[:, None]  # [b, C]
         mask = self.mask[index].gather(1, source.clamp(min=0)) * (source >= 0)
         return Context([Borrowed(layer, index, source.clamp(min=0)) for layer in self.layers], mask)
+
+    def own(self):
+        """A context of its own, of one that `rewind` gave."""
+        layers = []
+        for layer in self.layers:
+            layers.append(Growing(layer.picked(layer.lender.keys), layer.picked(layer.lender.values)))
+        return Context(layers, self.mask)
 
     def repeated(self, times):
         """Each row so many times in succession, of a context that `rewind` gave."""
@@ -206,6 +217,7 @@ class Engine:
         self.end_ids = end_tokens(model, tokenizer)
         self.counts = Counter()  # tokens in forward passes (with padding), in backward passes, generated
         self.batch_sizes = {}  # {stage: rows at once}, lowered when CUDA memory runs out
+        self.activity = Activity()
         self.check()
 
     def check(self):
@@ -305,6 +317,7 @@ class Engine:
         if not context.layers:
             context.layers = [Growing(layer.keys, layer.values) for layer in cache.layers]
         self.counts["forward_tokens"] += tokens.shape[0] * tokens.shape[1]
+        self.activity.advance(tokens=tokens.shape[0] * tokens.shape[1])
         return logits
 
     def logits_at(self, columns, **inputs):
@@ -367,20 +380,53 @@ class Engine:
 
         batch_size: rows at once; 0: as many as fit.
         """
+        results = [None] * len(sequences)
+        for ended in self.stream(sequences, max_new_tokens, batch_size):
+            for n, ids, stopped in zip(ended.rows, ended.ids, ended.stopped):
+                results[n] = ids, stopped
+        return results
 
-        def run(batch):
-            context, logits = self.read(batch)
-            results = [None] * len(batch)
-            for ended in self.generate(context, logits, [max_new_tokens] * len(batch)):
-                for n, ids, stopped in zip(ended.rows, ended.ids, ended.stopped):
-                    results[n] = ids, stopped
-            return results
+    def stream(self, sequences, max_new_tokens, batch_size=0):
+        """What `complete` gives, as `Ended` rows as they end, numbered as in `sequences`; longest sequences first.
 
+        On CUDA out-of-memory the batch size halves, and the rows of the batch that have not ended are read again.
+        """
         columns = max(map(len, sequences)) + max_new_tokens
         self.require_positions(columns)
-        self.batch_sizes.pop("completion", None)  # each call begins anew, so that a resumed one makes the same batches
         size = batch_size or self.rows_that_fit(columns)
-        return self.over_rows(run, sequences, "completion", size, cost=len)
+        waiting = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
+        self.activity.begin("reasoning", len(waiting))
+        while waiting:
+            batch, over, full = waiting[:size], set(), False
+            try:
+                context, logits = self.read([sequences[n] for n in batch])
+                for ended in self.generate(context, logits, [max_new_tokens] * len(batch)):
+                    ended.rows = [batch[n] for n in ended.rows]
+                    over.update(ended.rows)
+                    yield ended
+                    self.activity.advance(rows=len(ended.rows))
+            except torch.OutOfMemoryError:
+                require(size > 1, OUT_OF_MEMORY)
+                full = True
+            if full:  # not in the except block, where the error still holds the batch's tensors
+                context = logits = None
+                torch.cuda.empty_cache()
+                size = (min(size, len(batch)) + 1) // 2
+                logging.getLogger(__name__).warning("out of memory: completion in batches of %d", size)
+            waiting = [n for n in waiting if n not in over]
+        self.activity.end()
+
+    def go_on(self, ended, ids, max_new_tokens):
+        """What the model writes behind each of the `Ended` rows and these ids: a list of lists of ids."""
+        context = ended.context.own()
+        everyone = torch.tensor([ids] * len(ended.rows), device=self.device)  # [B, S]
+        written = [None] * len(ended.rows)
+        with torch.inference_mode():
+            logits = self.forward(context, everyone)[:, 0]  # [B, V]
+            for done in self.generate(context, logits, [max_new_tokens] * len(ended.rows)):
+                for n, row in zip(done.rows, done.ids):
+                    written[n] = row
+        return written
 
     # --- Batches ---
 
@@ -392,13 +438,14 @@ class Engine:
         """
         order = sorted(range(len(jobs)), key=lambda n: -cost(jobs[n]))
         results, start = [None] * len(jobs), 0
+        self.activity.begin(stage, len(jobs))
         while start < len(jobs):
             size = min(size, self.batch_sizes.get(stage, size))
             batch, found = order[start : start + size], None
             try:
                 found = function([jobs[n] for n in batch])
             except torch.OutOfMemoryError:
-                require(size > 1, "out of memory with a single row: use a smaller model or fewer tokens")
+                require(size > 1, OUT_OF_MEMORY)
             if found is None:  # not in the except block, where the error still holds the batch's tensors
                 torch.cuda.empty_cache()
                 self.batch_sizes[stage] = (min(size, len(batch)) + 1) // 2
@@ -409,6 +456,8 @@ class Engine:
             for n, result in zip(batch, found):
                 results[n] = result
             start += size
+            self.activity.reach(start)
+        self.activity.end()
         return results
 
     def require_positions(self, columns):

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
-from tqdm import tqdm
 
 from support.files import (
     UserError,
@@ -36,6 +35,7 @@ from support.files import (
     text_hash,
     write_jsonl,
 )
+from support.progress import bar
 from support.tasks import GRADER_VERSION, Task, grade, grade_harness, read_answer, read_answer_harness
 
 # --- Records ------------------------------------------------------------------------------------------------
@@ -269,21 +269,20 @@ def kept_predictions(evaluation, path, results):
 
 
 def add_missing(evaluation, path, kept):
-    """Predictions of all rows, in their order: those in `kept`, and the missing ones, made now and appended at `path`,
-    a batch at a time."""
+    """Predictions of all rows, in their order: those in `kept`, and the missing ones, made now and appended at `path`
+    as they come."""
     task, rows = evaluation.task, evaluation.rows
     reference = evaluation.reference._asdict()
     found = dict(kept)
     batches = evaluation.answerer.generate(task, rows, evaluation.prompt, evaluation.settings, frozenset(kept))
-    with tqdm(total=len(rows), initial=len(kept), unit="row", desc=evaluation.split, leave=False) as bar:
+    # No accuracy so far: short questions and short reasonings come first, and they are the easier ones.
+    with bar(total=len(rows), initial=len(kept), unit="row", desc=evaluation.split, leave=False) as rows_done:
         for batch in batches:
             predictions = [reference | graded(task, generation) for generation in batch]
             append_jsonl(path, *predictions)
             for prediction in predictions:
                 found[prediction["id"]] = prediction
-            right = sum(prediction["correct"] for prediction in found.values())
-            bar.set_postfix(accuracy=f"{100 * right / len(found):.1f} %")
-            bar.update(len(predictions))
+            rows_done.update(len(predictions))
     return [found[row["id"]] for row in rows]
 
 

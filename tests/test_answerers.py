@@ -20,14 +20,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, own_task, settings
+from conftest import ROOT, greedy_reference, own_task, plain_logits, settings, slow_log_probs
 
 from support import answerers
 from support.answerers import Server, local_answerer, server_answerer
 from support.evaluation import Evaluation, evaluate, evaluate_once
 from support.files import UserError, read_jsonl, write_jsonl
 from support.settings import ServerFlags
-from support.tokens import encode_prompt
+from support.tokens import encode_chat, encode_choices, encode_prompt, extractor_ids
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +49,8 @@ class ScriptedEngine:
 
     def __init__(self, tokenizer, reasoning=None, replies=(), dtype="float32"):
         self.tokenizer, self.model = tokenizer, SimpleNamespace(dtype=dtype)
-        self.texts = [reasoning, [(reply, True) for reply in replies]]
-        self.calls = []  # (contexts, max_new_tokens)
+        self.reasoning, self.replies = reasoning, replies
+        self.calls = []  # (contexts, or the ids behind the rows that ended; max_new_tokens)
 
     def rows_that_fit(self, columns):
         return 16
@@ -58,10 +58,17 @@ class ScriptedEngine:
     def require_positions(self, columns):
         pass
 
-    def complete(self, contexts, max_new_tokens, batch_size):
-        texts = self.texts[len(self.calls) % 2] or [("", True)] * len(contexts)
+    def encoded(self, texts):
+        return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+    def stream(self, contexts, max_new_tokens, batch_size):
         self.calls.append((contexts, max_new_tokens))
-        return [(self.tokenizer.encode(text, add_special_tokens=False), stopped) for text, stopped in texts]
+        texts, stopped = zip(*self.reasoning or [("", True)] * len(contexts))
+        yield SimpleNamespace(rows=list(range(len(contexts))), ids=self.encoded(texts), stopped=stopped)
+
+    def go_on(self, ended, ids, max_new_tokens):
+        self.calls.append((ids, max_new_tokens))
+        return self.encoded(self.replies or [""] * len(ended.rows))
 
 
 ROWS = [
@@ -80,13 +87,14 @@ def test_a_model_loaded_here_answers_behind_its_reasoning_and_the_extractor(demo
     ]
     (contexts, limit), (asked, reply_limit) = engine.calls
     assert (limit, reply_limit) == (9, 12)
-    text = demo_tokenizer.decode(asked[0])
-    assert asked[0][: len(contexts[0])] == contexts[0] and text.endswith("1 + 2 = 3 . so the answer is")
+    text = demo_tokenizer.decode(asked)
+    assert text == "so the answer is" and demo_tokenizer.decode(contexts[0]).count("find this .") == 1
 
 
 def test_evaluation_reads_the_same_ids_as_the_search(subword_tokenizer):
     engine = ScriptedEngine(subword_tokenizer)
-    task, row = own_task("choice", choices="AB"), {"id": "r", "question": "Is it A?\nOptions:\n(A) yes", "answer": "A"}
+    task = own_task("choice", choices="AB", answer_space="vocabulary")
+    row = {"id": "r", "question": "Is it A?\nOptions:\n(A) yes", "answer": "A"}
     prompt = "logical steps, then the answer."
     evaluate(local_answerer(engine, "m"), task, [row], prompt, settings())
     assert engine.calls[0][0] == [sum(encode_prompt(subword_tokenizer, task, row["question"], prompt), [])]
@@ -94,9 +102,51 @@ def test_evaluation_reads_the_same_ids_as_the_search(subword_tokenizer):
 
 def test_the_gold_answer_is_not_needed_to_ask_for_an_answer(subword_tokenizer):
     engine = ScriptedEngine(subword_tokenizer)
-    task, row = own_task("boolean", choices=("True", "False")), {"id": "r", "question": "Is it?", "answer": "\udcff"}
+    task = own_task("boolean", choices=("True", "False"), answer_space="vocabulary")
+    row = {"id": "r", "question": "Is it?", "answer": "\udcff"}
     list(local_answerer(engine, "m").generate(task, [row], "think.", settings(), frozenset()))
-    assert subword_tokenizer.decode(engine.calls[1][0][0]).endswith(" The answer is $")
+    assert subword_tokenizer.decode(engine.calls[1][0]).strip() == "The answer is $"
+
+
+def plain_texts(engine, task, row, prompt, limit, reply_limit):
+    """(ids of the reasoning, of the reply behind it and the extractor) of one row, without keys and values."""
+    context = encode_chat(engine.tokenizer, task, row["question"], prompt)
+    ids, _ = greedy_reference(engine, context, limit)
+    whole = context + ids + extractor_ids(engine.tokenizer, task)
+    return ids, greedy_reference(engine, whole, reply_limit)[0], whole
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+def test_replies_and_ranks_behind_kept_keys_and_values_are_those_of_whole_sequences(llama, demo_data, ranks):
+    """Rows of different length that end at different places of a batch."""
+    rows, prompt = sorted(demo_data["dev"][:40], key=lambda row: len(row["question"]))[::7], "find this ."
+    task = own_task(
+        "choice" if ranks else "number",
+        "so the answer is",
+        ("1", "12", "30") if ranks else (),
+        template="{question} {prompt}",
+    )
+    limits = settings(max_new_tokens=15, batch_size=4)
+    contexts = [encode_chat(llama.tokenizer, task, row["question"], prompt) for row in rows]
+    texts = [greedy_reference(llama, context, 15)[0] for context in contexts]
+    llama.end_ids = [max(set(sum(texts, [])), key=lambda token: len({t.index(token) for t in texts if token in t}))]
+    found = list(local_answerer(llama, "m").generate(task, rows, prompt, limits, frozenset()))
+    generations = {generation.row["id"]: generation for batch in found for generation in batch}
+    assert len(generations) == len(rows) and len(found) > 2  # as rows end, not as batches do
+    assert len({generation.tokens for generation in generations.values()}) > 1
+    for row in rows:
+        ids, reply, whole = plain_texts(llama, task, row, prompt, 15, 12)
+        generation = generations[row["id"]]
+        assert (generation.text, generation.tokens) == (llama.tokenizer.decode(ids, skip_special_tokens=True), len(ids))
+        if ranks:
+            answers = encode_choices(llama.tokenizer, task).answers
+            expected = slow_log_probs(lambda ids: plain_logits(llama.model, ids), whole, answers).tolist()
+            assert list(generation.choices) == list(task.choices)
+            assert list(generation.choices.values()) == pytest.approx(expected, abs=1e-6)
+            assert generation.reply == llama.tokenizer.decode(plain_logits(llama.model, whole)[-1:].argmax(-1))
+        else:
+            assert generation.reply == llama.tokenizer.decode(reply, skip_special_tokens=True)
+            assert generation.choices is None
 
 
 def test_a_bare_prompt_stands_behind_the_question_and_an_empty_one_leaves_the_question_alone(subword_tokenizer):

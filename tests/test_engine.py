@@ -363,7 +363,42 @@ def test_when_memory_runs_out_in_a_completion_its_batches_are_halved_and_nothing
 
     monkeypatch.setattr(Engine, "forward", forward)
     assert llama.complete(contexts, 5, 5) == expected and max(sizes) == 2
-    assert llama.batch_sizes == {"completion": 2}
+
+
+def test_rows_are_handed_out_as_they_end_and_those_that_ended_before_memory_ran_out_only_once(
+    llama, contexts, monkeypatch
+):
+    expected, plain, calls = llama.complete(contexts, 30), Engine.forward, []
+    lengths = [len(ids) for ids, _ in expected]
+    llama.end_ids = [
+        max(set(sum((ids for ids, _ in expected), [])), key=lambda t: [t in i for i, _ in expected].count(1))
+    ]
+    expected = llama.complete(contexts, 30)
+    assert len({len(ids) for ids, _ in expected}) > 1 and lengths
+
+    def forward(engine, context, tokens, *rest, **more):
+        calls.append(len(tokens))
+        if len(calls) == 25:
+            raise torch.OutOfMemoryError("none left")
+        return plain(engine, context, tokens, *rest, **more)
+
+    monkeypatch.setattr(Engine, "forward", forward)
+    handed_out = []
+    for ended in llama.stream(contexts, 30, len(contexts)):
+        for n, ids, stopped in zip(ended.rows, ended.ids, ended.stopped):
+            handed_out.append(n)
+            assert (ids, stopped) == expected[n]
+    assert sorted(handed_out) == list(range(len(contexts))) and len(calls) > 25
+
+
+def test_what_is_written_behind_ended_rows_is_what_is_written_behind_whole_sequences(any_engine, contexts):
+    seen = 0
+    for ended in any_engine.stream(contexts, 6, 3):
+        written = any_engine.go_on(ended, [20, 21], 5)
+        for n, ids, reply in zip(ended.rows, ended.ids, written):
+            assert reply == greedy_reference(any_engine, contexts[n] + ids + [20, 21], 5)[0]
+            seen += 1
+    assert seen == len(contexts)
 
 
 # --- Reading ----------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ SUPPORT = (
     "answerers",
     "answers",
     "pictures",
+    "progress",
     "report",
 )
 THERE = [name for name in SUPPORT if (ROOT / "support" / f"{name}.py").exists()]
