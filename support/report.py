@@ -251,11 +251,12 @@ def transfer_table(records):
 
 # --- The report -----------------------------------------------------------------------------------------------
 
-NOTES = f"""n is the number of test rows; in brackets stands the 95 % Wilson interval of an accuracy. Over several seeds: the
-mean of the runs ± one standard error of that mean, from the spread between the runs. An initial or baseline prompt is
-the same in every run and counts once. BBH: the mean over those of the paper's {len(PAPER_BBH)} tasks that were run, ±
-one standard error, the tasks being given. Columns called paper: Das et al. (ICLR 2025), Table 1, where BBH is the mean
-over all {len(PAPER_BBH)}. How the paper read answers is not published, so its numbers stand beside both readings.
+NOTES = f"""n is the number of test rows; in brackets stands the 95 % Wilson interval of an accuracy. Over several
+seeds: the mean of the runs ± one standard error of that mean, from the spread between the runs. An initial or baseline
+prompt is the same in every run and counts once. BBH: the mean over those of the paper's {len(PAPER_BBH)} tasks that
+were run, ± one standard error, the tasks being given. Columns called paper: Das et al. (ICLR 2025), Table 1, where BBH
+is the mean over all {len(PAPER_BBH)}. How the paper read answers is not published, so its numbers stand beside both
+readings.
 """
 
 

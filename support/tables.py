@@ -6,7 +6,8 @@ Prompts may be long, so they stand in a list of their own.
 from support.evaluation import READINGS, compare, estimate
 from support.runs import dev_warning, initial_of
 
-LEGEND = "in brackets the 95 % Wilson interval; unread: no answer found behind the extractor; cut: at --max-new-tokens"
+LEGEND = """in brackets the 95 % Wilson interval
+unread: no answer found behind the extractor; cut: at --max-new-tokens"""
 SIGNIFICANT = 0.05  # a p-value below it tells a difference from chance
 
 
@@ -66,6 +67,10 @@ def p_text(p):
     return f"{p:.6f}" if hides else text
 
 
+def row_count(number):
+    return "1 row" if number == 1 else f"{number} rows"
+
+
 def verdict(prompts, comparison):
     """Whether the search helped, in words.
 
@@ -76,16 +81,16 @@ def verdict(prompts, comparison):
         return "The best prompt is the initial one: nothing better was found."
     warning = dev_warning(prompts)
     chosen = "chosen" if warning else "best"
-    rows = comparison["gained"] - comparison["lost"]
-    count = f"{abs(rows)} row{'s' * (abs(rows) != 1)} of {comparison['n']}"
+    more = comparison["gained"] - comparison["lost"]  # rows right with the chosen prompt than with the initial one
+    count = f"{row_count(abs(more))} of {comparison['n']}"
     p = f"p = {p_text(comparison['p'])}"
     if comparison["p"] < SIGNIFICANT:
-        how = "better" if rows > 0 else "worse"
+        how = "better" if more > 0 else "worse"
         on_test = f"On test the {chosen} prompt is {how} than the initial one by {count}, {p}."
     else:
-        side = "" if rows == 0 else " more right" if rows > 0 else " fewer right"
+        count += " fewer right" if more < 0 else " more right"
         on_test = (
             f"On test there is no difference between the {chosen} and the initial prompt that could be told from "
-            f"chance: {count}{side}, {p}, not below {SIGNIFICANT}."
+            f"chance: {count}, {p}, not below {SIGNIFICANT}."
         )
     return f"{warning} {on_test}".strip()
