@@ -417,7 +417,8 @@ def wilson(correct, n):
     share, shrink = correct / n, 1 + Z**2 / n
     middle = (share + Z**2 / (2 * n)) / shrink
     half = Z * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2) / shrink
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Exactly 0 and 1 at the ends, where rounding would leave a little more or less.
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
 def compare(first, second, draws=10_000, seed=0):
