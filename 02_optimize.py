@@ -17,11 +17,21 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.answerers import local_answerer
-from support.evaluation import Evaluation, evaluate_once
+from support.evaluation import Evaluation, estimate, evaluate_once, read_predictions
 from support.files import alone_in, append_jsonl, require, write_jsonl
-from support.runs import finalists, log_line, open_run, rank_prompts, read_steps, run_folder, scores_of
+from support.runs import (
+    finalists,
+    initial_of,
+    log_line,
+    open_run,
+    rank_prompts,
+    read_steps,
+    run_folder,
+    scores_of,
+)
 from support.settings import ModelFlags, SearchSettings, TaskFlags, flag, parse_flags, run_script
 from support.sources import open_task
+from support.tables import LEGEND, accuracy_table, compare_reading, comparison_table, prompt_list, verdict
 from support.tokens import encode_prompt, encode_row, prompt_text
 
 
@@ -74,16 +84,22 @@ def optimize_task(flags, task, splits, train, run_dir):
     prompts = final_prompts(flags, engine.tokenizer, rows[0], steps)
     for prompt in tqdm(prompts, desc="dev", unit="prompt"):
         dev = evaluate(prompt["prompt"], "candidate", "dev")
+        _, low, high, _ = estimate([dev], "paper")
         prompt |= {"task": task.name, "dev_accuracy": dev["accuracy"], "dev_stderr": dev["stderr"]}
+        prompt |= {"dev_low": low, "dev_high": high}
     prompts = rank_prompts(prompts, flags.choose_on)
     write_jsonl(run_dir / "prompts.jsonl", prompts)
 
-    initial = next(prompt for prompt in prompts if prompt["initial"])
-    table = []
-    for role, prompt in (("initial", initial), ("best", prompts[0])):
-        text = prompt["prompt"]
-        table.append((role, text, evaluate(text, role, "dev"), evaluate(text, role, "test")))
-    report(table, run_dir)
+    results = {}
+    for role, prompt in (("initial", initial_of(prompts)), ("best", prompts[0])):
+        for split in ("dev", "test"):
+            results[role, split] = evaluate(prompt["prompt"], role, split)
+    test_rows = splits["test"][: flags.eval_rows or None]
+    predictions = [read_predictions(run_dir, results[role, "test"], test_rows) for role in ("initial", "best")]
+    # Of a prompt that the training rows chose nobody knows whether it is the best.
+    name = "best" if flags.choose_on == "dev" else "best on train"
+    report(name, prompts, results, predictions)
+    print_paths(run_dir)
 
 
 def search(flags, engine, rows, start, run_dir):
@@ -117,14 +133,27 @@ def final_prompts(flags, tokenizer, row, steps):
     return records
 
 
-def report(table, run_dir):
-    """Print what the initial and the best prompt reached: (role, prompt, dev result, test result) each."""
-    print(f"\n{'':8s}  {'dev accuracy':>15s}  {'test accuracy':>15s}  prompt")
-    for role, text, *results in table:
-        dev, test = (f"{100 * r['accuracy']:6.1f} ± {100 * r['stderr']:4.1f} %" for r in results)
-        print(f"{role:8s}  {dev:>15s}  {test:>15s}  {text}")
-    _, _, dev, test = table[0]
-    print(f"\n± is one standard error; dev {dev['n']} rows, test {test['n']} rows")
+def report(name, prompts, results, predictions):
+    """Print what the initial and the best prompt reached, how they differ on the test rows, and what that means.
+
+    name: what the best prompt is called; prompts: the final prompts, best first; results: {(role, split): `Result`} of
+    the roles initial and best; predictions: of the initial and of the best prompt on the test rows.
+    """
+    names = {"initial": "initial", "best": name}
+    texts = {"initial": initial_of(prompts)["prompt"], "best": prompts[0]["prompt"]}
+    if texts["initial"] == texts["best"]:  # said in the verdict
+        del names["best"]
+    shown = [(role, split) for split in ("dev", "test") for role in names]
+    print(f"\n{prompt_list(names.values(), [texts[role] for role in names])}\n")
+    print(accuracy_table([f"{names[role]}, {split}" for role, split in shown], [results[key] for key in shown]))
+    dev, test = (results["initial", split]["n"] for split in ("dev", "test"))
+    print(f"\ndev {dev} rows, test {test} rows; {LEGEND}")
+    if "best" in names:
+        print(f"\n{comparison_table(name, ['initial'], predictions)}")
+    print(f"\n{verdict(prompts, compare_reading(*predictions, 'paper'))}")
+
+
+def print_paths(run_dir):
     for name in ("prompts.jsonl", "steps.jsonl", "results.jsonl", "predictions.jsonl"):
         print(f"  {run_dir / name}")
 

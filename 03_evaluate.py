@@ -18,9 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.answerers import open_answerer
-from support.evaluation import Evaluation, compare, evaluate_once, read_predictions, regrade
+from support.evaluation import READINGS, Evaluation, evaluate_once, read_predictions, regrade
 from support.files import alone_in, is_text, read_jsonl, require, require_fields
-from support.runs import read_run
+from support.runs import dev_warning, read_run
 from support.settings import (
     GenerationSettings,
     ModelFlags,
@@ -32,6 +32,7 @@ from support.settings import (
     run_script,
 )
 from support.sources import open_task
+from support.tables import LEGEND, accuracy_table, comparison_table, prompt_list
 from support.tasks import Task
 
 
@@ -125,6 +126,8 @@ def chosen_prompts(flags, run_dir, task):
     elif flags.prompts or flags.run_dir:
         records = read_prompts(Path(flags.prompts or run_dir / "prompts.jsonl"), task)
         initial = next((record["prompt"] for record in records if record.get("initial")), initial)
+        if warning := dev_warning(records):
+            print(warning)
         chosen = best_prompts(records, flags.top, task)
     else:
         require(compared, "say what to evaluate: --run-dir of a run of stage 02, --prompt, --prompts or --baselines")
@@ -162,30 +165,15 @@ def best_prompts(records, count, task):
 # --- What is printed --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Reading:
-    """One of the two readings of a generation, and the fields of results and predictions that hold it."""
-
-    name: str
-    accuracy: str
-    stderr: str
-    correct: str
-
-
-READINGS = (
-    Reading("paper", "accuracy", "stderr", "correct"),
-    Reading("harness", "harness_accuracy", "harness_stderr", "harness_correct"),
-)
-
-
 def regrade_folder(run_dir, task, splits):
     """Grade the kept texts of a folder again, and print what changed."""
     require(run_dir.is_dir(), f"{run_dir} holds no evaluation")
     with alone_in(run_dir):
         for old, new in regrade(run_dir, task, splits):
             line = f"{new['role']:9s}  {new['split']:4s}"
-            for reading in READINGS:
-                line += f"  {reading.name} {100 * old[reading.accuracy]:5.1f} -> {100 * new[reading.accuracy]:5.1f} %"
+            for reading, beginning in READINGS.items():
+                before, after = (100 * result[f"{beginning}accuracy"] for result in (old, new))
+                line += f"  {reading} {before:5.1f} -> {after:5.1f} %"
             print(f"{line}  {new['prompt'] or '(no prompt)'}")
         print_paths(run_dir)
 
@@ -193,15 +181,13 @@ def regrade_folder(run_dir, task, splits):
 def print_results(flags, run_dir, results, rows):
     """The table of prompts, the last against each of the others, and mistakes of the last."""
     labels = labels_of(results)
-    print_accuracies(labels, results)
+    print(f"\n{prompt_list(labels, [result['prompt'] for result in results])}\n")
+    print(accuracy_table(labels, results))
     minutes = sum(result["minutes"] for result in results)
-    print(
-        f"\n{flags.split}, {len(rows)} rows; ± is one standard error; unread: no answer found behind the extractor; "
-        f"cut: at --max-new-tokens; {minutes:.1f} minutes of generation"
-    )
+    print(f"\n{flags.split}, {len(rows)} rows; {minutes:.1f} minutes of generation; {LEGEND}")
     predictions = [read_predictions(run_dir, result, rows) for result in results]
     if len(results) > 1:
-        print_comparisons(labels, predictions)
+        print(f"\n{comparison_table('last', labels[:-1], predictions)}")
     show_mistakes(predictions[-1], rows, flags)
     print_paths(run_dir)
 
@@ -215,38 +201,6 @@ def labels_of(results):
     return labels
 
 
-def width_of(labels):
-    return max(8, *map(len, labels))
-
-
-def print_accuracies(labels, results):
-    width = width_of(labels)
-    print(f"\n{'':{width}s}  {'paper':>15s}  {'harness':>15s}  {'unread':>6s}  {'cut':>6s}  {'tokens':>6s}  prompt")
-    for label, result in zip(labels, results):
-        line = f"{label:{width}s}"
-        for reading in READINGS:
-            cell = f"{100 * result[reading.accuracy]:6.1f} ± {100 * result[reading.stderr]:4.1f} %"
-            line += f"  {cell:>15s}"
-        line += f"  {100 * result['unread']:4.1f} %  {100 * result['truncated']:4.1f} %  {result['mean_tokens']:6.1f}"
-        print(f"{line}  {result['prompt'] or '(none)'}")
-
-
-def print_comparisons(labels, predictions):
-    """How the last prompt does on the rows of each of the others; predictions: a list per label."""
-    width = width_of(labels)
-    print(f"\n{'last against':{width}s}  reading   difference  95 % interval     gained  lost  p (exact McNemar)")
-    for label, other in zip(labels[:-1], predictions):
-        for reading in READINGS:
-            first = [prediction[reading.correct] for prediction in other]
-            last = [prediction[reading.correct] for prediction in predictions[-1]]
-            change = compare(first, last)
-            interval = f"{100 * change['low']:+6.1f} to {100 * change['high']:+6.1f}"
-            print(
-                f"{label:{width}s}  {reading.name:7s}  {100 * change['difference']:+9.1f} %  {interval}  "
-                f"{change['gained']:6d}  {change['lost']:4d}  {change['p']:.2g}"
-            )
-
-
 def show_mistakes(predictions, rows, flags):
     wrong = [(row, prediction) for row, prediction in zip(rows, predictions) if not prediction["correct"]]
     shown = wrong[: flags.mistakes]
@@ -254,8 +208,10 @@ def show_mistakes(predictions, rows, flags):
         print(f"\n{len(shown)} of {len(wrong)} mistakes of the last prompt:")
     for row, prediction in shown:
         print(f"  {prediction['id']}  gold {prediction['gold']}, read {prediction['answer']}")
-        print(f"    {row['question'][-200:]!r}")
-        print(f"    {prediction['text'][-200:]!r}")
+        # A question and a reasoning end with what matters, a reply begins with it.
+        print(f"    question   {row['question'][-200:]!r}")
+        print(f"    reasoning  {prediction['text'][-200:]!r}")
+        print(f"    reply      {prediction['reply'][:200]!r}")
 
 
 def print_paths(run_dir):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import greater_core as core
 from support.answerers import local_answerer
 from support.engine import load_engine
-from support.evaluation import accuracy, evaluate, mean_of_runs
+from support.evaluation import accuracy, error_text, evaluate, mean_of_runs
 from support.settings import SearchSettings
 from support.sources import split_rows
 from support.tasks import get_task
@@ -118,8 +118,8 @@ def main():
                 mean, error = mean_of_runs(results[start][arm][budget])
                 pairs = zip(results[start][arm][budget], results[start]["full method"][budget])
                 gap, gap_error = mean_of_runs([a - b for a, b in pairs])
-                versus = "" if arm == "full method" else f" ({100 * gap:+5.1f} ± {100 * gap_error:3.1f})"
-                cells.append(f"{100 * mean:5.1f} ± {100 * error:3.1f}{versus:>16s}")
+                versus = "" if arm == "full method" else f" ({100 * gap:+5.1f} ± {error_text(gap_error)})"
+                cells.append(f"{100 * mean:5.1f} ± {error_text(error)}{versus:>16s}")
             print(f"{arm:28s}" + "".join(f"{cell:>28s}" for cell in cells))
     flags.out.mkdir(parents=True, exist_ok=True)
     (flags.out / "claims.json").write_text(

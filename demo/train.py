@@ -229,7 +229,7 @@ def print_table(folder, instructions=5):
     sys.path.insert(0, str(HERE.parent))
     from support.answerers import local_answerer
     from support.engine import load_engine
-    from support.evaluation import accuracy, evaluate
+    from support.evaluation import accuracy, evaluate, wilson
     from support.settings import GenerationSettings
     from support.sources import split_rows
     from support.tasks import get_task
@@ -248,9 +248,10 @@ def print_table(folder, instructions=5):
         correct = [[p["correct"] for p in evaluate(answerer, task, rows, text, settings)] for text in sorted(drawn)]
         means = [accuracy(outcomes)[0] for outcomes in correct]
         mean = sum(means) / len(means)
-        error = (mean * (1 - mean) / (len(rows) - 1)) ** 0.5  # the instructions share their rows
+        low, high = wilson(mean * len(rows), len(rows))  # of an instruction: they share their rows
+        interval = f"({100 * low:.1f} to {100 * high:.1f})"
         span = f"({100 * min(means):5.1f}, {100 * max(means):5.1f})"
-        print(f"{level:7d}  {100 * mean:5.1f} ± {100 * error:.1f} %  {span}  for instance: {min(drawn, key=len)}")
+        print(f"{level:7d}  {100 * mean:5.1f} {interval} %  {span}  for instance: {min(drawn, key=len)}")
 
 
 def main():

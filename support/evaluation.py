@@ -1,4 +1,4 @@
-"""Evaluation of a prompt: one generation, two readings, accuracy with its standard error, paired comparisons.
+"""Evaluation of a prompt: one generation, two readings, accuracy with its interval, paired comparisons.
 
 The model reasons greedily under the prompt. `paper` reading: the extractor is appended,
 and the answer is what the model writes behind it, or, of a task whose possible answers are known, the likeliest of them
@@ -87,8 +87,12 @@ class Result(TypedDict):
     correct: int  # rows answered right, `paper` reading
     accuracy: float  # `paper` reading: share of right answers
     stderr: float  # of the accuracy
-    harness_accuracy: float  # the same of the `harness` reading
+    low: NotRequired[float]  # ends of its 95 % interval, see `wilson`; older files lack them
+    high: NotRequired[float]
+    harness_accuracy: float  # the same four of the `harness` reading
     harness_stderr: float
+    harness_low: NotRequired[float]
+    harness_high: NotRequired[float]
     unread: float  # share of rows where no answer was found, `paper` reading
     harness_unread: float  # the same of the `harness` reading
     truncated: float  # share of reasonings that were cut at max_new_tokens
@@ -381,19 +385,18 @@ def graded_again(path, task, splits):
 
 # --- Numbers ----------------------------------------------------------------------------------------------
 
+READINGS = {"paper": "", "harness": "harness_"}  # what the names of a reading's fields begin with
+Z = statistics.NormalDist().inv_cdf(0.975)  # 1.96: between -Z and Z lie 95 % of a standard normal distribution
+
 
 def summarize(predictions):
-    """Accuracy of both readings with standard errors, and how the generations went."""
+    """Accuracy of both readings with standard errors and intervals, and how the generations went."""
     n = len(predictions)
-    mean, stderr = accuracy([p["correct"] for p in predictions])
-    harness, harness_stderr = accuracy([p["harness_correct"] for p in predictions])
     return {
         "n": n,
         "correct": sum(p["correct"] for p in predictions),
-        "accuracy": mean,
-        "stderr": stderr,
-        "harness_accuracy": harness,
-        "harness_stderr": harness_stderr,
+        **accuracy_fields([p["correct"] for p in predictions], "paper"),
+        **accuracy_fields([p["harness_correct"] for p in predictions], "harness"),
         "unread": sum(p["answer"] is None for p in predictions) / n,
         "harness_unread": sum(p["harness_answer"] is None for p in predictions) / n,
         "truncated": sum(p["truncated"] for p in predictions) / n,
@@ -402,10 +405,31 @@ def summarize(predictions):
     }
 
 
+def accuracy_fields(outcomes, reading):
+    """The fields of a `Result` on the accuracy of a reading, from booleans."""
+    mean, stderr = accuracy(outcomes)
+    low, high = wilson(sum(outcomes), len(outcomes))
+    numbers = {"accuracy": mean, "stderr": stderr, "low": low, "high": high}
+    return {READINGS[reading] + name: number for name, number in numbers.items()}
+
+
 def accuracy(outcomes):
     """(mean, standard error) of booleans; the standard error is the sample's, sd / sqrt(n)."""
     mean = sum(outcomes) / len(outcomes)
     return mean, (mean * (1 - mean) / max(1, len(outcomes) - 1)) ** 0.5
+
+
+def wilson(correct, n):
+    """(low, high): the 95 % Wilson score interval of a share, `correct` of `n` rows, n at least 1.
+
+    It holds each true share from which the one seen is at most `Z` standard errors away. Unlike the standard error of
+    the share seen it has a width where none or all of the rows are right.
+    """
+    share, shrink = correct / n, 1 + Z**2 / n
+    middle = (share + Z**2 / (2 * n)) / shrink
+    half = Z * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2) / shrink
+    # Exactly 0 and 1 at the ends, where rounding would leave a little more or less.
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
 def compare(first, second, draws=10_000, seed=0):
@@ -438,25 +462,51 @@ def mcnemar(gained, lost):
     return min(1.0, 2 * tail / 2**discordant)
 
 
-# --- Results of several runs: a reading's accuracy and its standard error are these fields of a result --------
+# --- The accuracy of one result or of several runs ---------------------------------------------------------------
 
-READINGS = {"paper": ("accuracy", "stderr"), "harness": ("harness_accuracy", "harness_stderr")}
+
+class Estimate(NamedTuple):
+    """An accuracy, and how sure it is.
+
+    As text, in per cent: "82.6 (80.5 to 84.6)" of one result, "82.6 ± 1.0" of the mean of several.
+    """
+
+    accuracy: float
+    low: float  # of one result the ends of the 95 % Wilson interval; of several their mean, one standard error less
+    high: float  # or more
+    several: bool
+
+    @property
+    def error(self):
+        """The standard error; of one result that of a normal distribution whose 95 % interval is as wide."""
+        return (self.high - self.low) / 2 / (1 if self.several else Z)
+
+    def __str__(self):
+        if self.several:
+            return f"{100 * self.accuracy:.1f} ± {error_text(self.error)}"
+        return f"{100 * self.accuracy:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
+
+# What the two forms of an `Estimate` are, for the titles of tables and pictures.
+INTERVALS = "in brackets the 95 % Wilson interval; ± one standard error of the mean of several runs"
+
+
+def estimate(results, reading):
+    """The `Estimate` of one `Result` or of the mean of several runs' results. Older results do, too."""
+    shares = [result[READINGS[reading] + "accuracy"] for result in results]
+    if len(shares) == 1:
+        n = results[0]["n"]
+        return Estimate(shares[0], *wilson(round(shares[0] * n), n), False)
+    mean, error = mean_of_runs(shares)
+    return Estimate(mean, mean - error, mean + error, True)
 
 
 def mean_of_runs(values):
-    """(mean, its standard error from the spread between the values, which is 0 for one value)."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    """(mean, its standard error from the spread between the values); one value has no spread: not a number."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
     return statistics.mean(values), error
 
 
-def mean_and_error(results, reading):
-    """Mean accuracy and its standard error: of one result its own, of several that of their mean."""
-    mean, error = READINGS[reading]
-    if len(results) == 1:
-        return results[0][mean], results[0][error]
-    return mean_of_runs([result[mean] for result in results])
-
-
-def percent(mean, error):
-    """Shares in per cent, as text: "82.6 ± 1.0"."""
-    return f"{100 * mean:.1f} ± {100 * error:.1f}"
+def error_text(error):
+    """A standard error in per cent: "1.0"; "n/a" where there is none."""
+    return "n/a" if math.isnan(error) else f"{100 * error:.1f}"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.evaluation import READINGS, mean_and_error, percent
+from support.evaluation import INTERVALS, READINGS, estimate
 
 # --- What the pictures show: plain data -----------------------------------------------------------------------
 
@@ -25,7 +25,8 @@ from support.evaluation import READINGS, mean_and_error, percent
 class FinalistPoint(NamedTuple):
     step: int  # at which the prompt first appeared
     accuracy: float  # on dev rows
-    stderr: float
+    low: float  # ends of its 95 % interval; both the accuracy itself where an older run does not say
+    high: float
     initial: bool  # whether it is the initial prompt
 
 
@@ -61,7 +62,9 @@ def finalist_points(steps, prompts):
     for prompt in prompts:
         step = first_seen.get(tuple(prompt["prompt_ids"]))
         if step is not None:
-            points.append(FinalistPoint(step, prompt["dev_accuracy"], prompt["dev_stderr"], prompt["initial"]))
+            accuracy = prompt["dev_accuracy"]
+            low, high = prompt.get("dev_low", accuracy), prompt.get("dev_high", accuracy)
+            points.append(FinalistPoint(step, accuracy, low, high, prompt["initial"]))
     return points
 
 
@@ -220,7 +223,10 @@ def draw_objective(run, path):
         ylabel += " (log scale)"
     top.set(title=run.title, ylabel=ylabel)
     draw_finalists(bottom, finalist_points(run.steps, run.prompts), last=xs[-1])
-    bottom.set(xlabel="step (of a finalist: at which it first appeared)", ylabel="accuracy on dev rows, %")
+    bottom.set(
+        xlabel="step (of a finalist: at which it first appeared)",
+        ylabel="accuracy on dev rows, %\n(95 % Wilson interval)",
+    )
     bottom.xaxis.get_major_locator().set_params(integer=True)
     for panel in (top, bottom):
         panel.grid(alpha=0.3)
@@ -242,7 +248,13 @@ def draw_finalists(panel, points, last):
             look = {"label": "other finalist", "fmt": "o", "markersize": 8, "color": GRAY, "zorder": 2}
         x = point.step + 0.012 * last * drawn[point.step]  # side by side, so that none hides another
         drawn[point.step] += 1
-        panel.errorbar(x, 100 * point.accuracy, 100 * point.stderr, capsize=4, **look)
+        bar = error_bar(point.accuracy, point.low, point.high)
+        panel.errorbar(x, 100 * point.accuracy, bar, capsize=4, **look)
+
+
+def error_bar(mean, low, high):
+    """matplotlib's form of an interval around a share: its lengths down and up, in per cent."""
+    return [[100 * max(0.0, mean - low)], [100 * max(0.0, high - mean)]]
 
 
 # --- evolution.png --------------------------------------------------------------------------------------------
@@ -531,16 +543,18 @@ def draw_accuracy_bars(panel, groups, colors, reading):
             if method not in by_method:
                 continue
             records = by_method[method]
-            mean, error = mean_and_error(records, reading)
+            mean, low, high, _ = estimate(records, reading)
             text = f"{100 * mean:.1f}"
             if len(records) > 1:
                 text += f"  ({len(records)} runs)"
-            bars[method] = panel.barh(y, 100 * mean, 0.85, xerr=100 * error, color=color, error_kw={"capsize": 3})
-            end = (100 * mean + 100 * error, y)
+            bar = error_bar(mean, low, high)
+            bars[method] = panel.barh(y, 100 * mean, 0.85, xerr=bar, color=color, error_kw={"capsize": 3})
+            end = (100 * high, y)
             panel.annotate(text, end, (5, 0), textcoords="offset points", va="center")
             y += 1
         y += 0.9
-    panel.set(xlim=(0, 125), xlabel="accuracy on test rows, % (± one standard error)", title=f"{reading} reading")
+    bar_ends = "bars: 95 % Wilson interval;\nof several runs one standard error of their mean to either side"
+    panel.set(xlim=(0, 125), xlabel=f"accuracy on test rows, % ({bar_ends})", title=f"{reading} reading")
     panel.set_yticks(middles, ["\n".join(group) for group in groups])
     panel.set_xticks(range(0, 101, 20))
     panel.spines[["top", "right"]].set_visible(False)
@@ -566,7 +580,7 @@ def transfer_picture(records, path, reading="paper"):
         image = draw_transfers(panel, rows, targets, reading)
         panel.set_title(task)
     figure.colorbar(image, ax=panels, aspect=40)
-    figure.suptitle(f"Accuracy on {split_of(records)} rows in % ({reading} reading)")
+    figure.suptitle(f"Accuracy on {split_of(records)} rows in % ({reading} reading)\n{INTERVALS}", fontsize=11)
     figure.savefig(path)
     return Path(path)
 
@@ -580,10 +594,10 @@ def draw_transfers(panel, rows, targets, reading):
         for j, target in enumerate(targets):
             text, color = "-", "black"
             if target in by_target:
-                mean, error = mean_and_error(by_target[target], reading)
-                values[i, j] = 100 * mean
-                text = percent(mean, error)
-                dark = colormaps["cividis"](mean)[1] < 0.5
+                found = estimate(by_target[target], reading)
+                values[i, j] = 100 * found.accuracy
+                text = str(found)
+                dark = colormaps["cividis"](found.accuracy)[1] < 0.5
                 color = "white" if dark else "black"
             if target in by_target and source == target:
                 text += "\n(its own prompt)"

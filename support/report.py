@@ -14,9 +14,9 @@ from dataclasses import fields
 from pathlib import Path
 from urllib.parse import quote
 
-from support.evaluation import READINGS, mean_and_error, percent
+from support.evaluation import INTERVALS, READINGS, estimate
 from support.pictures import draw_accuracy, draw_run, gradient_points, split_of, transfer_groups
-from support.runs import load_runs
+from support.runs import dev_warning, load_runs
 from support.settings import SearchSettings
 from support.tasks import PAPER_BBH, TASKS
 
@@ -150,15 +150,15 @@ def table_records(runs):
 
 
 def cell(records, reading):
-    """The accuracy of one record, "82.6 ± 1.0 (n 1319)"; of several their mean and number, too; of none "-"."""
+    """The accuracy of one record, "82.6 (80.5 to 84.6), n 1319"; of several "82.6 ± 1.0, 3 seeds, n 1319"; of none
+    "-"."""
     if not records:
         return "-"
-    mean, error = mean_and_error(records, reading)
     sizes = [record["n"] for record in records]
     least, most = min(sizes), max(sizes)
     size = f"n {least}" if least == most else f"n {least}-{most}"
     count = f"{len(records)} {unit_of(records)}, " if len(records) > 1 else ""
-    return f"{percent(mean, error)} ({count}{size})"
+    return f"{estimate(records, reading)}, {count}{size}"
 
 
 def unit_of(records):
@@ -176,10 +176,10 @@ def mean_cell(groups, reading):
     """
     if not groups:
         return "-"
-    numbers = [mean_and_error(records, reading) for records in groups]
-    mean = statistics.mean(mean for mean, _ in numbers)
-    error = math.hypot(*(error for _, error in numbers)) / len(groups)
-    return f"{percent(mean, error)} ({len(groups)} of {len(PAPER_BBH)})"
+    estimates = [estimate(records, reading) for records in groups]
+    mean = statistics.mean(task.accuracy for task in estimates)
+    error = math.hypot(*(task.error for task in estimates)) / len(groups)
+    return f"{100 * mean:.1f} ± {100 * error:.1f}, {len(groups)} of {len(PAPER_BBH)} tasks"
 
 
 def markdown(rows):
@@ -232,7 +232,7 @@ def add_column(table, head, cells):
 
 def transfer_table(records):
     """Markdown: task x method x source model against the target model, a table for each reading. A record has task,
-    method, source, target, n, accuracy, stderr, harness_accuracy, harness_stderr, and perhaps its split."""
+    method, source, target, n, accuracy, harness_accuracy, and perhaps its split."""
     groups, targets = transfer_groups(records)
     parts = []
     for reading in READINGS:
@@ -244,18 +244,19 @@ def transfer_table(records):
                 beside = f", paper {number}" if number and target in by_target else ""
                 row.append(cell(by_target.get(target), reading) + beside)
             table.append(row)
-        title = f"Accuracy on {split_of(records)} rows in %, `{reading}` reading:"
+        title = f"Accuracy on {split_of(records)} rows in %, `{reading}` reading ({INTERVALS}):"
         parts.append(f"{title}\n\n{markdown(table)}\n")
     return "\n".join(parts)
 
 
 # --- The report -----------------------------------------------------------------------------------------------
 
-NOTES = f"""± is one standard error, n the number of test rows. Over several seeds: the mean of the runs ± the standard
-error of that mean, from the spread between the runs. An initial or baseline prompt is the same in every run and
-counts once. BBH: the mean over those of the paper's {len(PAPER_BBH)} tasks that were run. Columns called paper: Das et
-al. (ICLR 2025), Table 1, where BBH is the mean over all {len(PAPER_BBH)}. How the paper read answers is not published,
-so its numbers stand beside both readings.
+NOTES = f"""n is the number of test rows; in brackets stands the 95 % Wilson interval of an accuracy. Over several
+seeds: the mean of the runs ± one standard error of that mean, from the spread between the runs. An initial or baseline
+prompt is the same in every run and counts once. BBH: the mean over those of the paper's {len(PAPER_BBH)} tasks that
+were run, ± one standard error, the tasks being given. Columns called paper: Das et al. (ICLR 2025), Table 1, where BBH
+is the mean over all {len(PAPER_BBH)}. How the paper read answers is not published, so its numbers stand beside both
+readings.
 """
 
 
@@ -278,7 +279,9 @@ def run_section(run, pictures, folder):
         links.append(f"![{path.stem}]({link})\n")
     if run.steps and not gradient_points(run.steps):
         links.append("No gradient.png: no shortlisted candidate has a gradient.\n")
-    return "\n".join([f"## {run.title} ({run.folder.name})\n", markdown(table), "", *texts, *links])
+    warning = dev_warning(run.prompts) if run.prompts else ""
+    notes = [f"{warning}\n"] if warning else []
+    return "\n".join([f"## {run.title} ({run.folder.name})\n", markdown(table), "", *notes, *texts, *links])
 
 
 def write_report(folder):

@@ -391,8 +391,40 @@ def finalists(tokenizer, scores, count):
 
 
 def rank_prompts(prompts, choose_on):
-    """The run's final prompts, best first: by dev accuracy, equals by training objective; or by the objective alone."""
-    return sorted(prompts, key=lambda p: (-p["dev_accuracy"] if choose_on == "dev" else 0, p["objective"]))
+    """The run's final prompts, best first.
+
+    By dev accuracy, equals by training objective; or (choose_on "train") by the objective alone. Where nothing tells
+    the initial prompt from another it comes first.
+    """
+
+    def rank(prompt):
+        accuracy = prompt["dev_accuracy"] if choose_on == "dev" else 0
+        return -accuracy, prompt["objective"], not prompt["initial"]
+
+    return sorted(prompts, key=rank)
+
+
+def initial_of(prompts):
+    """The initial one of a run's final prompts."""
+    return next(prompt for prompt in prompts if prompt["initial"])
+
+
+def dev_warning(prompts):
+    """A sentence if the dev rows do not speak for the first of a run's final prompts, else "".
+
+    A file of other prompts may hold no dev accuracies; then there is nothing to say.
+    """
+    first = prompts[0]
+    initial = next((prompt for prompt in prompts if prompt.get("initial")), first)
+    after, before = first.get("dev_accuracy"), initial.get("dev_accuracy")
+    known = isinstance(after, (float, int)) and isinstance(before, (float, int))
+    if first["prompt"] == initial["prompt"] or not known or after > before:
+        return ""
+    if after == before:
+        how = f"no better than the initial one (both {100 * after:.1f} %)"
+    else:
+        how = f"worse than the initial one ({100 * after:.1f} against {100 * before:.1f} %)"
+    return f"On dev the chosen prompt is {how}: the training objective chose it."
 
 
 def log_line(step, steps):

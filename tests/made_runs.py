@@ -115,6 +115,8 @@ def finalist(prompt_ids, accuracy, initial=False):
         "prompt_ids": list(prompt_ids),
         "dev_accuracy": accuracy,
         "dev_stderr": 0.05,
+        "dev_low": accuracy - 0.125,
+        "dev_high": accuracy + 0.0625,
         "initial": initial,
     }
 
@@ -133,7 +135,7 @@ def make_run(folder, best=0.8, results=None, steps=STEPS, **config):
 
 def transfer(task, method, source, target, accuracy):
     """A line of transfer.jsonl."""
-    names = {"task": task, "method": method, "source": source, "target": target, "prompt": "p", "n": 101}
+    names = {"task": task, "method": method, "source": source, "target": target, "prompt": "p", "n": 100}
     return names | {"accuracy": accuracy, "stderr": 0.04, "harness_accuracy": 1 - accuracy, "harness_stderr": 0.03}
 
 

@@ -712,7 +712,7 @@ def test_stage_3_evaluates_on_a_real_server_without_importing_torch(real_server,
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     for label in ("empty", "zero-shot chain of thought", "initial", "given"):
-        assert re.search(rf"^{label} +\d+\.\d ± +\d+\.\d % +\d", done.stdout, re.M)
+        assert re.search(rf"^{label} +\d+\.\d \(\d+\.\d to \d+\.\d\) +\d", done.stdout, re.M)
     unknown = script("03_evaluate.py", *there, "--model", "no/such-model", *prompts, folder=tmp_path)
     assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1
     assert "error: --endpoint" in unknown.stderr and "no/such-model" in unknown.stderr

@@ -25,6 +25,53 @@ def test_the_standard_error_is_that_of_the_sample():
     assert evaluation.accuracy([True]) == (1.0, 0.0)
 
 
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_ends_of_a_wilson_interval_are_1_96_of_their_own_standard_errors_from_the_share_seen(counts):
+    correct, n = counts
+    share = correct / n
+    low, high = evaluation.wilson(correct, n)
+    assert 0 <= low <= share <= high <= 1 and high - low > 0
+    for end in (low, high):
+        if 0 < correct < n or 0.001 < end < 0.999:
+            assert abs(share - end) == pytest.approx(1.959964 * (end * (1 - end) / n) ** 0.5, rel=1e-5)
+
+
+def test_a_wilson_interval_has_the_published_values_and_a_width_where_all_or_none_are_right():
+    # Newcombe (1998), table I: the score method without continuity correction.
+    for correct, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)):
+        assert evaluation.wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
+    assert evaluation.wilson(20, 20) == pytest.approx((1 - 0.1611, 1), abs=5e-5)
+
+
+# --- One result, or the mean of several -----------------------------------------------------------------------
+
+
+def result_of(correct, n):
+    """The fields of a result that an estimate needs; older files hold no more of the accuracy."""
+    return {"n": n, "accuracy": correct / n, "harness_accuracy": 1 - correct / n}
+
+
+def test_one_result_has_its_wilson_interval_in_each_reading_though_its_file_holds_none():
+    for n in (3, 7, 20, 49, 1319):
+        for correct in (0, 1, n // 3, n):
+            for reading, count in (("paper", correct), ("harness", n - correct)):
+                found = evaluation.estimate([result_of(correct, n)], reading)
+                assert (found.low, found.high) == evaluation.wilson(count, n) and not found.several
+    assert str(evaluation.estimate([result_of(20, 20)], "paper")) == "100.0 (83.9 to 100.0)"
+
+
+def test_several_runs_have_the_standard_error_of_their_mean_from_their_spread():
+    found = evaluation.estimate([result_of(correct, 100) for correct in (70, 80, 90)], "paper")
+    assert found.accuracy == pytest.approx(0.8) and found.error == pytest.approx(0.1 / 3**0.5)
+    assert (found.low, found.high) == pytest.approx((0.8 - 0.1 / 3**0.5, 0.8 + 0.1 / 3**0.5))
+    assert str(found) == "80.0 ± 5.8"
+
+
+def test_one_value_has_no_spread():
+    mean, error = evaluation.mean_of_runs([0.5])
+    assert mean == 0.5 and evaluation.error_text(error) == "n/a" and evaluation.error_text(0.0123) == "1.2"
+
+
 # --- Comparing two prompts on the same rows -------------------------------------------------------------------
 
 
@@ -193,10 +240,18 @@ RECORDED_RESULT = """\
 {"role": "best", "task": "own", "model": "m", "endpoint": "", "split": "dev", "prompt_hash": "4aa75daec0028960", \
 "evaluation": "dfbdfc41e0793446", "rows": "c63590f5f4b1d3c0", "prompt": "find this .", "max_new_tokens": 12, "n": 3, \
 "correct": 2, "accuracy": 0.6666666666666666, "stderr": 0.33333333333333337, \
-"harness_accuracy": 0.6666666666666666, "harness_stderr": 0.33333333333333337, "unread": 0.3333333333333333, \
+"low": 0.20765960080204782, "high": 0.9385080552796038, "harness_accuracy": 0.6666666666666666, \
+"harness_stderr": 0.33333333333333337, "harness_low": 0.20765960080204782, "harness_high": 0.9385080552796038, \
+"unread": 0.3333333333333333, \
 "harness_unread": 0.0, "truncated": 0.3333333333333333, "mean_tokens": 3.3333333333333335, "grader_version": 1, \
 "minutes": 0.5}
 """
+
+
+def older_result():
+    """The recorded result as it was before results held the ends of intervals."""
+    record = json.loads(RECORDED_RESULT)
+    return {name: value for name, value in record.items() if not name.endswith(("low", "high"))}
 
 
 def recorded_answerer():
@@ -229,7 +284,7 @@ def test_the_keys_of_evaluations_are_those_of_the_records_that_users_have():
     assert replace(there, task=replace(task, answer_space="")).key != there.key  # another reading
 
 
-def test_the_files_of_an_evaluation_are_those_that_users_have_byte_for_byte(tmp_path, monkeypatch):
+def test_the_files_of_an_evaluation_are_the_recorded_ones_byte_for_byte(tmp_path, monkeypatch):
     clock = iter([60.0, 90.0])
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
     once(tmp_path, RECORDED_ROWS, recorded_answerer())
@@ -244,9 +299,18 @@ def test_a_recorded_evaluation_is_found_again_and_recorded_predictions_are_not_m
     (tmp_path / "predictions.jsonl").write_text(RECORDED_PREDICTIONS)
     result = once(tmp_path, RECORDED_ROWS, silent_answerer())
     assert without_time(result) == without_time(json.loads(RECORDED_RESULT))
-    (tmp_path / "results.jsonl").write_text(RECORDED_RESULT)
     (tmp_path / "predictions.jsonl").unlink()  # it is not even looked at
-    assert once(tmp_path, RECORDED_ROWS, silent_answerer()) == json.loads(RECORDED_RESULT)
+    for known in (json.loads(RECORDED_RESULT), older_result()):
+        write_jsonl(tmp_path / "results.jsonl", [known])
+        assert once(tmp_path, RECORDED_ROWS, silent_answerer()) == known
+
+
+def test_an_older_result_without_an_interval_gets_it_when_it_is_graded_again(tmp_path):
+    (tmp_path / "predictions.jsonl").write_text(RECORDED_PREDICTIONS)
+    write_jsonl(tmp_path / "results.jsonl", [older_result()])
+    assert len(older_result()) == len(json.loads(RECORDED_RESULT)) - 4
+    regrade(tmp_path, own_task(), {"dev": RECORDED_ROWS})
+    assert read_jsonl(tmp_path / "results.jsonl") == [json.loads(RECORDED_RESULT)]
 
 
 def test_minutes_are_those_of_the_generation(tmp_path, many, monkeypatch):

@@ -31,6 +31,7 @@ SUPPORT = (
     "settings",
     "runs",
     "evaluation",
+    "tables",
     "answerers",
     "answers",
     "pictures",

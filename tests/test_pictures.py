@@ -1,12 +1,13 @@
 """Pictures: what they show against hand-computed values; their sizes, and what they say."""
 
 import math
+import os
 import re
 from dataclasses import replace
 
 import pytest
 from conftest import ROOT
-from made_runs import LLAMA, STEPS, TEXTS, TRANSFERS, WORDS, finalist, long_run, make_run, step
+from made_runs import LLAMA, STEPS, TEXTS, TRANSFERS, WORDS, finalist, long_run, make_run, result, step
 
 from support import pictures
 from support.report import write_report
@@ -19,10 +20,41 @@ def test_a_finalist_stands_at_the_step_at_which_it_first_appeared():
     prompts = [finalist([4, 2, 3], 0.9), finalist([4, 5, 3], 0.8), finalist([1, 2, 3], 0.5, True), finalist([9], 0.1)]
     # [4, 2, 3] is won at step 1, [4, 5, 3] is only tried at step 2, [9] was never seen.
     assert pictures.finalist_points(STEPS, prompts) == [
-        (1, 0.9, 0.05, False),
-        (2, 0.8, 0.05, False),
-        (0, 0.5, 0.05, True),
+        (1, 0.9, 0.9 - 0.125, 0.9 + 0.0625, False),
+        (2, 0.8, 0.8 - 0.125, 0.8 + 0.0625, False),
+        (0, 0.5, 0.5 - 0.125, 0.5 + 0.0625, True),
     ]
+
+
+def test_a_finalist_of_an_older_run_without_an_interval_has_a_bar_of_no_length():
+    older = {name: value for name, value in finalist([4, 2, 3], 0.9).items() if name not in ("dev_low", "dev_high")}
+    assert pictures.finalist_points(STEPS, [older]) == [(1, 0.9, 0.9, 0.9, False)]
+
+
+def drawn_bars(monkeypatch, records):
+    """[(width, error bar)] of the bars in the paper reading's panel, in per cent."""
+    from matplotlib.axes import Axes
+
+    bars, barh = [], Axes.barh
+
+    def recorded(panel, y, width, *others, xerr, **look):
+        bars.append((width, xerr))
+        return barh(panel, y, width, *others, xerr=xerr, **look)
+
+    monkeypatch.setattr(Axes, "barh", recorded)
+    pictures.draw_accuracy(records, os.devnull)
+    return bars[: len(bars) // 2]
+
+
+def test_the_bar_of_one_result_is_its_wilson_interval_and_that_of_several_their_standard_error(monkeypatch):
+    common = {"task": "demo", "model": "m"}
+    one = result("initial", "test", 1.0, 20) | common | {"method": "initial prompt"}
+    several = [result("best", "test", share, 100) | common | {"method": "GReaTer"} for share in (0.7, 0.8, 0.9)]
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_: None)
+    (width, bar), (mean, spread) = drawn_bars(monkeypatch, [one, *several])
+    assert width == 100 and bar[1] == [0] and bar[0][0] == pytest.approx(16.11, abs=0.01)  # 20 / (20 + 1.96 ** 2)
+    assert mean == pytest.approx(80)
+    assert [end[0] for end in spread] == pytest.approx([10 / 3**0.5] * 2)
 
 
 def test_the_evolution_has_a_row_for_each_change_and_tells_when_each_token_was_set():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from made_runs import GEMMA, LLAMA, START, TRANSFERS, make_run, result
+from made_runs import GEMMA, LLAMA, START, TRANSFERS, finalist, make_run, result
 
 from support import report
 from support.files import UserError, write_jsonl
@@ -30,30 +30,30 @@ def rows_of(folder, reading="paper"):
 # --- Tables ---------------------------------------------------------------------------------------------------
 
 
-def test_one_run_gives_its_accuracy_standard_error_and_n_in_each_reading(tmp_path):
-    make_run(tmp_path / "a", results=[result("initial", "test", 0.5, 101), result("best", "test", 0.8, 101, 0.9)])
+def test_one_run_gives_its_accuracy_wilson_interval_and_n_in_each_reading(tmp_path):
+    make_run(tmp_path / "a", results=[result("initial", "test", 0.5), result("best", "test", 0.8, harness=0.9)])
     head, initial, best = rows_of(tmp_path)
     assert head == ["model", "method", "gsm8k", "paper"]
-    assert initial == [LLAMA, "initial prompt", "50.0 ± 5.0 (n 101)", "-"]
-    assert best == [LLAMA, "GReaTer", "80.0 ± 4.0 (n 101)", "82.6"]
-    assert rows_of(tmp_path, "harness")[2][2:] == ["90.0 ± 3.0 (n 101)", "82.6"]
+    assert initial == [LLAMA, "initial prompt", "50.0 (40.4 to 59.6), n 100", "-"]
+    assert best == [LLAMA, "GReaTer", "80.0 (71.1 to 86.7), n 100", "82.6"]
+    assert rows_of(tmp_path, "harness")[2][2:] == ["90.0 (82.6 to 94.5), n 100", "82.6"]
 
 
 def test_seeds_are_averaged_with_the_error_of_their_mean_and_a_fixed_prompt_counts_once(tmp_path):
     for seed, best in enumerate((0.7, 0.8, 0.9)):
         make_run(tmp_path / str(seed), seed=seed, best=best)
     _, initial, best = rows_of(tmp_path)
-    assert initial[2] == "60.0 ± 4.9 (n 100)"
+    assert initial[2] == "60.0 (50.2 to 69.1), n 100"
     # The standard deviation of 70, 80, 90 is 10; 10 / sqrt(3) = 5.8.
-    assert best[2] == "80.0 ± 5.8 (3 seeds, n 100)"
+    assert best[2] == "80.0 ± 5.8, 3 seeds, n 100"
 
 
 def test_runs_with_other_settings_are_rows_of_their_own_and_only_the_usual_one_meets_the_paper(tmp_path):
     make_run(tmp_path / "a", best=0.8, run_dir="a", top_k=10)
     make_run(tmp_path / "b", best=0.7, run_dir="b", top_k=40)
     assert [row[1:] for row in rows_of(tmp_path)[2:]] == [
-        ["GReaTer", "80.0 ± 4.0 (n 100)", "82.6"],
-        ["GReaTer (top_k 40)", "70.0 ± 4.6 (n 100)", "-"],
+        ["GReaTer", "80.0 (71.1 to 86.7), n 100", "82.6"],
+        ["GReaTer (top_k 40)", "70.0 (60.4 to 78.1), n 100", "-"],
     ]
 
 
@@ -63,8 +63,9 @@ def test_the_bbh_mean_is_over_the_papers_tasks_that_are_there(tmp_path):
     make_run(tmp_path / "c", task="bbh/word_sorting", best=0.1)  # none of the paper's 21
     head, _, best = rows_of(tmp_path)
     assert head[2:4] == ["BBH (2 of 21)", "paper"] and len(PAPER_BBH) == 21
-    error = 100 * math.sqrt(0.8 * 0.2 / 99 + 0.6 * 0.4 / 99) / 2
-    assert best[2:4] == [f"70.0 ± {error:.1f} (2 of 21)", "68.7"]
+    # The intervals, 71.1 to 86.7 and 50.2 to 69.1, have half widths of 7.8 and 9.4; over 1.96 that is 3.96 and 4.81.
+    error = math.hypot(3.96, 4.81) / 2
+    assert best[2:4] == [f"70.0 ± {error:.1f}, 2 of 21 tasks", "68.7"]
     assert head[4:] == ["bbh/hyperbaton", "bbh/navigate", "bbh/word_sorting"]
 
 
@@ -93,10 +94,10 @@ def test_baselines_are_rows_by_name_and_answers_of_another_model_do_not_count(tm
     ]
     make_run(tmp_path / "a", results=results)
     assert [row[1:] for row in rows_of(tmp_path)[1:]] == [
-        ["initial prompt", "60.0 ± 4.9 (n 100)", "-"],
-        ["empty", "40.0 ± 4.9 (n 100)", "-"],
-        ["zero-shot chain of thought", "70.0 ± 4.6 (n 100)", "79.6"],
-        ["GReaTer", "80.0 ± 4.0 (n 100)", "82.6"],
+        ["initial prompt", "60.0 (50.2 to 69.1), n 100", "-"],
+        ["empty", "40.0 (30.9 to 49.8), n 100", "-"],
+        ["zero-shot chain of thought", "70.0 (60.4 to 78.1), n 100", "79.6"],
+        ["GReaTer", "80.0 (71.1 to 86.7), n 100", "82.6"],
     ]
 
 
@@ -105,7 +106,7 @@ def test_of_several_results_the_one_of_the_most_rows_counts_and_of_equals_the_la
     make_run(tmp_path / "a", results=[result("initial", "test", 0.5, 10), *best])
     make_run(tmp_path / "b", seed=1, results=[result("initial", "test", 0.6), *best])
     make_run(tmp_path / "c", seed=2, results=[result("initial", "test", 0.5, 10), *best])
-    assert [row[2] for row in rows_of(tmp_path)[1:]] == ["60.0 ± 4.9 (n 100)", "80.0 ± 0.0 (3 seeds, n 100)"]
+    assert [row[2] for row in rows_of(tmp_path)[1:]] == ["60.0 (50.2 to 69.1), n 100", "80.0 ± 0.0, 3 seeds, n 100"]
 
 
 def test_the_papers_number_is_left_out_where_there_is_none_of_ours(tmp_path):
@@ -115,15 +116,15 @@ def test_the_papers_number_is_left_out_where_there_is_none_of_ours(tmp_path):
     assert head[2:] == ["gsm8k", "paper", "folio", "paper"]
     ours = {row[0]: row[2:] for row in rows if row[1] == "GReaTer"}
     assert ours == {
-        LLAMA: ["80.0 ± 4.0 (n 100)", "82.6", "-", "-"],
-        GEMMA: ["-", "-", "80.0 ± 4.0 (n 100)", "69.1"],
+        LLAMA: ["80.0 (71.1 to 86.7), n 100", "82.6", "-", "-"],
+        GEMMA: ["-", "-", "80.0 (71.1 to 86.7), n 100", "69.1"],
     }
 
 
 def test_another_method_is_called_by_its_name_and_needs_no_steps(tmp_path):
     folder = make_run(tmp_path / "a", method="APO", best=0.8)
     (folder / "steps.jsonl").unlink()
-    assert rows_of(tmp_path)[2][1:] == ["APO", "80.0 ± 4.0 (n 100)", "81.1"]
+    assert rows_of(tmp_path)[2][1:] == ["APO", "80.0 (71.1 to 86.7), n 100", "81.1"]
     assert [path.name for path in report.write_report(tmp_path)] == ["report.md", "accuracy.png"]
 
 
@@ -131,12 +132,12 @@ def test_the_transfer_table_has_targets_as_columns_and_the_papers_number_in_its_
     paper, harness = (table(part) for part in report.transfer_table(TRANSFERS).split("\nAccuracy on"))
     assert paper[2] == ["task", "method", "source", f"on {GEMMA}", f"on {LLAMA}"]
     assert paper[3:] == [
-        ["bbh/hyperbaton", "initial prompt", "-", "50.0 ± 4.0 (n 101)", "-"],
-        ["bbh/hyperbaton", "GReaTer", LLAMA, "80.0 ± 4.0 (n 101), paper 91", "90.0 ± 4.0 (n 101)"],
-        ["gsm8k", "GReaTer", LLAMA, "70.0 ± 4.0 (n 101)", "-"],
-        ["bbh/causal_judgement", "GReaTer", LLAMA, "-", "60.0 ± 4.0 (n 101)"],
+        ["bbh/hyperbaton", "initial prompt", "-", "50.0 (40.4 to 59.6), n 100", "-"],
+        ["bbh/hyperbaton", "GReaTer", LLAMA, "80.0 (71.1 to 86.7), n 100, paper 91", "90.0 (82.6 to 94.5), n 100"],
+        ["gsm8k", "GReaTer", LLAMA, "70.0 (60.4 to 78.1), n 100", "-"],
+        ["bbh/causal_judgement", "GReaTer", LLAMA, "-", "60.0 (50.2 to 69.1), n 100"],
     ]
-    assert harness[4][3] == "20.0 ± 3.0 (n 101), paper 91"
+    assert harness[4][3] == "20.0 (13.3 to 28.9), n 100, paper 91"
 
 
 def test_the_transfer_numbers_of_the_paper_have_the_averages_it_prints():
@@ -197,10 +198,20 @@ def test_the_report_shows_prompts_rates_and_links_that_exist(tmp_path):
     written = report.write_report(tmp_path / "my runs")
     text = written[0].read_text()
     assert f"initial:\n\n~~~text\n{START}\n~~~" in text
-    assert "| initial | 50.0 ± 5.0 (n 100) | 60.0 ± 4.9 (n 100) | 50.0 ± 5.0 (n 100) | 25.0 % | 12.5 % | 31.5 |" in text
+    fifty, sixty = "50.0 (40.4 to 59.6), n 100", "60.0 (50.2 to 69.1), n 100"
+    assert f"| initial | {fifty} | {sixty} | {fifty} | 25.0 % | 12.5 % | 31.5 |" in text
     links = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert links == ["accuracy.png", *(f"a%20run/{name}.png" for name in ("objective", "evolution", "gradient"))]
     assert [path.relative_to(tmp_path / "my runs").as_posix().replace(" ", "%20") for path in written[1:]] == links
+
+
+@pytest.mark.parametrize(("first_dev", "warned"), [(0.4, True), (0.5, True), (0.6, False)])
+def test_a_best_prompt_that_dev_rows_do_not_speak_for_is_reported_with_a_warning(tmp_path, first_dev, warned):
+    folder = make_run(tmp_path / "one")
+    first, initial = finalist((4, 2, 3), first_dev), finalist((1, 2, 3), 0.5, initial=True)
+    write_jsonl(folder / "prompts.jsonl", [first | {"prompt": "check it ."}, initial])
+    text = report.write_report(folder)[0].read_text()
+    assert ("On dev the chosen prompt is" in text) == warned
 
 
 def test_a_single_run_gets_its_pictures_beside_its_report(tmp_path):

@@ -19,6 +19,7 @@ from support.runs import (
     Unfinished,
     as_step,
     described,
+    dev_warning,
     finalists,
     last_job,
     load_run,
@@ -236,9 +237,41 @@ def test_a_step_is_described_with_texts_the_best_finished_prompt_and_what_was_co
 
 
 def test_prompts_are_ranked_by_dev_accuracy_then_objective_or_by_the_objective_alone():
-    prompts = [{"dev_accuracy": a, "objective": o} for a, o in ((0.5, 1.0), (0.7, 3.0), (0.7, 2.0))]
+    ranks = ((0.5, 1.0), (0.7, 3.0), (0.7, 2.0))
+    prompts = [{"dev_accuracy": a, "objective": o, "initial": False} for a, o in ranks]
     assert [p["objective"] for p in rank_prompts(prompts, "dev")] == [2.0, 3.0, 1.0]
     assert [p["objective"] for p in rank_prompts(prompts, "train")] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("choose_on", ["dev", "train"])
+def test_of_prompts_that_nothing_tells_apart_the_initial_one_comes_first(choose_on):
+    equal = {"dev_accuracy": 0.5, "objective": 1.0}
+    prompts = [equal | {"initial": False}, equal | {"initial": True}]
+    assert rank_prompts(prompts, choose_on) == prompts[::-1]
+
+
+def ranked(first_dev, initial_dev):
+    """Two final prompts, best first, by their dev accuracies."""
+    first = {"prompt": "check it .", "initial": False, "dev_accuracy": first_dev}
+    return [first, {"prompt": "read it .", "initial": True, "dev_accuracy": initial_dev}]
+
+
+def test_a_first_prompt_that_dev_rows_do_not_speak_for_is_told():
+    assert dev_warning(ranked(0.6, 0.5)) == ""
+    assert dev_warning(ranked(0.45, 0.5)) == (
+        "On dev the chosen prompt is worse than the initial one (45.0 against 50.0 %): the training objective chose it."
+    )
+    assert dev_warning(ranked(0.5, 0.5)) == (
+        "On dev the chosen prompt is no better than the initial one (both 50.0 %): the training objective chose it."
+    )
+
+
+def test_nothing_is_told_of_the_initial_prompt_itself_or_of_files_without_dev_accuracies():
+    first, initial = ranked(0.4, 0.5)
+    assert dev_warning([initial, first]) == ""
+    assert dev_warning([first | {"prompt": initial["prompt"]}, initial]) == ""  # other ids, the same text
+    assert dev_warning([{"prompt": "check it ."}, initial]) == ""
+    assert dev_warning([first, {"prompt": "read it ."}]) == ""
 
 
 def made_step(number, ids, tried=()):

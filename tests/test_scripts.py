@@ -47,15 +47,64 @@ def test_stage_1_prints_the_counts_and_writes_the_same_bytes_twice(tmp_path):
     assert outputs[0] == outputs[1]
 
 
-def test_stage_2_prepares_the_data_and_prints_both_prompts_with_errors_and_paths(finished):
+NUMBER = r"([\d.]+) \(([\d.]+) to ([\d.]+)\)"  # an accuracy and its interval
+
+
+def test_stage_2_prepares_the_data_and_prints_both_prompts_with_intervals_and_paths(finished):
     folder, printed = finished
     assert "preparing demo" in printed
-    table = re.findall(r"^(initial|best) +([\d.]+) ± +([\d.]+) % +([\d.]+) ± +([\d.]+) %  (.+)$", printed, re.M)
-    assert [row[0] for row in table] == ["initial", "best"]
-    assert table[0][5] == "read the problem here and find the answer now ."
+    table = re.findall(rf"^(\w+, \w+) +{NUMBER} +{NUMBER} +[\d.]+ % +[\d.]+ % +[\d.]+$", printed, re.M)
+    assert [row[0] for row in table] == ["initial, dev", "best, dev", "initial, test", "best, test"]
+    assert re.search(r"^initial   read the problem here and find the answer now \.$", printed, re.M)
     assert len(re.findall(r"^step +\d+/2  position .* s  \w.*$", printed, re.M)) == 3
     for name in ("prompts.jsonl", "steps.jsonl", "results.jsonl", "predictions.jsonl"):
         assert f"runs/demo-seed0/{name}" in printed and (folder / "runs" / "demo-seed0" / name).exists()
+
+
+def test_stage_2_ends_with_the_comparison_of_its_predictions_and_the_verdict_on_it(finished):
+    folder, printed = finished
+    run_dir = folder / "runs" / "demo-seed0"
+    evaluated = {r["role"]: r["prompt_hash"] for r in read_jsonl(run_dir / "results.jsonl") if r["split"] == "test"}
+    found = {}
+    for p in read_jsonl(run_dir / "predictions.jsonl"):
+        if p["split"] == "test":
+            found.setdefault(p["prompt_hash"], {})[p["id"]] = p["correct"]
+    initial, best = found[evaluated["initial"]], found[evaluated["best"]]
+    change = [best[row] - initial[row] for row in initial]
+    line = r"^initial +paper .* (\d+) +(\d+)  (\S+)$"
+    gained, lost, p = re.search(line, printed.split("best against")[1], re.M).groups()
+    assert (int(gained), int(lost)) == (change.count(1), change.count(-1)) and len(change) == 20
+    assert f"the best prompt is better than the initial one by {sum(change)} rows of 20, p = {p}." in printed
+
+
+def test_where_nothing_better_was_found_stage_2_says_so_and_shows_no_best_prompt(tmp_path):
+    printed = good("02_optimize.py", "--steps", "0", "--train-rows", "5", "--eval-rows", "5", folder=tmp_path)
+    end = printed[printed.index("\ninitial ") :]
+    assert "The best prompt is the initial one: nothing better was found." in end
+    assert re.findall(r"^(\w+, \w+) ", end, re.M) == ["initial, dev", "initial, test"] and "against" not in end
+    results = read_jsonl(tmp_path / "runs/demo-seed0/results.jsonl")  # which the report reads
+    assert {"initial", "best"} <= {r["role"] for r in results if r["split"] == "test"}
+
+
+def test_a_prompt_that_training_rows_chose_against_dev_is_not_called_best(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    run_dir = tmp_path / "copy" / "runs" / "demo-seed0"
+    record = json.loads((run_dir / "run.json").read_text())
+    record["config"]["choose_on"] = "train"
+    (run_dir / "run.json").write_text(json.dumps(record))
+    initial = next(p["prompt"] for p in read_jsonl(run_dir / "prompts.jsonl") if p["initial"])
+    dev = {"correct": 20, "accuracy": 1.0, "stderr": 0.0}  # of the initial prompt, as if it were right everywhere
+    results = read_jsonl(run_dir / "results.jsonl")
+    candidates = [r for r in results if r["role"] == "candidate"]
+    changed = [r | dev if (r["prompt"], r["split"]) == (initial, "dev") else r for r in candidates]
+    assert changed != candidates
+    write_jsonl(run_dir / "results.jsonl", changed)
+    printed = good("02_optimize.py", *QUICK, "--choose-on", "train", folder=tmp_path / "copy")
+    warning = "On dev the chosen prompt is worse than the initial one"
+    assert re.search(rf"^{warning} .* On test the chosen prompt is better", printed, re.M)
+    assert re.search(r"^best on train, test ", printed, re.M) and not re.search(r"^best, ", printed, re.M)
+    flags = ["--run-dir", "runs/demo-seed0", "--eval-rows", "5"]
+    assert warning in good("03_evaluate.py", *flags, folder=tmp_path / "copy")
 
 
 def test_a_newcomer_s_first_screen_shows_no_warning(tmp_path):
@@ -118,7 +167,8 @@ def test_a_killed_run_goes_on_to_the_same_result(finished, tmp_path):
         whole = finished[0] / "runs" / "demo-seed0" / name
         assert without_time(tmp_path / "runs" / "demo-seed0" / name) == without_time(whole), name
     again = good("02_optimize.py", *QUICK, folder=tmp_path)  # a finished run is only read
-    assert again.splitlines()[-9:] == printed.splitlines()[-9:]
+    table, again_table = (text[text.index("\ninitial ") :] for text in (printed, again))
+    assert again_table == table and "best against" in table
 
 
 def test_another_configuration_in_the_same_folder_is_refused(finished):
@@ -140,21 +190,26 @@ def test_stage_3_reads_finished_results_and_evaluates_new_prompts(finished):
     before = path.read_text().count("\n")
     printed = good("03_evaluate.py", "--run-dir", "runs/demo-seed0", "--eval-rows", "20", folder=folder)
     assert path.read_text().count("\n") == before  # nothing was generated again
-    assert re.search(r"^initial +[\d.]+ ± .*read the problem here and find the answer now \.$", printed, re.M)
+    assert re.search(rf"^initial +{NUMBER} ", printed, re.M)
+    assert re.search(r"^initial +read the problem here and find the answer now \.$", printed, re.M)
     flags = ["--prompt", "tell the total .", "--prompt", "check each step slowly ."]
     printed = good("03_evaluate.py", "--run-dir", "runs/demo-seed0", "--split", "dev", *flags, folder=folder)
-    assert re.findall(r"^(given \d) +[\d.]+ ± ", printed, re.M) == ["given 1", "given 2"]
+    assert [row[0] for row in re.findall(rf"^(given \d) +{NUMBER} ", printed, re.M)] == ["given 1", "given 2"]
     assert path.read_text().count("\n") == before + 200
     shown = re.findall(r"^  demo-(\d+)  gold (\d+), read (\d+)$", printed, re.M)
     assert 1 <= len(shown) <= 5
     assert all(200 <= int(row) < 300 and gold != answer for row, gold, answer in shown)
+    parts = re.findall(
+        r"read (\d+)\n    question   '(.+)'\n    reasoning  '(.+)'\n    reply      '(.+)'$", printed, re.M
+    )
+    assert len(parts) == len(shown) and all(reply == answer for answer, _, _, reply in parts)
 
 
 def test_stage_3_evaluates_the_baselines_and_compares_the_best_prompt_with_each(finished):
     flags = ["--run-dir", "runs/demo-seed0", "--baselines", "--top", "2", "--eval-rows", "20"]
     printed = good("03_evaluate.py", *flags, folder=finished[0])
     order = ["empty", "zero-shot chain of thought", "initial", "rank 2", "best"]
-    assert re.findall(r"^(\S.*?) +[\d.]+ ± .* %  ", printed, re.M) == order
+    assert [row[0] for row in re.findall(rf"^(\S.*?) +{NUMBER} .* %  ", printed, re.M)] == order
     every = read_jsonl(finished[0] / "runs/demo-seed0/results.jsonl")
     results = [r for r in every if r["role"] == "baseline"]
     assert [(r["name"], r["prompt"]) for r in results] == [(order[0], ""), (order[1], "show each step .")]
@@ -181,8 +236,8 @@ def test_both_readings_and_the_comparison_are_those_of_the_predictions(finished,
         assert (int(gained), int(lost)) == (change.count(1), change.count(-1)) and float(difference) == sum(change)
         assert sum(change) < 0
         for label, outcomes in (("given 1", first), ("given 2", second)):
-            shown = re.search(rf"^{label} +([\d.]+) ± +\S+ % +([\d.]+) ±", printed, re.M).groups()
-            assert float(shown[which]) == sum(o[which] for o in outcomes.values())  # of 100 rows
+            shown = re.search(rf"^{label} +{NUMBER} +{NUMBER}", printed, re.M).groups()
+            assert float(shown[3 * which]) == sum(o[which] for o in outcomes.values())  # of 100 rows
     assert any(paper != harness for paper, harness in first.values())
 
 
@@ -229,8 +284,8 @@ def test_stage_4_writes_the_matrix_of_prompts_and_models_and_runs_nothing_twice(
     own = {r["role"]: r for r in read_jsonl(folder / "runs/demo-seed0/results.jsonl") if r["split"] == "test"}
     for (method, source), role in zip(rows, ("initial", "best")):
         assert cells[method, source, "demo/model"]["accuracy"] == own[role]["accuracy"]
-        shown = " | ".join(f"{100 * cells[method, source, t]['accuracy']:.1f} ±" for t in targets)
-        assert re.search(rf"^\| demo \| {method} \| {source} \| " + shown.replace("|", r".*\|"), printed, re.M)
+        shown = " | ".join(f"{100 * cells[method, source, t]['accuracy']:.1f} \\(" for t in targets)
+        assert re.search(rf"^\| demo \| {method} \| {source} \| " + shown.replace(" | ", r".* \| "), printed, re.M)
     assert (folder / "runs/transfer/transfer.md").read_text() in printed
     assert (folder / "runs/transfer/transfer.png").stat().st_size > 5000
     files = sorted((folder / "runs/transfer").glob("demo/*/predictions.jsonl"))
@@ -299,9 +354,9 @@ def test_the_whole_chain_runs_on_own_rows(tmp_path):
     template = ["--template", "{question} please {prompt}", "--max-new-tokens", "20"]
     search = ["--initial-prompt", "find the answer now .", "--steps", "1", "--train-rows", "5"]
     printed = good("02_optimize.py", *own, *template, *search, folder=tmp_path)
-    assert "initial    100.0" in printed
+    assert re.search(r"^initial, test +100\.0 \(", printed, re.M)
     evaluated = good("03_evaluate.py", "--run-dir", "runs/own-mine-model-seed0", folder=tmp_path)
-    assert "initial    100.0" in evaluated
+    assert re.search(r"^initial +100\.0 \(", evaluated, re.M)
 
 
 def test_another_model_or_extractor_is_evaluated_anew_and_a_killed_evaluation_leaves_no_trace(tmp_path, demo_tokenizer):
