@@ -1,7 +1,7 @@
 """How fast real models read questions and generate: ours, transformers' `generate`, and the machine's floor.
 
     python benchmarks/generation_speed.py --models HuggingFaceTB/SmolLM2-135M-Instruct
-    python benchmarks/generation_speed.py --models FOLDER FOLDER --source DIR --repeats 5   # local models and rows
+    python benchmarks/generation_speed.py --models FOLDER FOLDER --source DIR   # local models and rows
 
 Both get the same questions of the task, chat template and initial prompt included, as one batch, and generate greedily
 in float32 on the CPU. They take turns, so that other work on the machine slows both, and the medians are printed.
@@ -11,6 +11,9 @@ The floor counts the products of the linear layers and nothing else: 2 operation
 read without padding, and only their last token meets the output embedding. A decoding step takes the longer of its
 operations and of reading all weights from memory once. Both rates are measured between the repetitions: operations
 with 2048 x 2048 matrices in the faster of PyTorch's and oneDNN's product, memory by a sum over 256 MiB.
+
+Beside other work wall-clock seconds are those of whoever got the cores, and a short measurement of a rate meets idle
+moments that a long one does not. --one-thread computes on one thread and counts the seconds that it had a core.
 """
 
 import argparse
@@ -48,10 +51,11 @@ class Rates(NamedTuple):
 
 
 def seconds(function, *arguments):
-    """(what the function returns, the seconds it took)"""
-    started = time.perf_counter()
+    """(what the function returns, the seconds it took: on a core if there is one thread, else by the wall clock)"""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
     result = function(*arguments)
-    return result, time.perf_counter() - started
+    return result, clock() - started
 
 
 def questions(engine, flags):
@@ -194,9 +198,11 @@ def main():
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--one-thread", action="store_true", help="count seconds of CPU: for a machine in use")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
+        torch.set_num_threads(1 if flags.one_thread else torch.get_num_threads())
         name, measure = flags.child
         print(json.dumps(MEASURES[measure](name, flags)))
         return

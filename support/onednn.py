@@ -5,6 +5,7 @@ along, takes about half the time (benchmarks/README.md). The operators are PyTor
 of PyTorch lacks them nothing is changed.
 """
 
+import ctypes
 import platform
 
 import torch
@@ -24,6 +25,15 @@ def use_onednn(model):
             if layer.weight is not embedding:  # whose rows are looked up
                 ordered = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
                 layer.weight = torch.nn.Parameter(ordered, requires_grad=False)
+                return_freed_memory()
+
+
+def return_freed_memory():
+    """Give the system what was freed. glibc keeps it for later tensors, which are smaller: the weights in their first
+    order would stay beside those in oneDNN's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such function, nor need one
+    if trim:
+        trim(0)
 
 
 class OneDnnLinear(torch.nn.Linear):
