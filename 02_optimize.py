@@ -41,6 +41,7 @@ class Flags(SearchSettings, ModelFlags, TaskFlags):
     finalists: int = flag(10, "prompts of the run that compete on dev rows")
     eval_rows: int = flag(0, "dev and test rows to evaluate on; 0: all")
     run_dir: str = flag("", "where the run is written; empty: runs/<task>-<model>-seed<seed>")
+    dry_run: bool = flag(False, "stop after the check of a few rows, and before any search")
 
 
 def main():
@@ -58,11 +59,16 @@ def main():
     train = random.Random(f"{flags.seed}/rows").sample(splits["train"], flags.train_rows)
 
     run_dir = Path(flags.run_dir) if flags.run_dir else run_folder(task.name, flags.model, flags.seed)
+    if flags.dry_run:
+        optimize_task(flags, task, splits, train, run_dir)
+        return
     prepared = json.loads((Path(flags.data_dir) / task.name / "task.json").read_text(encoding="utf-8"))
     # As they are now, also where the flags leave them to the task: a later version's task may have others.
     of_task = {"extractor": task.extractor, "template": task.template, "kind": task.kind}
     of_task |= {"answer_space": task.used_answer_space, "initial_prompt": task.initial_prompt}
-    open_run(run_dir, asdict(flags) | of_task, prepared, [row["id"] for row in train])
+    config = asdict(flags) | of_task
+    del config["dry_run"]
+    open_run(run_dir, config, prepared, [row["id"] for row in train])
     with alone_in(run_dir):
         optimize_task(flags, task, splits, train, run_dir)
 
@@ -74,6 +80,10 @@ def optimize_task(flags, task, splits, train, run_dir):
     engine = load_engine(flags.model, flags.device, flags.dtype)
     rows = [encode_row(engine.tokenizer, task, row) for row in train]
     start = encode_prompt(engine.tokenizer, task, train[0]["question"], task.initial_prompt)[1]
+    if flags.dry_run or not (run_dir / "steps.jsonl").exists():  # what goes on has been checked
+        check(flags, engine, task, splits, train, rows)
+    if flags.dry_run:
+        return
     steps = search(flags, engine, rows, start, run_dir)
     answerer = local_answerer(engine, flags.model)
 
@@ -100,6 +110,25 @@ def optimize_task(flags, task, splits, train, run_dir):
     name = "best" if flags.choose_on == "dev" else "best on train"
     report(name, prompts, results, predictions)
     print_paths(run_dir)
+
+
+def check(flags, engine, task, splits, train, rows):
+    """Print what a few rows say about the search and its cost. Errors: UserError if memory does not hold it."""
+    from support.check import ROWS, check_rows, cost_of, require_memory, table, warnings
+
+    count = min(ROWS, len(rows))
+    checked = check_rows(engine, task, train[:count], rows[:count], flags)
+    print(f"\none row, {train[0]['id']}, under the initial prompt:")
+    print("\n".join(checked.shown))
+    print(f"\n{count} rows:")
+    print("\n".join(table(checked, task, train)))
+    for warning in warnings(checked, task, train, flags):
+        print(f"  warning: {warning}")
+    limit = flags.eval_rows or None
+    counts = {"finalists": flags.finalists} | {split: len(splits[split][:limit]) for split in ("dev", "test")}
+    cost = cost_of(engine, checked, rows, flags, counts)
+    print(f"  {cost.line()}\n", flush=True)
+    require_memory(engine, cost)
 
 
 def search(flags, engine, rows, start, run_dir):

@@ -34,6 +34,7 @@ SUPPORT = (
     "tables",
     "answerers",
     "answers",
+    "check",
     "pictures",
     "progress",
     "report",

@@ -1,0 +1,212 @@
+"""A check before long work: on a few rows, whether the search can work at all, and what the whole run will cost.
+
+The model reasons under the initial prompt. Asked is what the method stands on: that reasonings end by themselves, that
+an answer can be read behind the extractor, that the gold answer is not out of reach, that the accuracy is neither that
+of guessing nor 100 %. Estimates come from the tokens and seconds of these rows.
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from support.answerers import LocalModel
+from support.answers import choice_log_probs, read_answers
+from support.engine import physical_memory
+from support.evaluation import graded
+from support.files import UserError
+from support.tasks import read_answer
+from support.tokens import decode, encode_chat
+
+ROWS = 12
+MOST = 0.75  # a share of rows from which on most of them are meant
+BACKWARD = 3  # a pass forward and back costs about as much as so many forward
+
+
+@dataclass
+class Checked:
+    """What was seen on the rows of a check."""
+
+    predictions: list[dict]  # an evaluation.Prediction of each row
+    replies: list[str]  # what the model writes freely behind the extractor
+    possible: list[bool]  # whether the likeliest token there can begin an answer; of an open task, whether one was read
+    ranks: list[
+        int
+    ]  # of the gold answer: among the choices, or of its first token among all tokens; 1 is the likeliest
+    shown: list[str] = field(default_factory=list)  # one row whole, in lines
+    read_seconds: float = 0.0  # a token of a question
+    row_seconds: float = 0.0  # a generation, with its question and answer
+    tokens: float = 0.0  # of a row's question, prompt, reasoning and extractor, mean
+
+
+def check_rows(engine, task, data, rows, settings):
+    """`Checked` of the data rows and their tokens.Row; settings: GenerationSettings."""
+    model, tokenizer = LocalModel(engine), engine.tokenizer
+    contexts = [encode_chat(tokenizer, task, row["question"], task.initial_prompt) for row in data]
+    started = time.perf_counter()
+    engine.read(contexts)
+    read_seconds = time.perf_counter() - started
+    checked = Checked([None] * len(data), [""] * len(data), [False] * len(data), [0] * len(data))
+    started, lengths = time.perf_counter(), []
+    for ended in engine.stream(contexts, settings.max_new_tokens, settings.batch_size):
+        of_data, of_rows = [data[n] for n in ended.rows], [rows[n] for n in ended.rows]
+        ranks = gold_ranks(engine, ended, of_rows)
+        replies = engine.go_on(ended, rows[0].extractor, settings.answer_tokens(task))
+        generations = model.answered(task, of_data, ended, settings)
+        for n, generation, rank, reply in zip(ended.rows, generations, ranks, replies, strict=True):
+            prediction = graded(task, generation)
+            checked.predictions[n], checked.ranks[n] = prediction, rank
+            checked.replies[n] = decode(tokenizer, reply)
+            checked.possible[n] = is_possible(tokenizer, task, rows[n], reply)
+            lengths.append(len(contexts[n]) + generation.tokens + len(rows[n].extractor) + len(rows[n].answer))
+    checked.row_seconds = (time.perf_counter() - started) / len(data)
+    checked.read_seconds = read_seconds / sum(map(len, contexts))
+    checked.tokens = sum(lengths) / len(lengths)
+    checked.shown = whole_row(tokenizer, task, contexts[0], checked)
+    return checked
+
+
+@torch.inference_mode()
+def gold_ranks(engine, ended, rows):
+    """For each of the rows that ended the rank of its gold answer: of a closed task among the choices, else that of the
+    answer's first token among all tokens."""
+    logits = read_answers(engine, ended.context, rows[0].extractor, [row.reads for row in rows])
+    if rows[0].choices:
+        scores, gold = choice_log_probs(logits, rows[0].choices), [row.gold for row in rows]
+    else:
+        scores, gold = logits[:, 0, 0], [row.answer[0] for row in rows]
+    return [int((each > each[n]).sum()) + 1 for each, n in zip(scores, gold)]
+
+
+def is_possible(tokenizer, task, row, reply):
+    """Whether what is written behind the extractor begins as a choice does; of an open task, whether it can be read."""
+    if row.choices:
+        return bool(reply) and any(ids[0] == reply[0] for ids in row.choices.answers)
+    return read_answer(task, decode(tokenizer, reply)) is not None
+
+
+def whole_row(tokenizer, task, context, checked):
+    """The first row as the model reads and writes it, in lines."""
+    prediction = checked.predictions[0]
+    parts = (
+        ("sent", decode(tokenizer, context)),
+        ("reasoning", prediction["text"] + (" [cut]" if prediction["truncated"] else "")),
+        ("extractor", task.extractor),
+        ("reply", checked.replies[0]),
+        ("read", f"{prediction['answer']} (harness reading: {prediction['harness_answer']})"),
+        ("gold answer", prediction["gold"]),
+    )
+    lines = []
+    for name, text in parts:
+        first, *more = text.split("\n")
+        lines.append(f"  {name:12s} {first}")
+        lines += [" " * 15 + line for line in more]
+    return lines
+
+
+# --- What it means --------------------------------------------------------------------------------------------
+
+
+def share(outcomes):
+    return sum(outcomes) / len(outcomes)
+
+
+def guessing(task, data):
+    """The accuracy of the best answer that is always the same, or None where answers are no closed set."""
+    if not task.choices:
+        return None
+    return max(Counter(row["answer"] for row in data).values()) / len(data)
+
+
+def table(checked, task, train):
+    """The check as lines of a name and a value. train: the data rows of the search."""
+    predictions = checked.predictions
+    closed = "the model's next token begins a possible answer" if task.ranks_choices else "an answer can be read"
+    guess = guessing(task, train)
+    lines = [
+        ("reasoning, tokens", f"{sum(p['tokens'] for p in predictions) / len(predictions):.0f}"),
+        ("ends by itself", f"{100 * (1 - share([p['truncated'] for p in predictions])):.0f} % of rows"),
+        (closed, f"{100 * share(checked.possible):.0f} % of rows"),
+        ("rank of the gold answer", f"{sorted(checked.ranks)[len(checked.ranks) // 2]} (median)"),
+        ("accuracy, paper reading", f"{100 * share([p['correct'] for p in predictions]):.0f} %"),
+        ("accuracy, harness reading", f"{100 * share([p['harness_correct'] for p in predictions]):.0f} %"),
+    ]
+    if guess is not None:
+        lines.append(("always the commonest answer", f"{100 * guess:.0f} %"))
+    return [f"  {name:48s} {value}" for name, value in lines]
+
+
+def warnings(checked, task, train, settings):
+    """Sentences on why the search may not work, each with the flag that helps; none where nothing is wrong."""
+    predictions, found = checked.predictions, []
+    if share([p["truncated"] for p in predictions]) >= MOST:
+        found.append(
+            f"Most reasonings are cut at --max-new-tokens {settings.max_new_tokens}: raise it, or ask for brevity with "
+            "--initial-prompt."
+        )
+    unread = share([p["answer"] is None for p in predictions])
+    if unread >= MOST:
+        space = " or --answer-space choices" if task.choices else ""
+        found.append(
+            f"Behind the extractor {task.extractor!r} hardly any answer can be read, so the loss says little and the "
+            f"accuracy is that of the extractor: set another with --extractor{space}."
+        )
+    right = share([p["correct"] for p in predictions])
+    if right == 1:
+        found.append("All of these rows are right already, so there is little to find: choose a harder --task.")
+    guess = guessing(task, train)
+    if guess is not None and right <= guess and not unread >= MOST:
+        found.append(
+            f"The accuracy is not above that of always answering the commonest answer ({100 * guess:.0f} % of the "
+            "training rows): the reasoning may say little about the answer. A stronger --model may be needed."
+        )
+    return found
+
+
+# --- What the run will cost -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Cost:
+    """What a run is going to take, at most: prompts that were scored before are not scored again."""
+
+    generations: dict[str, int]  # of search, dev and test
+    minutes: dict[str, float]
+    tokens: float
+    memory: int  # bytes
+
+    def line(self):
+        parts = ", ".join(f"{name} {minutes:.1f}" for name, minutes in self.minutes.items())
+        return (
+            f"at most {sum(self.generations.values())} generations, {self.tokens / 1e6:.2f} million tokens, about "
+            f"{sum(self.minutes.values()):.1f} minutes here ({parts}), {self.memory / 2**30:.1f} GiB of memory"
+        )
+
+
+def cost_of(engine, checked, rows, settings, counts):
+    """The `Cost` of a search with these tokens.Rows; settings: SearchSettings; counts: {"finalists", "dev", "test"}."""
+    tried = settings.shortlist_size if settings.shortlist != "all" else settings.top_k
+    generations = {
+        "search": len(rows) * (1 + settings.steps * tried),
+        "dev": (counts["finalists"] + 1) * counts["dev"],
+        "test": 2 * counts["test"],
+    }
+    minutes = {name: count * checked.row_seconds / 60 for name, count in generations.items()}
+    read = settings.steps * len(rows) * len(rows[0].reads) * checked.tokens
+    minutes["search"] += BACKWARD * read * checked.read_seconds / 60
+    columns = max(len(row.question) for row in rows) + settings.max_prompt_tokens + settings.max_new_tokens
+    at_once = min(settings.batch_size or engine.rows_that_fit(columns), len(rows) * tried)
+    weights = sum(weight.numel() * weight.dtype.itemsize for weight in engine.model.parameters())
+    memory = weights + engine.column_bytes * columns * (at_once + len(rows))
+    return Cost(generations, minutes, sum(generations.values()) * checked.tokens + BACKWARD * read, memory)
+
+
+def require_memory(engine, cost):
+    """Errors: UserError if a CPU's memory does not hold the run."""
+    if engine.device.type != "cuda" and cost.memory > physical_memory():
+        there = physical_memory() / 2**30
+        raise UserError(
+            f"the run would take {cost.memory / 2**30:.1f} GiB, this machine has {there:.0f}: lower --batch-size, "
+            "--train-rows or --max-new-tokens"
+        )
