@@ -1,5 +1,6 @@
 """The benchmarks run and say what they measured; how fast this machine is, is not a test."""
 
+import importlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 from filelock import FileLock
 
@@ -286,3 +288,28 @@ def test_every_prompt_on_the_tickets_the_baselines_too_is_told_the_teams():
         turn = framed.user_turn("My card was charged twice.", "")
         assert "My card was charged twice." in turn
         assert all(team in turn for team in task.choices) and len(task.choices) == 3
+
+
+def test_generation_is_compared_with_transformers_and_the_floor(tmp_path):
+    model = ROOT / "demo" / "model"
+    flags = ["--models", model, "--task", "demo", "--rows", 3, "--max-new-tokens", 5, "--repeats", 1, "--one-thread"]
+    printed = run("generation_speed.py", *flags, folder=tmp_path)
+    assert "15 generated in 3 rows" in printed and "the same ids in 3 of 3 rows" in printed
+    assert re.search(r"ours is at \d+ % of its speed", printed) and re.search(r"resident \d+ before loading", printed)
+
+
+def test_the_floor_of_generation_is_the_products_of_the_linear_layers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module("generation_speed")
+    model = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.ReLU(), torch.nn.Linear(20, 50))
+    model.get_output_embeddings, model.dtype = lambda: model[2], torch.float32
+    # 200 weights meet each of 7 tokens, 1000 the last of each of 2 rows. Of 3 and 1 new tokens the first are known then
+    # and the last are not read: 2 steps of one row, whose 1200 weights take longer to move than to multiply.
+    reading = 2 * (200 * 7 + 1000 * 2) / 100.0
+    rates = benchmark.Rates(operations=100.0, bytes=10.0)
+    found = benchmark.floor_seconds(model, [[1] * 3, [1] * 4], [3, 1], rates)
+    assert found == pytest.approx(reading + 2 * 4 * 1200 / 10)
+    rates = benchmark.Rates(operations=100.0, bytes=1e9)
+    found = benchmark.floor_seconds(model, [[1] * 3, [1] * 4], [3, 2], rates)
+    assert found == pytest.approx(reading + 2 * 1200 * (2 + 1) / 100)
+    assert benchmark.before_end([4, 9, 2, 4], ends=[2, 3]) == [4, 9] and benchmark.before_end([4], [2]) == [4]

@@ -1,6 +1,8 @@
 """oneDNN's products are the products of the plain layers, and so are their gradients."""
 
 import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,3 +50,22 @@ def test_a_model_in_another_precision_keeps_its_layers(demo_tokenizer, dtype, mo
     plain = tiny_engine("llama", demo_tokenizer, torch.float32).model
     use_onednn(plain)
     assert not any(type(layer) is OneDnnLinear for layer in plain.modules())
+
+
+def resident():
+    """Bytes that this process holds in memory of its own."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how much memory is held is read from Linux")
+def test_the_weights_are_held_once():
+    torch.empty(2**22).fill_(0)  # of 16 MiB: once it is freed, glibc takes smaller tensors from its own heaps
+    with ThreadPoolExecutor(4) as threads:  # as transformers loads them
+        products = list(threads.map(lambda _: torch.nn.Linear(1024, 1024, bias=False), range(32)))  # 4 MiB each
+    layers = torch.nn.Sequential(*products)
+    del products
+    layers.get_input_embeddings = lambda: torch.nn.Embedding(1, 1)
+    before = resident()
+    use_onednn(layers)
+    assert all(layer.weight.is_mkldnn for layer in layers) and resident() - before < 32 * 2**20
