@@ -102,12 +102,14 @@ def test_the_set_up_lines_make_and_enter_a_virtual_environment():
 
 def test_the_first_command_finds_a_prompt_and_prints_what_the_readme_shows(printed):
     first = printed["python 02_optimize.py --task demo"]
-    initial = re.search(r"^initial .*% +([\d.]+) ± ", first, re.M).group(1)
-    best = re.search(r"^best .*% +([\d.]+) ± ", first, re.M).group(1)
+    initial = re.search(r"^initial, test +([\d.]+) \(", first, re.M).group(1)
+    best = re.search(r"^best, test +([\d.]+) \(", first, re.M).group(1)
     assert 25 < float(initial) < 45
     assert float(best) >= 90
-    (shown,) = (block for _, block in BLOCK.findall(README) if "dev accuracy" in block)
+    (shown,) = (block for _, block in BLOCK.findall(README) if "initial, dev" in block)
     assert shown in first
+    (verdict,) = re.findall(r"a verdict: (better by .*?, p = \S+)\. ", README)
+    assert verdict.removeprefix("better ") in first and "the best prompt is better than the initial one" in first
 
 
 def test_the_commands_leave_the_files_that_the_readme_names(printed, copy):
