@@ -122,7 +122,7 @@ def test_the_commands_leave_the_files_that_the_readme_names(printed, copy):
 def test_the_table_of_baselines_is_what_the_command_prints(printed):
     evaluated = printed["python 03_evaluate.py --run-dir runs/demo-seed0 --baselines"]
     for label in ("empty", "zero-shot chain of thought", "initial", "best"):
-        row = next(row for row in table_rows(README) if len(row) == 6 and row[0].startswith(label))
+        row = next(row for row in table_rows(DEMO) if len(row) == 6 and row[0].startswith(label))
         line = re.search(rf"^{label} +\d.*$", evaluated, re.M).group()
         assert numbers(" ".join(row[1:])) == numbers(line)
 
