@@ -63,10 +63,8 @@ def main():
         optimize_task(flags, task, splits, train, run_dir)
         return
     prepared = json.loads((Path(flags.data_dir) / task.name / "task.json").read_text(encoding="utf-8"))
-    # As they are now, also where the flags leave them to the task: a later version's task may have others.
-    of_task = {"extractor": task.extractor, "template": task.template, "kind": task.kind}
-    of_task |= {"answer_space": task.used_answer_space, "initial_prompt": task.initial_prompt}
-    config = asdict(flags) | of_task
+    # The task's parts as they are now, also where the flags leave them to it: a later version's task may have others.
+    config = asdict(flags) | task.parts | {"initial_prompt": task.initial_prompt}
     del config["dry_run"]
     open_run(run_dir, config, prepared, [row["id"] for row in train])
     with alone_in(run_dir):

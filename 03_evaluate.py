@@ -12,6 +12,7 @@ flexible extraction from the reasoning itself). The last prompt is compared with
 evaluated with the same model, rows, extractor and settings is not run again; a killed evaluation goes on where it was.
 """
 
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -101,6 +102,9 @@ def evaluate_prompts(flags, task, split_rows, run_dir):
     prompts = chosen_prompts(flags, run_dir, task)
     run_dir.mkdir(parents=True, exist_ok=True)
     answerer = open_answerer(flags, flags.model, flags.endpoint)  # imports torch only where a model is loaded here
+    if task.ranks_choices and not answerer.gives_log_probs:
+        note = "the server gives no log-probabilities here, so answers are not ranked but read from what it writes"
+        print(f"note: {note}", file=sys.stderr)
     with alone_in(run_dir):
         results = []
         for prompt in tqdm(prompts, desc="prompts", unit="prompt"):

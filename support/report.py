@@ -111,7 +111,7 @@ def usual_settings(task):
     """{setting: its default} of a search on a task, given by name."""
     usual = {f.name: f.default for f in fields(SearchSettings)}
     if task in TASKS:
-        usual |= {"initial_prompt": TASKS[task].initial_prompt} | TASKS[task].defaults
+        usual |= {"initial_prompt": TASKS[task].initial_prompt} | TASKS[task].parts | TASKS[task].defaults
     return usual
 
 

@@ -25,6 +25,7 @@ from support.files import (
     weights_hash,
     write_json,
 )
+from support.tasks import TASKS
 from support.tokens import ends_sentence, prompt_text
 
 # --- Records of a search: the fields are the columns of steps.jsonl ----------------------------------
@@ -301,7 +302,9 @@ class Run:
 
     @property
     def title(self):
-        return f"task {self.task}, model {self.model}, {self.method}, seed {self.config.get('seed', '-')}"
+        changed = ", ".join(changed_parts(self.task, self.config))
+        task = f"{self.task} ({changed})" if changed else self.task
+        return f"task {task}, model {self.model}, {self.method}, seed {self.config.get('seed', '-')}"
 
     def result(self, role, split, name=None):
         """The record of the most rows, of these the latest, or None. What another model answered does not count."""
@@ -322,6 +325,14 @@ class Run:
         """[(role, name)] of the prompts that were evaluated: initial, baselines, best."""
         names = dict.fromkeys(record.get("name") for record in self.results if record["role"] == "baseline")
         return [("initial", None), *(("baseline", name) for name in names), ("best", None)]
+
+
+def changed_parts(task_name, config):
+    """How a run's task differs from the known one of that name, as "name value" each; [] of own rows."""
+    if task_name not in TASKS:
+        return []
+    usual = TASKS[task_name].parts
+    return [f"{name} {config[name]!r}" for name in usual if config.get(name, "") not in ("", usual[name])]
 
 
 def load_runs(folder):

@@ -61,8 +61,15 @@ class Task:
     def bare(self):
         """The task without the fixed words before the prompt: for prompts that are sentences of their own, or empty."""
         head, between = self.template.removesuffix("{prompt}").split("{question}")
-        space = "\n" if "\n" in between else " "
+        lines, line_end, _ = between.rpartition("\n")  # words on lines of their own belong to the question
+        space = lines + line_end or " "
         return replace(self, template=f"{head}{{question}}{space}{{prompt}}")
+
+    @property
+    def parts(self):
+        """What a user may set otherwise, as a run keeps it: {the flag's name: value}."""
+        shown = {name: getattr(self, name) for name in ("extractor", "template", "kind")}
+        return shown | {"answer_space": self.used_answer_space}
 
     def user_turn(self, question, prompt):
         """What the user says: the question with the prompt's text in its place."""

@@ -159,6 +159,8 @@ def test_a_bare_prompt_stands_behind_the_question_and_an_empty_one_leaves_the_qu
     assert "Question: 3 + 14" in empty and "Now use" not in empty
     assert thought.replace("\nLet's think step by step.", "", 1) == empty
     assert own_task(template="{question} please {prompt}").bare.template == "{question} {prompt}"
+    options = "Message: {question}\nTeams: A, B or C\nNow use {prompt}"  # that no prompt is there changes no question
+    assert own_task(template=options).bare.template == "Message: {question}\nTeams: A, B or C\n{prompt}"
 
 
 def test_a_prompt_with_a_word_the_tokenizer_does_not_know_is_refused(demo_tokenizer, demo_task):
