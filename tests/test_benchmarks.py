@@ -313,3 +313,13 @@ def test_the_floor_of_generation_is_the_products_of_the_linear_layers(monkeypatc
     found = benchmark.floor_seconds(model, [[1] * 3, [1] * 4], [3, 2], rates)
     assert found == pytest.approx(reading + 2 * 1200 * (2 + 1) / 100)
     assert benchmark.before_end([4, 9, 2, 4], ends=[2, 3]) == [4, 9] and benchmark.before_end([4], [2]) == [4]
+
+
+def test_the_table_of_extractors_has_a_line_for_each_form_from_the_same_reasonings(tmp_path):
+    flags = ["--models", str(ROOT / "demo" / "model"), "--tasks", "demo", "--rows", "4", "--max-new-tokens", "40"]
+    printed = run("extractors.py", *flags, "--data-dir", "data", folder=tmp_path)
+    head, *rows = [[c.strip() for c in line.strip("|").split("|")] for line in printed.splitlines() if line[:1] == "|"]
+    rows = [dict(zip(head, row, strict=True)) for row in rows if "---" not in row[0]]
+    assert [row["form"] for row in rows] == ["paper", "short", "named"]
+    assert len({(row["tokens"], row["cut"], row["harness"]) for row in rows}) == 1
+    assert rows[0]["read"] == "100" and rows[0]["written"] == rows[0]["harness"] and rows[0]["top"] == "-"
