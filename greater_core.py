@@ -5,8 +5,8 @@ time. At position i, with N training rows:
 
 1. Propose (Eq. 3-4): the top-k allowed next tokens after `question + prompt[:i]`, intersected over sampled rows.
 2. Reason (Sec. 3.2): the model's greedy reasoning for every row under the current prompt, kept from the selection
-   that chose this prompt; behind it an extractor ("Therefore, the final answer ... is $"), behind that the logits of
-   the gold answer (Eq. 5-6).
+   that chose this prompt; behind it an extractor ("So the answer is"), behind that the logits of the gold answer, or
+   the log-probabilities of all possible answers (Eq. 5-6).
 3. Gradient (Eq. 7): of the answer loss plus lambda times the prompt's negative log-likelihood, with respect to the
    one-hot choice of token i. The mu proposals with the most negative gradient are the shortlist.
 4. Select (Alg. 1): for each of them and the incumbent, reason anew and compute the loss for real; the lowest wins.

@@ -36,8 +36,8 @@ class Score:
     """What a prompt is worth on the training rows: means over the rows, natural logarithms."""
 
     prompt_ids: tuple[int, ...]
-    cross_entropy: float  # of the gold answer's tokens behind the reasoning, from logits / loss temperature
-    error: float  # share of the rows in which some answer token is not the likeliest
+    cross_entropy: float  # of the gold answer behind the reasoning: among the choices, or of its tokens; / temperature
+    error: float  # share of the rows in which another choice is likelier, or some answer token is not the likeliest
     nll: float  # negative log-likelihood of the prompt, per token
     objective: float  # what selection minimizes
     tokens: int  # of all reasonings together

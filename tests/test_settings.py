@@ -10,6 +10,7 @@ from conftest import ROOT, own_task, settings
 
 from support.files import UserError
 from support.settings import PRESETS, GenerationSettings, SearchSettings, TaskFlags, parse_flags, run_script
+from support.tasks import TASKS
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,23 @@ def test_a_flag_counts_before_the_run_the_preset_the_task_and_the_paper(
     monkeypatch.setattr(sys, "argv", ["script", *words.split()])
     flags = parse_flags(Flags, "", lambda early: of_the_run)
     assert (flags.steps, flags.top_k, flags.task) == (steps, top_k, task)
+
+
+@pytest.mark.parametrize(
+    ("words", "extractor", "answer_space"),
+    [
+        ("--task bbh/navigate", "", ""),
+        ("--task bbh/navigate --preset paper", TASKS["bbh/navigate"].paper_extractor, "vocabulary"),
+        ("--task bbh/navigate --preset released", TASKS["bbh/navigate"].paper_extractor, "vocabulary"),
+        ("--task bbh/navigate --preset paper --extractor So --answer-space choices", "So", "choices"),
+        ("--task demo --preset paper", "", "vocabulary"),
+        ("--task mine.jsonl --preset paper --extractor So", "So", "vocabulary"),
+    ],
+)
+def test_the_paper_s_preset_takes_its_extractor_and_answer_space(monkeypatch, words, extractor, answer_space):
+    monkeypatch.setattr(sys, "argv", ["script", *words.split()])
+    flags = parse_flags(Flags, "")
+    assert (flags.extractor, flags.answer_space) == (extractor, answer_space)
 
 
 def test_what_gives_more_defaults_sees_the_task_and_the_folder_of_the_run(monkeypatch):
