@@ -33,6 +33,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from support.files import UserError, require
 from support.onednn import use_onednn
+from support.progress import Progress
 
 LOOK_EVERY = {"cpu": 1, "cuda": 8}  # decoding steps between looks at which rows have ended: a look waits for the device
 LEAVE_TOGETHER = 8  # rows that `generate` hands out at once, so that what is read of them stays small
@@ -197,6 +198,7 @@ class Engine:
         self.end_ids = end_tokens(model, tokenizer)
         self.counts = Counter()  # tokens in forward passes (with padding), in backward passes, generated
         self.batch_sizes = {}  # {stage: rows at once}, lowered when CUDA memory runs out
+        self.progress = Progress()  # what is being done now
         self.check()
 
     def check(self):
@@ -324,6 +326,7 @@ class Engine:
         while True:
             logits = self.forward(context, ids[:, -1:])  # [B, 1, V], of id n: all n ids have been read
             n = ids.shape[1]
+            self.progress.tokens += len(ids)
             if n % look_every == 0 or n >= longest:
                 is_end = torch.isin(ids, ends)
                 before_end = torch.where(is_end.any(1), is_end.int().argmax(1), n)  # [B]
@@ -334,7 +337,10 @@ class Engine:
                         lengths = length[leaving].tolist()
                         generated = [row[:count] for row, count in zip(ids[leaving].tolist(), lengths)]
                         stopped = (before_end < limits)[leaving].tolist()
-                        self.counts["generated_tokens"] += sum(lengths) + sum(stopped)
+                        generated_tokens = sum(lengths) + sum(stopped)
+                        self.counts["generated_tokens"] += generated_tokens
+                        self.progress.tokens += generated_tokens - n * len(leaving)  # less what is behind the ends
+                        self.progress.done += len(leaving)
                         ended = Ended(
                             rows[leaving].tolist(), generated, stopped, context.rewind(leaving, n - length[leaving])
                         )
@@ -377,7 +383,9 @@ class Engine:
         """
         order = sorted(range(len(jobs)), key=lambda n: -cost(jobs[n]))
         results, start = [None] * len(jobs), 0
+        self.progress.begin(stage, len(jobs))
         while start < len(jobs):
+            self.progress.done = start
             size = min(size, self.batch_sizes.get(stage, size))
             batch, found = order[start : start + size], None
             try:
