@@ -10,6 +10,7 @@ this endpoint only, and is kept out of every message.
 
 import asyncio
 import itertools
+import logging
 import math
 import os
 import random
@@ -17,9 +18,11 @@ import urllib.parse
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from support.evaluation import Generation
 from support.files import UserError, require, short_name, weights_hash
+from support.progress import Progress
 from support.settings import ServerFlags
 from support.tokens import encode, encode_chat, extractor_ids
 
@@ -36,6 +39,7 @@ class Answerer:
     identity: tuple  # what tells its texts from those of another: part of the evaluation's key
     generate: Callable
     endpoint: str = ""  # of a server, which is known by its model's name wherever it runs
+    progress: Progress | None = None  # of a model loaded here, whose tokens are counted as it generates them
 
 
 def open_answerer(flags, model, endpoint=""):
@@ -53,7 +57,19 @@ def open_answerer(flags, model, endpoint=""):
 def local_answerer(engine, path):
     """The Answerer that is the model of an `Engine`, loaded from `path`."""
     identity = (weights_hash(path), str(engine.model.dtype))
-    return Answerer(short_name(path), identity, LocalModel(engine).generate)
+    return Answerer(short_name(path), identity, LocalModel(engine).generate, progress=engine.progress)
+
+
+ANSWER_TOGETHER = 8, 1 / 4  # ended rows whose replies are generated together: at least so many, and of a batch's rows
+
+
+class Reasoning(NamedTuple):
+    """A row whose reasoning has ended."""
+
+    row: dict
+    context: list[int]  # ids that were read before it
+    ids: list[int]  # what was generated, without the end token
+    stopped: bool  # by an end token, not by the limit
 
 
 @dataclass(frozen=True)
@@ -63,38 +79,83 @@ class LocalModel:
     engine: object  # engine.Engine, which is not imported here because it imports torch
 
     def generate(self, task, rows, prompt, settings, done):
-        """As `Answerer` says, short rows first. Errors: UserError if the tokenizer does not know the prompt's words."""
+        """As `Answerer` says, soon after rows end. Errors: UserError if the tokenizer does not know the prompt's
+        words."""
         tokenizer = self.engine.tokenizer
         unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encode(tokenizer, " " + prompt)
         require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
         contexts = [(row, encode_chat(tokenizer, task, row["question"], prompt)) for row in rows]
-        contexts.sort(key=lambda context: len(context[1]))
-        columns = len(contexts[-1][1]) + settings.max_new_tokens
+        columns = max(len(ids) for _, ids in contexts) + settings.max_new_tokens
         self.engine.require_positions(columns)
         size = settings.batch_size or self.engine.rows_that_fit(columns)
-        # A batch is whole or not there, so an evaluation that was killed goes on with the same batches.
-        for start in range(0, len(contexts), size):
-            batch = contexts[start : start + size]
+        # A row's batch does not depend on what is done, and all of it is generated again for those of its rows that
+        # are missing, so an evaluation that was killed ends with the same texts.
+        for batch in batches_of_like_length(contexts, size):
             if done.issuperset(row["id"] for row, _ in batch):
                 continue
-            answered = self.answer(task, batch, settings)
-            yield [generation for generation in answered if generation.row["id"] not in done]
+            for answered in self.answer_what_fits(task, batch, settings):
+                missing = [generation for generation in answered if generation.row["id"] not in done]
+                if missing:
+                    yield missing
+
+    def answer_what_fits(self, task, batch, settings):
+        """What `answer` yields. When CUDA memory runs out, the rows that have no answer go on in halves."""
+        from torch import OutOfMemoryError
+
+        waiting = [batch]
+        while waiting:
+            part, over = waiting.pop(0), set()
+            try:
+                for answered in self.answer(task, part, settings):
+                    over.update(generation.row["id"] for generation in answered)
+                    yield answered
+                continue
+            except OutOfMemoryError:
+                require(len(part) > 1, "out of memory with a single row: use a smaller model or fewer tokens")
+            # Not in the except block, where the error still holds the batch's tensors.
+            left = [(row, ids) for row, ids in part if row["id"] not in over]
+            half = (len(part) + 1) // 2
+            logging.getLogger(__name__).warning("out of memory: reasoning in batches of %d", half)
+            waiting[:0] = [left[:half], left[half:]] if len(left) > half else [left]
 
     def answer(self, task, batch, settings):
-        """The `Generation` of each (row, context ids) of one batch: the reasoning, then the reply behind it and the
-        extractor."""
-        engine, tokenizer = self.engine, self.engine.tokenizer
-        asked = [ids for _, ids in batch]
-        reasonings = engine.complete(asked, settings.max_new_tokens, len(batch))
+        """Yield lists of `Generation` of the (row, context ids) of one batch, as their reasonings end."""
+        context, logits = self.engine.read([ids for _, ids in batch])
+        least, share = ANSWER_TOGETHER
+        ended_rows = []
+        for ended in self.engine.generate(context, logits, [settings.max_new_tokens] * len(batch)):
+            for n, ids, stopped in zip(ended.rows, ended.ids, ended.stopped):
+                ended_rows.append(Reasoning(*batch[n], ids, stopped))
+            if len(ended_rows) >= max(least, share * len(batch)):
+                yield self.with_replies(task, ended_rows, settings)
+                ended_rows = []
+        if ended_rows:
+            yield self.with_replies(task, ended_rows, settings)
+
+    def with_replies(self, task, reasonings, settings):
+        """The `Generation` of each `Reasoning`, with what the model writes behind it and the extractor."""
+        tokenizer = self.engine.tokenizer
         extractor = extractor_ids(tokenizer, task)
-        behind = [context + ids + extractor for context, (ids, _) in zip(asked, reasonings)]
-        replies = engine.complete(behind, settings.answer_tokens(task), len(batch))
+        behind = [reasoning.context + reasoning.ids + extractor for reasoning in reasonings]
+        replies = self.engine.complete(behind, settings.answer_tokens(task), len(behind))
         answered = []
-        for (row, _), (ids, stopped), (reply_ids, _) in zip(batch, reasonings, replies):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
+        for reasoning, (reply_ids, _) in zip(reasonings, replies):
+            text = tokenizer.decode(reasoning.ids, skip_special_tokens=True)
             reply = tokenizer.decode(reply_ids, skip_special_tokens=True)
-            answered.append(Generation(row, text, reply, len(ids), not stopped))
+            answered.append(Generation(reasoning.row, text, reply, len(reasoning.ids), not reasoning.stopped))
         return answered
+
+
+def batches_of_like_length(contexts, size):
+    """Lists of at most `size` of the (row, context ids), each of rows of like length.
+
+    The longest rows come first, so that memory runs out early. The other lists come in a random order, the same each
+    time: were the short rows first, their speed would promise too much.
+    """
+    by_length = sorted(contexts, key=lambda context: -len(context[1]))
+    longest, *others = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    random.Random(len(contexts)).shuffle(others)
+    return [longest, *others]
 
 
 # --- A model behind a server ---------------------------------------------------------------------------

@@ -4,6 +4,7 @@ we know."""
 import asyncio
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -18,10 +19,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, own_task, settings
 
 from support import answerers
-from support.answerers import Server, local_answerer, server_answerer
+from support.answerers import LocalModel, Server, batches_of_like_length, local_answerer, server_answerer
+from support.engine import Engine
 from support.evaluation import Evaluation, evaluate, evaluate_once
 from support.files import UserError, read_jsonl, write_jsonl
 from support.settings import ServerFlags
@@ -43,11 +46,13 @@ def flags(**changes):
 
 
 class ScriptedEngine:
-    """An engine that says what the test wants: [(reasoning, stopped)], then the replies behind the extractor."""
+    """An engine that says what the test wants: [(reasoning, stopped)], the last row's first, then the replies behind
+    the extractor."""
 
     def __init__(self, tokenizer, reasoning=None, replies=(), dtype="float32"):
         self.tokenizer, self.model = tokenizer, SimpleNamespace(dtype=dtype)
-        self.texts = [reasoning, [(reply, True) for reply in replies]]
+        self.reasoning, self.replies = reasoning, replies
+        self.progress = None
         self.calls = []  # (contexts, max_new_tokens)
 
     def rows_that_fit(self, columns):
@@ -56,10 +61,21 @@ class ScriptedEngine:
     def require_positions(self, columns):
         pass
 
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def read(self, contexts):
+        return contexts, None
+
+    def generate(self, contexts, logits, limits):
+        self.calls.append((contexts, limits[0]))
+        texts = self.reasoning or [("", True)] * len(contexts)
+        for n, (text, stopped) in reversed(list(enumerate(texts))):
+            yield SimpleNamespace(rows=[n], ids=[self.encode(text)], stopped=[stopped], context=None)
+
     def complete(self, contexts, max_new_tokens, batch_size):
-        texts = self.texts[len(self.calls) % 2] or [("", True)] * len(contexts)
         self.calls.append((contexts, max_new_tokens))
-        return [(self.tokenizer.encode(text, add_special_tokens=False), stopped) for text, stopped in texts]
+        return [(self.encode(text), True) for text in self.replies or [""] * len(contexts)]
 
 
 ROWS = [
@@ -69,7 +85,7 @@ ROWS = [
 
 
 def test_a_model_loaded_here_answers_behind_its_reasoning_and_the_extractor(demo_tokenizer, demo_task):
-    engine = ScriptedEngine(demo_tokenizer, [("1 + 2 = 3 .", True), ("4 + 5 = 20", False)], ["5", "tom <|end|>"])
+    engine = ScriptedEngine(demo_tokenizer, [("1 + 2 = 3 .", True), ("4 + 5 = 20", False)], ["tom <|end|>", "5"])
     found = evaluate(local_answerer(engine, "m"), demo_task, ROWS, "find this .", settings(max_new_tokens=9))
     assert [(p["id"], p["answer"], p["harness_answer"]) for p in found] == [("a", "5", "3"), ("b", None, "20")]
     assert [(p["tokens"], p["truncated"], p["text"], p["reply"]) for p in found] == [
@@ -78,8 +94,8 @@ def test_a_model_loaded_here_answers_behind_its_reasoning_and_the_extractor(demo
     ]
     (contexts, limit), (asked, reply_limit) = engine.calls
     assert (limit, reply_limit) == (9, 12)
-    text = demo_tokenizer.decode(asked[0])
-    assert asked[0][: len(contexts[0])] == contexts[0] and text.endswith("1 + 2 = 3 . so the answer is")
+    text = demo_tokenizer.decode(asked[1])
+    assert asked[1][: len(contexts[0])] == contexts[0] and text.endswith("1 + 2 = 3 . so the answer is")
 
 
 def test_evaluation_reads_the_same_ids_as_the_search(subword_tokenizer):
@@ -143,6 +159,79 @@ def test_a_killed_evaluation_of_a_real_model_ends_the_same(tmp_path, demo_engine
         results.append((without_time(evaluate_once(asked, folder, "best")), read_jsonl(folder / "predictions.jsonl")))
     (first, in_order), (second, resumed) = results
     assert first == second and sorted(map(json.dumps, in_order)) == sorted(map(json.dumps, resumed))
+
+
+def of_the_demo(engine, task, rows, **changes):
+    return Evaluation(local_answerer(engine, "m"), task, "dev", rows, "check each step .", settings(**changes))
+
+
+def test_rows_are_on_disk_before_their_batch_has_ended(tmp_path, demo_engine, demo_task, demo_data, monkeypatch):
+    """Killed while the rest of the only batch is at work, an evaluation keeps its rows and ends the same."""
+    asked = of_the_demo(demo_engine, demo_task, demo_data["dev"][:40], batch_size=40, max_new_tokens=30)
+    (tmp_path / "whole").mkdir()
+    whole = without_time(evaluate_once(asked, tmp_path / "whole", "best"))
+    ran, plain = [], LocalModel.with_replies
+
+    def killed_at_the_third_group(model, task, reasonings, settings):
+        ran.append(len(reasonings))
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        return plain(model, task, reasonings, settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalModel, "with_replies", killed_at_the_third_group)
+        evaluate_once(asked, tmp_path, "best")
+    kept = read_jsonl(tmp_path / "predictions.jsonl")
+    assert len(kept) == sum(ran[:2]) and 0 < len(kept) < 40
+    assert without_time(evaluate_once(asked, tmp_path, "best")) == whole
+    first, second = (read_jsonl(folder / "predictions.jsonl") for folder in (tmp_path / "whole", tmp_path))
+    assert sorted(map(json.dumps, first)) == sorted(map(json.dumps, second))
+
+
+def test_batches_are_of_like_length_and_come_the_longest_first_then_in_a_mixed_order():
+    rng = random.Random(0)
+    contexts = [({"id": str(n)}, [0] * rng.randint(5, 99)) for n in range(83)]
+    batches = batches_of_like_length(contexts, 8)
+    spans = [(min(lengths), max(lengths)) for lengths in ([len(ids) for _, ids in batch] for batch in batches)]
+    assert sorted(row["id"] for batch in batches for row, _ in batch) == sorted(row["id"] for row, _ in contexts)
+    in_order = sorted(spans, reverse=True)
+    assert spans[0] == in_order[0] and spans not in (in_order, [in_order[0], *sorted(spans[1:])])
+    assert all(low >= high for (low, _), (_, high) in zip(in_order, in_order[1:]))  # no two lists overlap
+    half = [high for _, high in spans[1:6]]
+    assert min(half) < 50 < max(half)  # the first half of the work has short and long rows
+    assert batches_of_like_length(contexts, 8) == batches
+
+
+def test_when_memory_runs_out_in_the_middle_no_row_is_lost_or_answered_twice(
+    demo_engine, demo_task, demo_data, monkeypatch
+):
+    asked = of_the_demo(demo_engine, demo_task, demo_data["dev"][:20], batch_size=20, max_new_tokens=30)
+    arguments = demo_task, asked.rows, asked.prompt, asked.settings, frozenset()
+    expected = {
+        generation.row["id"]: generation for group in asked.answerer.generate(*arguments) for generation in group
+    }
+    plain, sizes = Engine.generate, []
+
+    def generate(engine, context, logits, limits):
+        sizes.append(len(limits))
+        for number, ended in enumerate(plain(engine, context, logits, limits)):
+            if len(limits) > 12 and number == 2:
+                raise torch.OutOfMemoryError("none left")
+            yield ended
+
+    monkeypatch.setattr(Engine, "generate", generate)
+    found = [generation for group in asked.answerer.generate(*arguments) for generation in group]
+    assert sizes[0] == 20 and max(sizes[1:]) <= 12
+    assert len(found) == 20 and {generation.row["id"]: generation for generation in found} == expected
+
+
+def test_a_single_row_without_memory_is_one_line(demo_engine, demo_task, monkeypatch):
+    def read(engine, sequences):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(Engine, "read", read)
+    with pytest.raises(UserError, match="single row"):
+        evaluate(local_answerer(demo_engine, "m"), demo_task, ROWS, "find this .", settings())
 
 
 # --- A server that misbehaves ---------------------------------------------------------------------------------
