@@ -11,14 +11,14 @@ rows and chosen on dev rows; the test rows are read once, at the end, for the in
 
 import json
 import random
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from tqdm import tqdm
 
 from support.answerers import local_answerer
 from support.evaluation import Evaluation, evaluate_once
 from support.files import alone_in, append_jsonl, require, write_jsonl
+from support.progress import in_words, open_bar, remaining
 from support.runs import finalists, log_line, open_run, rank_prompts, read_steps, run_folder, scores_of
 from support.settings import ModelFlags, SearchSettings, TaskFlags, flag, parse_flags, run_script
 from support.sources import open_task
@@ -62,17 +62,19 @@ def optimize_task(flags, task, splits, train, run_dir):
     engine = load_engine(flags.model, flags.device, flags.dtype)
     rows = [encode_row(engine.tokenizer, task, row) for row in train]
     start = encode_prompt(engine.tokenizer, task, train[0]["question"], task.initial_prompt)[1]
-    steps = search(flags, engine, rows, start, run_dir)
+    evaluated = {split: splits[split][: flags.eval_rows or None] for split in ("dev", "test")}
+    steps = search(flags, engine, rows, start, run_dir, evaluated)
     answerer = local_answerer(engine, flags.model)
 
     def evaluate(prompt, role, split):
-        chosen = splits[split][: flags.eval_rows or None]
-        return evaluate_once(Evaluation(answerer, task, split, chosen, prompt, flags), run_dir, role)
+        return evaluate_once(Evaluation(answerer, task, split, evaluated[split], prompt, flags), run_dir, role)
 
     prompts = final_prompts(flags, engine.tokenizer, rows[0], steps)
-    for prompt in tqdm(prompts, desc="dev", unit="prompt"):
-        dev = evaluate(prompt["prompt"], "candidate", "dev")
-        prompt |= {"task": task.name, "dev_accuracy": dev["accuracy"], "dev_stderr": dev["stderr"]}
+    with open_bar(total=len(prompts), desc="finalists on dev", unit="prompt") as bar:
+        for prompt in prompts:
+            dev = evaluate(prompt["prompt"], "candidate", "dev")
+            prompt |= {"task": task.name, "dev_accuracy": dev["accuracy"], "dev_stderr": dev["stderr"]}
+            bar.update()
     prompts = rank_prompts(prompts, flags.choose_on)
     write_jsonl(run_dir / "prompts.jsonl", prompts)
 
@@ -84,19 +86,24 @@ def optimize_task(flags, task, splits, train, run_dir):
     report(table, run_dir)
 
 
-def search(flags, engine, rows, start, run_dir):
-    """The steps of the search, each on disk before the next begins."""
+def search(flags, engine, rows, start, run_dir, evaluated):
+    """The steps of the search, each on disk before the next begins. evaluated: {split: rows} that come behind it."""
     from greater_core import optimize
 
     steps = read_steps(run_dir / "steps.jsonl", growing=True)
     if steps:
         print(f"going on behind step {steps[-1].step} of {run_dir}")
-    with tqdm(total=flags.steps, initial=max(0, len(steps) - 1), unit="step", dynamic_ncols=True) as bar:
+    initial = max(0, len(steps) - 1)
+    with open_bar(engine.progress, True, total=flags.steps, initial=initial, unit="step", desc="search") as bar:
         for step in optimize(engine, rows, start, flags, list(steps)):
             append_jsonl(run_dir / "steps.jsonl", asdict(step))
             steps.append(step)
             bar.write(log_line(step, flags.steps))
-            bar.set_postfix(position=step.position, now=step.objective, best=step.best.objective)
+            left = remaining(flags, steps, len(evaluated["dev"]), len(evaluated["test"]))
+            if step.step == 0:
+                bar.write(str(left))
+            sys.stdout.flush()  # so that a file shows it, too
+            bar.set_description_str(f"search, then dev and test {in_words(left.dev + left.test)}", refresh=False)
             bar.update(step.step > 0)
     return steps
 
