@@ -11,14 +11,14 @@ rows and chosen on dev rows; the test rows are read once, at the end, for the in
 
 import json
 import random
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from tqdm import tqdm
 
 from support.answerers import local_answerer
 from support.evaluation import Evaluation, estimate, evaluate_once, read_predictions
 from support.files import alone_in, append_jsonl, require, write_jsonl
+from support.progress import in_words, open_bar, remaining
 from support.runs import (
     finalists,
     initial_of,
@@ -78,23 +78,25 @@ def optimize_task(flags, task, splits, train, run_dir):
     engine = load_engine(flags.model, flags.device, flags.dtype)
     rows = [encode_row(engine.tokenizer, task, row) for row in train]
     start = encode_prompt(engine.tokenizer, task, train[0]["question"], task.initial_prompt)[1]
+    evaluated = {split: splits[split][: flags.eval_rows or None] for split in ("dev", "test")}
     if flags.dry_run or not (run_dir / "steps.jsonl").exists():  # what goes on has been checked
-        check(flags, engine, task, splits, train, rows)
+        check(flags, engine, task, evaluated, train, rows)
     if flags.dry_run:
         return
-    steps = search(flags, engine, rows, start, run_dir)
+    steps = search(flags, engine, rows, start, run_dir, evaluated)
     answerer = local_answerer(engine, flags.model)
 
     def evaluate(prompt, role, split):
-        chosen = splits[split][: flags.eval_rows or None]
-        return evaluate_once(Evaluation(answerer, task, split, chosen, prompt, flags), run_dir, role)
+        return evaluate_once(Evaluation(answerer, task, split, evaluated[split], prompt, flags), run_dir, role)
 
     prompts = final_prompts(flags, engine.tokenizer, rows[0], steps)
-    for prompt in tqdm(prompts, desc="dev", unit="prompt"):
-        dev = evaluate(prompt["prompt"], "candidate", "dev")
-        _, low, high, _ = estimate([dev], "paper")
-        prompt |= {"task": task.name, "dev_accuracy": dev["accuracy"], "dev_stderr": dev["stderr"]}
-        prompt |= {"dev_low": low, "dev_high": high}
+    with open_bar(total=len(prompts), desc="finalists on dev", unit="prompt") as bar:
+        for prompt in prompts:
+            dev = evaluate(prompt["prompt"], "candidate", "dev")
+            _, low, high, _ = estimate([dev], "paper")
+            prompt |= {"task": task.name, "dev_accuracy": dev["accuracy"], "dev_stderr": dev["stderr"]}
+            prompt |= {"dev_low": low, "dev_high": high}
+            bar.update()
     prompts = rank_prompts(prompts, flags.choose_on)
     write_jsonl(run_dir / "prompts.jsonl", prompts)
 
@@ -102,16 +104,18 @@ def optimize_task(flags, task, splits, train, run_dir):
     for role, prompt in (("initial", initial_of(prompts)), ("best", prompts[0])):
         for split in ("dev", "test"):
             results[role, split] = evaluate(prompt["prompt"], role, split)
-    test_rows = splits["test"][: flags.eval_rows or None]
-    predictions = [read_predictions(run_dir, results[role, "test"], test_rows) for role in ("initial", "best")]
+    predictions = [read_predictions(run_dir, results[role, "test"], evaluated["test"]) for role in ("initial", "best")]
     # Of a prompt that the training rows chose nobody knows whether it is the best.
     name = "best" if flags.choose_on == "dev" else "best on train"
     report(name, prompts, results, predictions)
     print_paths(run_dir)
 
 
-def check(flags, engine, task, splits, train, rows):
-    """Print what a few rows say about the search and its cost. Errors: UserError if memory does not hold it."""
+def check(flags, engine, task, evaluated, train, rows):
+    """Print what a few rows say about the search and its cost. Errors: UserError if memory does not hold it.
+
+    evaluated: {split: rows} that come behind the search; train: its data rows; rows: their tokens.
+    """
     from support.check import ROWS, check_rows, cost_of, require_memory, table, warnings
 
     count = min(ROWS, len(rows))
@@ -122,26 +126,30 @@ def check(flags, engine, task, splits, train, rows):
     print("\n".join(table(checked, task, train)))
     for warning in warnings(checked, task, train, flags):
         print(f"  warning: {warning}")
-    limit = flags.eval_rows or None
-    counts = {"finalists": flags.finalists} | {split: len(splits[split][:limit]) for split in ("dev", "test")}
+    counts = {"finalists": flags.finalists} | {split: len(of_split) for split, of_split in evaluated.items()}
     cost = cost_of(engine, checked, rows, flags, counts)
     print(f"  {cost.line()}\n", flush=True)
     require_memory(engine, cost)
 
 
-def search(flags, engine, rows, start, run_dir):
-    """The steps of the search, each on disk before the next begins."""
+def search(flags, engine, rows, start, run_dir, evaluated):
+    """The steps of the search, each on disk before the next begins. evaluated: {split: rows} that come behind it."""
     from greater_core import optimize
 
     steps = read_steps(run_dir / "steps.jsonl", growing=True)
     if steps:
         print(f"going on behind step {steps[-1].step} of {run_dir}")
-    with tqdm(total=flags.steps, initial=max(0, len(steps) - 1), unit="step", dynamic_ncols=True) as bar:
+    initial = max(0, len(steps) - 1)
+    with open_bar(engine.progress, True, total=flags.steps, initial=initial, unit="step", desc="search") as bar:
         for step in optimize(engine, rows, start, flags, list(steps)):
             append_jsonl(run_dir / "steps.jsonl", asdict(step))
             steps.append(step)
             bar.write(log_line(step, flags.steps))
-            bar.set_postfix(position=step.position, now=step.objective, best=step.best.objective)
+            left = remaining(flags, steps, len(evaluated["dev"]), len(evaluated["test"]))
+            if step.step == 0:
+                bar.write(str(left))
+            sys.stdout.flush()  # so that a file shows it, too
+            bar.set_description_str(f"search, then dev and test {in_words(left.dev + left.test)}", refresh=False)
             bar.update(step.step > 0)
     return steps
 

@@ -16,11 +16,10 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from tqdm import tqdm
-
 from support.answerers import open_answerer
 from support.evaluation import READINGS, Evaluation, evaluate_once, read_predictions, regrade
 from support.files import alone_in, is_text, read_jsonl, require, require_fields
+from support.progress import open_bar
 from support.runs import dev_warning, read_run
 from support.settings import (
     GenerationSettings,
@@ -107,9 +106,11 @@ def evaluate_prompts(flags, task, split_rows, run_dir):
         print(f"note: {note}", file=sys.stderr)
     with alone_in(run_dir):
         results = []
-        for prompt in tqdm(prompts, desc="prompts", unit="prompt"):
-            evaluation = Evaluation(answerer, prompt.task, flags.split, rows, prompt.text, flags)
-            results.append(evaluate_once(evaluation, run_dir, prompt.role, prompt.name))
+        with open_bar(total=len(prompts), desc="prompts", unit="prompt") as bar:
+            for prompt in prompts:
+                evaluation = Evaluation(answerer, prompt.task, flags.split, rows, prompt.text, flags)
+                results.append(evaluate_once(evaluation, run_dir, prompt.role, prompt.name))
+                bar.update()
         print_results(flags, run_dir, results, rows)
 
 

@@ -12,11 +12,10 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from support.answerers import open_answerer
 from support.evaluation import Evaluation, evaluate_once, rows_hash
 from support.files import alone_in, read_jsonl, require, require_fields, short_name, write_jsonl
+from support.progress import open_bar
 from support.runs import read_run
 from support.settings import (
     GenerationSettings,
@@ -100,7 +99,7 @@ def transfer(flags, targets, jobs, out):
     records = []
     # A server that is not there shall be noticed before any long work.
     servers = {name: open_answerer(flags, name, endpoint) for name, endpoint in targets if endpoint}
-    with tqdm(total=len(targets) * len(jobs), unit="prompt") as bar:
+    with open_bar(total=len(targets) * len(jobs), unit="prompt") as bar:
         for model, _ in targets:
             answerer = None  # so that the last model is gone before the next is loaded
             answerer = servers.get(model) or open_answerer(flags, model)

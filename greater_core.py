@@ -278,7 +278,6 @@ def reason_and_score(search, prefix, jobs):
             cross_entropy, wrong = answer_loss(answer_logits, ended_rows, settings.loss_temperature)
             for n, ids, loss, is_wrong in zip(ended.rows, ended.ids, cross_entropy.tolist(), wrong.tolist()):
                 outcomes[n] = Outcome(ids, loss, is_wrong, nll[n])
-            engine.activity.advance(rows=len(ended.rows))
         return outcomes
 
     around = max(len(row.turn_end + row.extractor + row.answer) for row in search.rows)

@@ -17,9 +17,11 @@ import urllib.parse
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from support.evaluation import Generation
 from support.files import UserError, require, short_name, weights_hash
+from support.progress import Progress
 from support.settings import ServerFlags
 from support.tokens import LARGEST_SHARE, encode, encode_chat, encode_choices, extensions, extractor_ids
 
@@ -37,6 +39,7 @@ class Answerer:
     generate: Callable
     endpoint: str = ""  # of a server, which is known by its model's name wherever it runs
     gives_log_probs: bool = True  # so that a task's possible answers can be ranked; else what is written is read
+    progress: Progress | None = None  # of a model loaded here, whose tokens are counted as it generates them
 
 
 def open_answerer(flags, model, endpoint=""):
@@ -54,7 +57,19 @@ def open_answerer(flags, model, endpoint=""):
 def local_answerer(engine, path):
     """The Answerer that is the model of an `Engine`, loaded from `path`."""
     identity = (weights_hash(path), str(engine.model.dtype))
-    return Answerer(short_name(path), identity, LocalModel(engine).generate)
+    return Answerer(short_name(path), identity, LocalModel(engine).generate, progress=engine.progress)
+
+
+ANSWER_TOGETHER = 8, 1 / 4  # ended rows whose replies are generated together: at least so many, and of a batch's rows
+
+
+class Reasoning(NamedTuple):
+    """A row whose reasoning has ended."""
+
+    row: dict
+    context: list[int]  # ids that were read before it
+    ids: list[int]  # what was generated, without the end token
+    stopped: bool  # by an end token, not by the limit
 
 
 @dataclass(frozen=True)
@@ -64,23 +79,25 @@ class LocalModel:
     engine: object  # engine.Engine, which is not imported here because it imports torch
 
     def generate(self, task, rows, prompt, settings, done):
-        """As `Answerer` says, short rows first. Errors: UserError if the tokenizer does not know the prompt's words."""
+        """As `Answerer` says, soon after rows end. Errors: UserError if the tokenizer does not know the prompt's
+        words."""
         tokenizer = self.engine.tokenizer
         unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encode(tokenizer, " " + prompt)
         require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
         contexts = [(row, encode_chat(tokenizer, task, row["question"], prompt)) for row in rows]
-        contexts.sort(key=lambda context: len(context[1]))
-        columns = len(contexts[-1][1]) + settings.max_new_tokens
+        columns = max(len(ids) for _, ids in contexts) + settings.max_new_tokens
         self.engine.require_positions(columns)
         size = settings.batch_size or self.engine.rows_that_fit(columns)
-        # Batches do not depend on what is done, so an evaluation that was killed gives what an uninterrupted one gives.
-        batches = [contexts[start : start + size] for start in range(0, len(contexts), size)]
-        for batch in batches:
+        # A row's batch does not depend on what is done, and all of it is generated again for those of its rows that
+        # are missing, so an evaluation that was killed ends with the same texts.
+        for batch in batches_of_like_length(contexts, size):
             if done.issuperset(row["id"] for row, _ in batch):
                 continue
             for ended in self.engine.stream([ids for _, ids in batch], settings.max_new_tokens, len(batch)):
                 answered = self.answered(task, [batch[n][0] for n in ended.rows], ended, settings)
-                yield [generation for generation in answered if generation.row["id"] not in done]
+                missing = [generation for generation in answered if generation.row["id"] not in done]
+                if missing:
+                    yield missing
 
     def answered(self, task, rows, ended, settings):
         """The `Generation` of each of the rows whose reasoning has `Ended`: the answer stands behind the extractor."""
@@ -108,6 +125,18 @@ class LocalModel:
         for log_probs in choice_log_probs(logits, choices).tolist():
             scores.append({choice: round(value, 6) for choice, value in zip(task.choices, log_probs)})
         return first, scores
+
+
+def batches_of_like_length(contexts, size):
+    """Lists of at most `size` of the (row, context ids), each of rows of like length.
+
+    The longest rows come first, so that memory runs out early. The other lists come in a random order, the same each
+    time: were the short rows first, their speed would promise too much.
+    """
+    by_length = sorted(contexts, key=lambda context: -len(context[1]))
+    longest, *others = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    random.Random(len(contexts)).shuffle(others)
+    return [longest, *others]
 
 
 # --- A model behind a server ---------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from support.files import UserError, require
 from support.onednn import use_onednn
-from support.progress import Activity
+from support.progress import Progress
 
 LOOK_EVERY = {"cpu": 1, "cuda": 8}  # decoding steps between looks at which rows have ended: a look waits for the device
 LEAVE_TOGETHER = 8  # rows that `generate` hands out at once, so that what is read of them stays small
@@ -217,7 +217,7 @@ class Engine:
         self.end_ids = end_tokens(model, tokenizer)
         self.counts = Counter()  # tokens in forward passes (with padding), in backward passes, generated
         self.batch_sizes = {}  # {stage: rows at once}, lowered when CUDA memory runs out
-        self.activity = Activity()
+        self.progress = Progress()  # what is being done now
         self.check()
 
     def check(self):
@@ -317,7 +317,6 @@ class Engine:
         if not context.layers:
             context.layers = [Growing(layer.keys, layer.values) for layer in cache.layers]
         self.counts["forward_tokens"] += tokens.shape[0] * tokens.shape[1]
-        self.activity.advance(tokens=tokens.shape[0] * tokens.shape[1])
         return logits
 
     def logits_at(self, columns, **inputs):
@@ -352,6 +351,7 @@ class Engine:
         while True:
             logits = self.forward(context, ids[:, -1:])  # [B, 1, V], of id n: all n ids have been read
             n = ids.shape[1]
+            self.progress.tokens += len(ids)
             if n % look_every == 0 or n >= longest:
                 is_end = torch.isin(ids, ends)
                 before_end = torch.where(is_end.any(1), is_end.int().argmax(1), n)  # [B]
@@ -362,7 +362,10 @@ class Engine:
                         lengths = length[leaving].tolist()
                         generated = [row[:count] for row, count in zip(ids[leaving].tolist(), lengths)]
                         stopped = (before_end < limits)[leaving].tolist()
-                        self.counts["generated_tokens"] += sum(lengths) + sum(stopped)
+                        generated_tokens = sum(lengths) + sum(stopped)
+                        self.counts["generated_tokens"] += generated_tokens
+                        self.progress.tokens += generated_tokens - n * len(leaving)  # less what is behind the ends
+                        self.progress.done += len(leaving)
                         ended = Ended(
                             rows[leaving].tolist(), generated, stopped, context.rewind(leaving, n - length[leaving])
                         )
@@ -395,7 +398,7 @@ class Engine:
         self.require_positions(columns)
         size = batch_size or self.rows_that_fit(columns)
         waiting = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
-        self.activity.begin("reasoning", len(waiting))
+        self.progress.begin("reasoning", len(waiting))
         while waiting:
             batch, over, full = waiting[:size], set(), False
             try:
@@ -404,7 +407,6 @@ class Engine:
                     ended.rows = [batch[n] for n in ended.rows]
                     over.update(ended.rows)
                     yield ended
-                    self.activity.advance(rows=len(ended.rows))
             except torch.OutOfMemoryError:
                 require(size > 1, OUT_OF_MEMORY)
                 full = True
@@ -414,18 +416,18 @@ class Engine:
                 size = (min(size, len(batch)) + 1) // 2
                 logging.getLogger(__name__).warning("out of memory: completion in batches of %d", size)
             waiting = [n for n in waiting if n not in over]
-        self.activity.end()
 
     def go_on(self, ended, ids, max_new_tokens):
         """What the model writes behind each of the `Ended` rows and these ids: a list of lists of ids."""
         context = ended.context.own()
         everyone = torch.tensor([ids] * len(ended.rows), device=self.device)  # [B, S]
-        written = [None] * len(ended.rows)
+        written, rows_done = [None] * len(ended.rows), self.progress.done
         with torch.inference_mode():
             logits = self.forward(context, everyone)[:, 0]  # [B, V]
             for done in self.generate(context, logits, [max_new_tokens] * len(ended.rows)):
                 for n, row in zip(done.rows, done.ids):
                     written[n] = row
+        self.progress.done = rows_done  # these rows have ended before
         return written
 
     # --- Batches ---
@@ -438,8 +440,9 @@ class Engine:
         """
         order = sorted(range(len(jobs)), key=lambda n: -cost(jobs[n]))
         results, start = [None] * len(jobs), 0
-        self.activity.begin(stage, len(jobs))
+        self.progress.begin(stage, len(jobs))
         while start < len(jobs):
+            self.progress.done = start
             size = min(size, self.batch_sizes.get(stage, size))
             batch, found = order[start : start + size], None
             try:
@@ -456,8 +459,6 @@ class Engine:
             for n, result in zip(batch, found):
                 results[n] = result
             start += size
-            self.activity.reach(start)
-        self.activity.end()
         return results
 
     def require_positions(self, columns):

@@ -35,7 +35,7 @@ from support.files import (
     text_hash,
     write_jsonl,
 )
-from support.progress import bar
+from support.progress import Progress, open_bar
 from support.tasks import GRADER_VERSION, Task, grade, grade_harness, read_answer, read_answer_harness
 
 # --- Records ------------------------------------------------------------------------------------------------
@@ -273,20 +273,27 @@ def kept_predictions(evaluation, path, results):
 
 
 def add_missing(evaluation, path, kept):
-    """Predictions of all rows, in their order: those in `kept`, and the missing ones, made now and appended at `path`
-    as they come."""
+    """Predictions of all rows, in their order: those in `kept`, and the missing ones, made now and appended at `path`,
+    as they come.
+
+    The bar shows no accuracy: rows that are quick to answer come first, and are not right as often as the others.
+    """
     task, rows = evaluation.task, evaluation.rows
     reference = evaluation.reference._asdict()
     found = dict(kept)
-    batches = evaluation.answerer.generate(task, rows, evaluation.prompt, evaluation.settings, frozenset(kept))
-    # No accuracy so far: short questions and short reasonings come first, and they are the easier ones.
-    with bar(total=len(rows), initial=len(kept), unit="row", desc=evaluation.split, leave=False) as rows_done:
-        for batch in batches:
-            predictions = [reference | graded(task, generation) for generation in batch]
+    groups = evaluation.answerer.generate(task, rows, evaluation.prompt, evaluation.settings, frozenset(kept))
+    progress = evaluation.answerer.progress or Progress()
+    # The time that remains follows from all rows alike (smoothing 0), since they end many at once.
+    look = {"unit": "row", "desc": evaluation.split, "leave": False, "smoothing": 0}
+    with open_bar(progress, total=len(rows), initial=len(kept), **look) as bar:
+        for group in groups:
+            predictions = [reference | graded(task, generation) for generation in group]
             append_jsonl(path, *predictions)
             for prediction in predictions:
                 found[prediction["id"]] = prediction
-            rows_done.update(len(predictions))
+            if evaluation.answerer.progress is None:  # a server's tokens are known when its reply has come
+                progress.tokens += sum(prediction["tokens"] for prediction in predictions)
+            bar.update(len(predictions))
     return [found[row["id"]] for row in rows]
 
 

@@ -5,6 +5,7 @@ import asyncio
 import json
 import math
 import os
+import random
 import re
 import socket
 import subprocess
@@ -20,10 +21,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, greedy_reference, own_task, plain_logits, settings, slow_log_probs
 
 from support import answerers
-from support.answerers import Server, local_answerer, server_answerer
+from support.answerers import LocalModel, Server, batches_of_like_length, local_answerer, server_answerer
+from support.engine import Engine
 from support.evaluation import Evaluation, evaluate, evaluate_once
 from support.files import UserError, read_jsonl, write_jsonl
 from support.settings import ServerFlags
@@ -45,11 +48,13 @@ def flags(**changes):
 
 
 class ScriptedEngine:
-    """An engine that says what the test wants: [(reasoning, stopped)], then the replies behind the extractor."""
+    """An engine that says what the test wants: [(reasoning, stopped)], the last row's first, then the replies behind
+    the extractor."""
 
     def __init__(self, tokenizer, reasoning=None, replies=(), dtype="float32"):
         self.tokenizer, self.model = tokenizer, SimpleNamespace(dtype=dtype)
         self.reasoning, self.replies = reasoning, replies
+        self.progress = None
         self.calls = []  # (contexts, or the ids behind the rows that ended; max_new_tokens)
 
     def rows_that_fit(self, columns):
@@ -197,6 +202,79 @@ def test_a_killed_evaluation_of_a_real_model_ends_the_same(tmp_path, demo_engine
         results.append((without_time(evaluate_once(asked, folder, "best")), read_jsonl(folder / "predictions.jsonl")))
     (first, in_order), (second, resumed) = results
     assert first == second and sorted(map(json.dumps, in_order)) == sorted(map(json.dumps, resumed))
+
+
+def of_the_demo(engine, task, rows, **changes):
+    return Evaluation(local_answerer(engine, "m"), task, "dev", rows, "check each step .", settings(**changes))
+
+
+def test_rows_are_on_disk_before_their_batch_has_ended(tmp_path, demo_engine, demo_task, demo_data, monkeypatch):
+    """Killed while the rest of the only batch is at work, an evaluation keeps its rows and ends the same."""
+    asked = of_the_demo(demo_engine, demo_task, demo_data["dev"][:40], batch_size=40, max_new_tokens=30)
+    (tmp_path / "whole").mkdir()
+    whole = without_time(evaluate_once(asked, tmp_path / "whole", "best"))
+    ran, plain = [], LocalModel.answered
+
+    def killed_at_the_third_group(model, task, rows, ended, settings):
+        ran.append(len(rows))
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        return plain(model, task, rows, ended, settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalModel, "answered", killed_at_the_third_group)
+        evaluate_once(asked, tmp_path, "best")
+    kept = read_jsonl(tmp_path / "predictions.jsonl")
+    assert len(kept) == sum(ran[:2]) and 0 < len(kept) < 40
+    assert without_time(evaluate_once(asked, tmp_path, "best")) == whole
+    first, second = (read_jsonl(folder / "predictions.jsonl") for folder in (tmp_path / "whole", tmp_path))
+    assert sorted(map(json.dumps, first)) == sorted(map(json.dumps, second))
+
+
+def test_batches_are_of_like_length_and_come_the_longest_first_then_in_a_mixed_order():
+    rng = random.Random(0)
+    contexts = [({"id": str(n)}, [0] * rng.randint(5, 99)) for n in range(83)]
+    batches = batches_of_like_length(contexts, 8)
+    spans = [(min(lengths), max(lengths)) for lengths in ([len(ids) for _, ids in batch] for batch in batches)]
+    assert sorted(row["id"] for batch in batches for row, _ in batch) == sorted(row["id"] for row, _ in contexts)
+    in_order = sorted(spans, reverse=True)
+    assert spans[0] == in_order[0] and spans not in (in_order, [in_order[0], *sorted(spans[1:])])
+    assert all(low >= high for (low, _), (_, high) in zip(in_order, in_order[1:]))  # no two lists overlap
+    half = [high for _, high in spans[1:6]]
+    assert min(half) < 50 < max(half)  # the first half of the work has short and long rows
+    assert batches_of_like_length(contexts, 8) == batches
+
+
+def test_when_memory_runs_out_in_the_middle_no_row_is_lost_or_answered_twice(
+    demo_engine, demo_task, demo_data, monkeypatch
+):
+    asked = of_the_demo(demo_engine, demo_task, demo_data["dev"][:20], batch_size=20, max_new_tokens=30)
+    arguments = demo_task, asked.rows, asked.prompt, asked.settings, frozenset()
+    expected = {
+        generation.row["id"]: generation for group in asked.answerer.generate(*arguments) for generation in group
+    }
+    plain, sizes = Engine.generate, []
+
+    def generate(engine, context, logits, limits):
+        sizes.append(len(limits))
+        for number, ended in enumerate(plain(engine, context, logits, limits)):
+            if len(limits) > 12 and number == 2:
+                raise torch.OutOfMemoryError("none left")
+            yield ended
+
+    monkeypatch.setattr(Engine, "generate", generate)
+    found = [generation for group in asked.answerer.generate(*arguments) for generation in group]
+    assert sizes[0] == 20 and max(sizes[1:]) <= 12
+    assert len(found) == 20 and {generation.row["id"]: generation for generation in found} == expected
+
+
+def test_a_single_row_without_memory_is_one_line(demo_engine, demo_task, monkeypatch):
+    def read(engine, sequences):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(Engine, "read", read)
+    with pytest.raises(UserError, match="single row"):
+        evaluate(local_answerer(demo_engine, "m"), demo_task, ROWS, "find this .", settings())
 
 
 # --- A server that misbehaves ---------------------------------------------------------------------------------

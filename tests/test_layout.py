@@ -24,6 +24,7 @@ TOP = {
 SUPPORT = (
     "files",
     "tokens",
+    "progress",
     "engine",
     "onednn",
     "tasks",
