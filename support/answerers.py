@@ -84,6 +84,7 @@ class LocalModel:
         tokenizer = self.engine.tokenizer
         unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encode(tokenizer, " " + prompt)
         require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
+        encode_choices(tokenizer, task)  # whose errors shall come before any work
         contexts = [(row, encode_chat(tokenizer, task, row["question"], prompt)) for row in rows]
         columns = max(len(ids) for _, ids in contexts) + settings.max_new_tokens
         self.engine.require_positions(columns)

@@ -174,6 +174,18 @@ def test_a_prompt_with_a_word_the_tokenizer_does_not_know_is_refused(demo_tokeni
         evaluate(answerer, demo_task, ROWS, "find this theorem .", settings())
 
 
+def test_choices_that_the_tokenizer_cannot_tell_apart_are_refused_before_any_work(demo_tokenizer):
+    engine = ScriptedEngine(demo_tokenizer)
+    for choices, message in (
+        (("1", "1 "), "cannot tell the answers '1' and '1 ' apart"),
+        (("1", "Ok"), "does not know"),
+    ):
+        task = own_task("choice", "so the answer is", choices, template="{question} {prompt}")
+        with pytest.raises(UserError, match=message):
+            evaluate(local_answerer(engine, "m"), task, ROWS, "find this .", settings())
+    assert engine.calls == []
+
+
 def test_a_model_loaded_here_is_known_by_its_weights_and_its_dtype(tmp_path, demo_tokenizer):
     (tmp_path / "m").mkdir()
     found = set()
