@@ -17,7 +17,6 @@ import urllib.parse
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from support.evaluation import Generation
 from support.files import UserError, require, short_name, weights_hash
@@ -58,18 +57,6 @@ def local_answerer(engine, path):
     """The Answerer that is the model of an `Engine`, loaded from `path`."""
     identity = (weights_hash(path), str(engine.model.dtype))
     return Answerer(short_name(path), identity, LocalModel(engine).generate, progress=engine.progress)
-
-
-ANSWER_TOGETHER = 8, 1 / 4  # ended rows whose replies are generated together: at least so many, and of a batch's rows
-
-
-class Reasoning(NamedTuple):
-    """A row whose reasoning has ended."""
-
-    row: dict
-    context: list[int]  # ids that were read before it
-    ids: list[int]  # what was generated, without the end token
-    stopped: bool  # by an end token, not by the limit
 
 
 @dataclass(frozen=True)
