@@ -39,7 +39,8 @@ def test_step_cost_measures_both_implementations_on_the_same_lengths(tmp_path):
     assert "from the loaded model to the first step's record" in printed and 0 < ours["first_step"] < 60
     assert 0 < ours["floor"] < ours["seconds"] and set(ours["stages"]) == {"propose", "gradient", "select"}
     # 3 tokens extend the prefix; 3 rows of 8 prompt tokens, 8 of the turn's end, 7 reasoning, 36 behind go forward and
-    # back; 9 jobs read 8 + 8 tokens, generate 7, read each of these, and 36 behind them: an answer's last token is not read.
+    # back; 9 jobs read 8 + 8 tokens, generate 7, read each of these, and 36 behind them: an answer's last token is
+    # not read.
     gradient, jobs = 3 * (8 + 8 + 7 + 36), 9
     assert ours["tokens"] == {
         "forward_tokens": 3 + gradient + jobs * (8 + 8 + 7 + 36),
