@@ -280,7 +280,7 @@ def reason_and_score(search, prefix, jobs):
                 outcomes[n] = Outcome(ids, loss, is_wrong, nll[n])
         return outcomes
 
-    around = max(len(row.turn_end + row.extractor + row.answer) for row in search.rows)
+    around = max(len(row.turn_end + row.extractor) + max(map(len, row.reads)) + 1 for row in search.rows)
     columns_kept = prefix.context.mask.shape[1] + 1 + later + around + settings.max_new_tokens
     engine.require_positions(columns_kept)
     size = settings.batch_size or engine.rows_that_fit(columns_kept, 1 + later)

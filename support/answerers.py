@@ -71,10 +71,11 @@ class LocalModel:
         tokenizer = self.engine.tokenizer
         unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encode(tokenizer, " " + prompt)
         require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
-        encode_choices(tokenizer, task)  # whose errors shall come before any work
+        choices = encode_choices(tokenizer, task)  # here, so that its errors come before any work
         contexts = [(row, encode_chat(tokenizer, task, row["question"], prompt)) for row in rows]
         columns = max(len(ids) for _, ids in contexts) + settings.max_new_tokens
-        self.engine.require_positions(columns)
+        behind = max(map(len, choices.reads)) if choices else settings.answer_tokens(task)
+        self.engine.require_positions(columns + len(extractor_ids(tokenizer, task)) + behind)
         size = settings.batch_size or self.engine.rows_that_fit(columns)
         # A row's batch does not depend on what is done, and all of it is generated again for those of its rows that
         # are missing, so an evaluation that was killed ends with the same texts.
@@ -111,7 +112,9 @@ class LocalModel:
         first = logits[:, 0, :1].argmax(-1).tolist()
         scores = []
         for log_probs in choice_log_probs(logits, choices).tolist():
-            scores.append({choice: round(value, 6) for choice, value in zip(task.choices, log_probs)})
+            not_finite = "the model's logits are not finite, so no answer is the likeliest: try --dtype float32"
+            require(not any(map(math.isnan, log_probs)), not_finite)
+            scores.append(dict(zip(task.choices, log_probs)))
         return first, scores
 
 

@@ -15,7 +15,7 @@ from support.answerers import LocalModel
 from support.answers import choice_log_probs, read_answers
 from support.engine import physical_memory
 from support.evaluation import graded
-from support.files import UserError
+from support.files import UserError, require
 from support.tasks import read_answer
 from support.tokens import decode, encode_chat
 
@@ -76,6 +76,7 @@ def gold_ranks(engine, ended, rows):
         scores, gold = choice_log_probs(logits, rows[0].choices), [row.gold for row in rows]
     else:
         scores, gold = logits[:, 0, 0], [row.answer[0] for row in rows]
+    require(not scores.isnan().any(), "the model's logits are not finite: try --dtype float32")
     return [int((each > each[n]).sum()) + 1 for each, n in zip(scores, gold)]
 
 

@@ -6,6 +6,7 @@ of PyTorch lacks them nothing is changed.
 """
 
 import ctypes
+import os
 import platform
 
 import torch
@@ -31,9 +32,10 @@ def use_onednn(model):
 def return_freed_memory():
     """Give the system what was freed. glibc keeps it for later tensors, which are smaller: the weights in their first
     order would stay beside those in oneDNN's."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such function, nor need one
-    if trim:
-        trim(0)
+    if os.name == "posix":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such function, nor need one
+        if trim:
+            trim(0)
 
 
 class OneDnnLinear(torch.nn.Linear):

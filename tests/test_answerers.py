@@ -186,6 +186,23 @@ def test_choices_that_the_tokenizer_cannot_tell_apart_are_refused_before_any_wor
     assert engine.calls == []
 
 
+RANKED = own_task("choice", "so the answer is", ("1", "12"), template="{question} {prompt}")
+
+
+def test_logits_that_are_not_finite_are_an_error_and_no_answer(llama):
+    llama.model.lm_head.weight.data[:] = float("nan")
+    with pytest.raises(UserError, match="not finite.*--dtype float32"):
+        evaluate(local_answerer(llama, "m"), RANKED, ROWS, "find this .", settings(max_new_tokens=3))
+
+
+@pytest.mark.parametrize("task", [RANKED, own_task("number", "so the answer is", template="{question} {prompt}")])
+def test_positions_are_counted_to_the_end_of_the_answer(llama, task):
+    """The reasoning alone would fit: with extractor and answer it does not."""
+    longest = max(len(encode_chat(llama.tokenizer, task, row["question"], "find this .")) for row in ROWS)
+    with pytest.raises(UserError, match="--max-new-tokens: a row could have"):
+        evaluate(local_answerer(llama, "m"), task, ROWS, "find this .", settings(max_new_tokens=512 - longest))
+
+
 def test_a_model_loaded_here_is_known_by_its_weights_and_its_dtype(tmp_path, demo_tokenizer):
     (tmp_path / "m").mkdir()
     found = set()
