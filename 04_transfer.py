@@ -120,9 +120,18 @@ def evaluate_job(job, answerer, split, out):
         "method": job.method,
         "source": job.source,
         "run": job.run,
-        "target": f"{answerer.name} (server)" if answerer.endpoint else answerer.name,
+        "target": target_name(answerer, evaluation),
+        "answer_space": result.get("answer_space", ""),
     }
     return record | {name: result[name] for name in RESULT_FIELDS}
+
+
+def target_name(answerer, evaluation):
+    """What the matrix calls a target: a server that cannot rank answers reads them otherwise, so it says so."""
+    if not answerer.endpoint:
+        return answerer.name
+    unranked = evaluation.task.ranks_choices and not evaluation.ranked
+    return f"{answerer.name} (server, answers not ranked)" if unranked else f"{answerer.name} (server)"
 
 
 def write_matrix(records, out):
@@ -147,9 +156,9 @@ def distinct_jobs(jobs):
     kept, data = {}, {}
     for job in jobs:
         name = job.task.name
-        own = rows_hash(job.rows), job.task.extractor, job.task.template
+        own = rows_hash(job.rows), *job.task.parts.values()
         same = data.setdefault(name, own) == own
-        require(same, f"two runs of the task {name} are on other rows or questions: transfer them one by one")
+        require(same, f"two runs of the task {name} are on other rows, questions or readings: transfer them one by one")
         kept.setdefault((name, job.settings.max_new_tokens, job.prompt, job.source, job.run), job)
     return list(kept.values())
 

@@ -80,6 +80,9 @@ class Result(TypedDict):
     split: str  # these three: see `Reference`
     prompt_hash: str
     evaluation: str
+    extractor: NotRequired[str]  # how the answer was asked for and read; an older record does not say these three
+    kind: NotRequired[str]
+    answer_space: NotRequired[str]  # choices: ranked; vocabulary: what was written is read
     rows: str  # hash of the rows, ids, questions and answers
     prompt: str  # its text
     max_new_tokens: int  # the limit of the reasoning
@@ -239,6 +242,9 @@ def run_evaluation(evaluation, path, results):
         "model": evaluation.answerer.name,
         "endpoint": evaluation.answerer.endpoint,
         **evaluation.reference._asdict(),
+        "extractor": evaluation.task.extractor,
+        "kind": evaluation.task.kind,
+        "answer_space": "choices" if evaluation.ranked else "vocabulary",
         "rows": rows_hash(evaluation.rows),
         "prompt": evaluation.prompt,
         "max_new_tokens": evaluation.settings.max_new_tokens,
@@ -363,6 +369,8 @@ def regrade(run_dir, task, splits):
     for number, old in enumerate(read_results(results_path), 1):
         where = f"{results_path}, line {number}"
         require(old.get("task") == task.name, f"{where} is of the task {old.get('task')}, not {task.name}")
+        kind = old.get("kind", task.kind)
+        require(kind == task.kind, f"{where} was read as --kind {kind}, not {task.kind}: keep the two in folders apart")
         own = by_evaluation[reference_of(old)]
         ids = {prediction["id"] for prediction in own}
         found = f"{predictions_path} has {len(own)} predictions of {len(ids)}"

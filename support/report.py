@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from support.evaluation import INTERVALS, READINGS, estimate
 from support.pictures import draw_accuracy, draw_run, gradient_points, split_of, transfer_groups
-from support.runs import dev_warning, load_runs
+from support.runs import changed_parts, dev_warning, load_runs
 from support.settings import SearchSettings
 from support.tasks import PAPER_BBH, TASKS
 
@@ -87,7 +87,11 @@ NO_SETTING = {
     "device",
     "batch_size",
     "gradient_batch_size",
+    "preset",  # what it stands for is in the other settings
 }
+
+
+FRAME = ("extractor", "template", "kind", "answer_space", "max_new_tokens")  # what a fixed prompt's score depends on
 
 
 def method_labels(runs):
@@ -137,8 +141,10 @@ def table_records(runs):
             if role == "best":
                 searched.append(record | {"method": labels[run.folder], "seed": run.config.get("seed")})
                 continue
-            record["method"] = "initial prompt" if role == "initial" else name
-            frame = tuple(run.config.get(setting) for setting in ("extractor", "template", "max_new_tokens"))
+            changed = ", ".join(changed_parts(run.task, run.config))
+            method = "initial prompt" if role == "initial" else name
+            record["method"] = f"{method} ({changed})" if changed else method
+            frame = tuple(run.config.get(setting) for setting in FRAME)
             key = (run.task, run.model, record["method"], record["prompt"], frame)
             if key not in fixed or record["n"] > fixed[key]["n"]:
                 fixed[key] = record

@@ -206,8 +206,13 @@ def read_run(folder, **kinds):
 
 def with_answer_space(record):
     """The record of a run; one from before there were answer spaces gets what was used then."""
-    if "answer_space" not in record["config"]:
-        record["config"] |= {"answer_space": "vocabulary", "extractor": record["task"]["extractor"]}
+    config, task = record["config"], record["task"]
+    if "answer_space" not in config:
+        known = TASKS.get(task.get("name"))
+        config |= {"answer_space": "vocabulary", "extractor": task["extractor"], "template": task["template"]}
+        config["kind"] = config.get("kind") or (known.kind if known else "")
+        if config.get("preset") == "paper":  # what is called default now was called so
+            config["preset"] = "default"
     return record
 
 
@@ -283,6 +288,9 @@ RESULT_FIELDS = (
 PROMPT_FIELDS = ("prompt", "prompt_ids", "dev_accuracy", "dev_stderr", "initial")
 
 
+READ_BY = ("extractor", "kind", "answer_space")  # fields of a result and of a run's configuration
+
+
 class Unfinished(UserError):
     """A run that lacks results, in one line that begins with its folder."""
 
@@ -316,9 +324,11 @@ class Run:
         return found
 
     def is_own(self, record):
-        """Whether a result is of the run's task and model; an older one does not say and is."""
+        """Whether a result is of the run's task and model, its answers asked for and read as in the run; an older one
+        does not say and is."""
         model = short_name(record.get("model", self.model))
-        return record.get("task", self.task) == self.task and model == self.model
+        asked = all(record[name] == self.config.get(name, record[name]) for name in READ_BY if record.get(name))
+        return record.get("task", self.task) == self.task and model == self.model and asked
 
     @property
     def prompts_tried(self):

@@ -238,7 +238,8 @@ RECORDED_PREDICTIONS = """\
 """
 RECORDED_RESULT = """\
 {"role": "best", "task": "own", "model": "m", "endpoint": "", "split": "dev", "prompt_hash": "4aa75daec0028960", \
-"evaluation": "dfbdfc41e0793446", "rows": "c63590f5f4b1d3c0", "prompt": "find this .", "max_new_tokens": 12, "n": 3, \
+"evaluation": "dfbdfc41e0793446", "extractor": "The answer is $", "kind": "number", \
+"answer_space": "vocabulary", "rows": "c63590f5f4b1d3c0", "prompt": "find this .", "max_new_tokens": 12, "n": 3, \
 "correct": 2, "accuracy": 0.6666666666666666, "stderr": 0.33333333333333337, \
 "low": 0.20765960080204782, "high": 0.9385080552796038, "harness_accuracy": 0.6666666666666666, \
 "harness_stderr": 0.33333333333333337, "harness_low": 0.20765960080204782, "harness_high": 0.9385080552796038, \

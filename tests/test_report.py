@@ -12,7 +12,7 @@ from made_runs import GEMMA, LLAMA, START, TRANSFERS, finalist, make_run, result
 from support import report
 from support.files import UserError, write_jsonl
 from support.runs import load_runs
-from support.tasks import PAPER_BBH
+from support.tasks import PAPER_BBH, TASKS
 
 
 def table(markdown):
@@ -55,6 +55,18 @@ def test_runs_with_other_settings_are_rows_of_their_own_and_only_the_usual_one_m
         ["GReaTer", "80.0 (71.1 to 86.7), n 100", "82.6"],
         ["GReaTer (top_k 40)", "70.0 (60.4 to 78.1), n 100", "-"],
     ]
+
+
+def test_fixed_prompts_whose_answers_were_read_otherwise_are_rows_of_their_own(tmp_path):
+    parts = TASKS["bbh/navigate"].parts
+    for name, accuracy, changes in (("a", 0.25, {}), ("b", 0.75, {"answer_space": "vocabulary"})):
+        results = [result("initial", "test", accuracy), result("best", "test", 0.5)]
+        make_run(tmp_path / name, results=results, task="bbh/navigate", **parts | changes)
+    runs, _ = load_runs(tmp_path)
+    found = {
+        record["method"]: record["accuracy"] for record in report.table_records(runs) if record["role"] == "initial"
+    }
+    assert found == {"initial prompt": 0.25, "initial prompt (answer_space 'vocabulary')": 0.75}
 
 
 def test_the_bbh_mean_is_over_the_papers_tasks_that_are_there(tmp_path):

@@ -18,6 +18,7 @@ from support.runs import (
     Tried,
     Unfinished,
     as_step,
+    changed_parts,
     described,
     dev_warning,
     finalists,
@@ -31,6 +32,7 @@ from support.runs import (
     run_folder,
     scores_of,
 )
+from support.tasks import TASKS
 from support.tokens import Row, encode
 
 
@@ -165,6 +167,26 @@ def test_a_result_is_the_run_s_own_of_the_most_rows_and_of_equals_the_latest(tmp
     run = load_run(make_run(tmp_path / "a", results=[*usual, *more, *others]))
     assert run.result("best", "test")["accuracy"] == 0.8
     assert run.result("best", "dev") is None and run.result("baseline", "test", "empty") is None
+
+
+def test_a_result_whose_answers_were_read_otherwise_is_not_the_run_s_own(tmp_path):
+    parts = {"extractor": "So it is", "kind": "choice", "answer_space": "choices"}
+    usual = [result("initial", "test", 0.6), result("best", "test", 0.8, **parts)]
+    for name, value in (("answer_space", "vocabulary"), ("extractor", "Hence"), ("kind", "text")):
+        other = result("best", "test", 0.1, n=200, **parts | {name: value})
+        run = load_run(make_run(tmp_path / name, results=[*usual, other], task="bbh/hyperbaton", **parts))
+        assert run.result("best", "test")["accuracy"] == 0.8
+
+
+def test_a_run_from_before_answer_spaces_is_one_with_what_was_used_then(tmp_path):
+    old = {"config": {"task": "gsm8k", "extractor": "", "template": "", "kind": "", "preset": "paper"}}
+    of_task = {"name": "gsm8k", "extractor": TASKS["gsm8k"].extractor, "template": TASKS["gsm8k"].template}
+    write_json(tmp_path / "run.json", old | {"task": of_task})
+    config = read_run(tmp_path)["config"]
+    assert {name: config[name] for name in TASKS["gsm8k"].parts} == TASKS["gsm8k"].parts
+    assert config["preset"] == "default" and changed_parts("gsm8k", config) == []
+    (navigate,) = changed_parts("bbh/navigate", TASKS["bbh/navigate"].parts | {"answer_space": "vocabulary"})
+    assert navigate == "answer_space 'vocabulary'"
 
 
 def test_unfinished_runs_are_messages_beside_the_finished_ones_and_an_error_alone(tmp_path):

@@ -321,7 +321,7 @@ def test_stage_4_does_not_call_different_rows_or_models_by_one_name(finished, tm
         search = ["--initial-prompt", "tell the sum .", "--steps", "0", "--train-rows", "4", "--run-dir", f"run-{name}"]
         good("02_optimize.py", *own, *search, folder=folder)
     done = run("04_transfer.py", "--runs", "run-a", "run-b", "--targets", "demo/small", folder=folder)
-    assert done.returncode == 2 and "own/my are on other rows or questions" in done.stderr
+    assert done.returncode == 2 and "own/my are on other rows, questions or readings" in done.stderr
     assert "on demo/small" in good("04_transfer.py", "--runs", "run-a", "--targets", "demo/small", folder=folder)
     same = ["--targets", "demo/small", ROOT / "demo/small"]
     done = run("04_transfer.py", "--runs", "run-a", *same, folder=folder)
