@@ -102,7 +102,7 @@ def evaluate_prompts(flags, task, split_rows, run_dir):
     run_dir.mkdir(parents=True, exist_ok=True)
     answerer = open_answerer(flags, flags.model, flags.endpoint)  # imports torch only where a model is loaded here
     if task.ranks_choices and not answerer.gives_log_probs:
-        note = "the server gives no log-probabilities here, so answers are not ranked but read from what it writes"
+        note = "no log-probabilities from this server and --answer-turn, so answers are read from what it writes"
         print(f"note: {note}", file=sys.stderr)
     with alone_in(run_dir):
         results = []

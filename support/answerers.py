@@ -181,11 +181,12 @@ class Server:
         async def ask_row(client, row):
             turns = [{"role": "user", "content": task.user_turn(row["question"], prompt)}]
             reasoning = await chat(client, self, turns, settings.max_new_tokens)
+            choices = None
             if task.ranks_choices and self.gives_log_probs:
                 reply, choices = await rank_choices(client, self, turns, reasoning.text, task)
-            else:
+            if not choices:  # what is written is read
                 turns, fields = answer_turns(self.flags.answer_turn, turns, reasoning.text, task.extractor)
-                reply, choices = await chat(client, self, turns, settings.answer_tokens(task), fields), None
+                reply = await chat(client, self, turns, settings.answer_tokens(task), fields)
             return Generation(row, reasoning.text, reply.text, reasoning.tokens, reasoning.truncated, choices)
 
         missing = [row for row in rows if row["id"] not in done]
@@ -227,32 +228,45 @@ async def rank_choices(client, server, turns, reasoning, task):
     """
     texts = {choice: task.answer_prefix + choice for choice in task.choices}
     whole, paths = {}, {}  # of each choice: log-probability, tokens
-    waiting, first = [("", (), 0.0)], None
+    # Each way: what was read of a text, its tokens, their log-probability, the choices that go this way.
+    waiting, first = [("", (), 0.0, list(texts))], None
     while waiting:
-        begun, path, log_prob = waiting.pop()
+        begun, path, log_prob, here = waiting.pop()
         asked, fields = answer_turns(server.flags.answer_turn, turns, reasoning, task.extractor + begun)
         reply = await chat(client, server, asked, 1, fields | LOG_PROBS)
         first = first or reply
-        for choice, text in texts.items():
-            token, length = longest_start(reply.likeliest, text[len(begun) :]) if text.startswith(begun) else ("", 0)
-            if choice in whole or not length:
+        further = {}  # {token: (letters read, choices)}
+        for choice in here:
+            token, length = longest_start(reply.likeliest, texts[choice][len(begun) :], at_first=not path)
+            if not token:
                 continue
-            way = text[: len(begun) + length], (*path, token), log_prob + reply.likeliest[token]
-            if way[0] == text:
-                whole[choice], paths[choice] = way[2], way[1]
-            elif way not in waiting:
-                waiting.append(way)
+            if len(begun) + length == len(texts[choice]):
+                whole[choice], paths[choice] = log_prob + reply.likeliest[token], (*path, token)
+            else:
+                further.setdefault(token, (length, []))[1].append(choice)
+        for token, (length, choices) in further.items():
+            text = texts[choices[0]][: len(begun) + length]
+            waiting.append((text, (*path, token), log_prob + reply.likeliest[token], choices))
     return first, without_longer(whole, paths) or None
 
 
-def longest_start(tokens, text):
-    """(the token that covers most of the text's start, how many letters it covers), ("", 0) for none. A tokenizer that
-    marks spaces may show a word without the one before it."""
+def longest_start(tokens, text, at_first):
+    """(the token that covers most of the text's start, how many of its letters), ("", 0) for none.
+
+    A tokenizer that marks spaces may show a word without the one before it. at_first: right behind the extractor, where
+    a message that lost its last space is followed by a word with one.
+    """
+    word = text.lstrip()
     best = "", 0
     for token in tokens:
-        for start in {0, len(text) - len(text.lstrip())}:
-            if token and text.startswith(token, start):
-                best = max(best, (token, start + len(token)), key=lambda found: (found[1], len(found[0])))
+        begins = token.lstrip() if at_first else token
+        if token and text.startswith(token):
+            found = token, len(token)
+        elif begins and word.startswith(begins):
+            found = token, len(text) - len(word) + len(begins)
+        else:
+            continue
+        best = max(best, found, key=lambda found: (found[1], text.startswith(found[0])))
     return best
 
 
@@ -278,15 +292,18 @@ def check_server(server):
     require_address(server)
     question = {"role": "user", "content": "1"}
     begun = {"role": "assistant", "content": "1"}
+    if server.flags.answer_turn == "ask":  # a turn of its own cannot be followed into an answer of several tokens
+        ask_one_token(server, [question])
+        return False
     try:
         gives_log_probs = bool(ask_one_token(server, [question], LOG_PROBS).likeliest)
-    except ServerError as error:
-        if error.status not in (400, 422):
+    except ServerError as error:  # for this or for another reason, which shows without the fields, too
+        if error.status in (401, 403):
             raise
         ask_one_token(server, [question])
         gives_log_probs = False
-    if server.flags.answer_turn != "continue":
-        return gives_log_probs and server.flags.answer_turn == "prefill"
+    if server.flags.answer_turn == "prefill":
+        return gives_log_probs
     way_out = "--answer-turn ask puts the extractor as a turn of its own, prefill trusts in servers that go on anyway"
     try:
         closed = ask_one_token(server, [question, begun])
@@ -407,7 +424,7 @@ def as_reply(output):
     truncated = choice.finish_reason == "length"
     tokens = usage.completion_tokens - (not truncated)  # servers count the end token, we do not
     places = choice.logprobs.content if choice.logprobs else ()
-    likeliest = {top.token: top.logprob for top in places[0].top_logprobs} if places else {}
+    likeliest = {top.token: top.logprob for top in places[0].top_logprobs or ()} if places else {}
     return Reply(choice.message.content or "", max(0, tokens), usage.prompt_tokens, truncated, likeliest)
 
 

@@ -481,7 +481,7 @@ def test_a_server_that_never_recovers_ends_the_run_with_one_line_and_the_next_ru
     assert len(read_jsonl(tmp_path / "predictions.jsonl")) == 12
 
 
-@pytest.mark.parametrize("status, sent", [(400, 2), (404, 1), (429, 2), (500, 2)])
+@pytest.mark.parametrize("status, sent", [(400, 2), (404, 2), (429, 4), (500, 4)])
 def test_a_refusal_is_not_repeated_and_a_passing_failure_is(rows, status, sent):
     with serving(lambda handler, body, before: handler.say(status, {"error": "no model m"})) as web:
         with pytest.raises(UserError, match=f"HTTP {status} .*no model m"):
@@ -498,16 +498,16 @@ NEXT = {  # what stands at the end of the message: the likeliest tokens there, a
 }
 
 
-def likely(spaces):
-    """A server that gives the log-probabilities of `NEXT`; without `spaces` as one does whose tokenizer marks them."""
+def likely(spaces, table=NEXT):
+    """A server that gives the log-probabilities of a table; without `spaces` as one does whose tokenizer marks them."""
 
     def behave(handler, body, before):
         if not body.get("logprobs"):
             return handler.say(200, completion("reasons"))
         at = body["messages"][-1]["content"]
-        table = next((tokens for end, tokens in NEXT.items() if at.endswith(end)), {"1": 1.0})
+        tokens = next((tokens for end, tokens in table.items() if at.endswith(end)), {"1": 1.0})
         tops = []
-        for token, probability in table.items():
+        for token, probability in tokens.items():
             tops.append({"token": token if spaces else token.lstrip(), "logprob": math.log(probability)})
         answer = completion(tops[0]["token"], "length", 1)
         answer["choices"][0]["logprobs"] = {"content": [tops[0] | {"top_logprobs": tops}]}
@@ -528,6 +528,25 @@ def test_a_server_that_gives_log_probabilities_ranks_the_choices_as_wholes(rows,
         probabilities = {choice: math.exp(value) for choice, value in prediction["choices"].items()}
         assert probabilities == pytest.approx({"Account access": 0.3, "Billing": 0.27, "Account": 0.2})
         assert prediction["answer"] == "Account access" and prediction["reply"].strip() == "Account"
+
+
+def test_a_choice_is_followed_along_its_own_tokens_alone(rows):
+    """One token begins another: " Acc" is the start of "Accord", not of "Account", which has a token of its own."""
+    table = {"So it is": {" Account": 0.5, " Acc": 0.4}, "is Acc": {"ord": 0.5, "ount": 0.5}}
+    table |= {"is Account": {" access": 0.25, ".": 0.75}}
+    task = own_task("choice", "So it is", ("Accord", "Account", "Account access"))
+    with serving(likely(True, table)) as web:
+        (found,) = evaluate(server_answerer(flags(), web.url, "m"), task, rows[:1], "think.", settings())
+    probabilities = {choice: math.exp(value) for choice, value in found["choices"].items()}
+    assert probabilities == pytest.approx({"Accord": 0.2, "Account": 0.375, "Account access": 0.125})
+
+
+def test_an_extractor_that_ends_in_a_space_is_followed_by_words_with_theirs(rows):
+    task = own_task("choice", "So it is ", ("Account", "Billing"))
+    with serving(likely(True)) as web:
+        (found,) = evaluate(server_answerer(flags(), web.url, "m"), task, rows[:1], "think.", settings())
+    probabilities = {choice: math.exp(value) for choice, value in found["choices"].items()}
+    assert probabilities == pytest.approx({"Account": 0.5, "Billing": 0.27})
 
 
 def test_a_server_without_log_probabilities_has_what_it_writes_read_and_is_another_evaluation(rows):
@@ -556,6 +575,8 @@ def test_where_no_choice_is_among_the_likeliest_tokens_what_is_written_is_read(r
     with serving(behave) as web:
         (found,) = evaluate(server_answerer(flags(), web.url, "m"), LABELS, rows[:1], "think.", settings())
     assert (found["answer"], found["reply"], "choices" in found) == (None, "Hm", False)
+    asked = [body["max_tokens"] for body, _ in web.requests]
+    assert asked == [1, 12, 1, settings().answer_tokens(LABELS)]  # check, reasoning, ranks, and the reply as a whole
 
 
 def test_the_pause_is_at_least_as_long_as_the_server_asks_for(rows):
