@@ -12,6 +12,7 @@ aqua 100, 100, 254; wsc 100, 100, 104; an MMLU subject 6 to 87 train, 7 to 88 de
 
 import json
 
+from support.files import require
 from support.settings import TaskFlags, parse_flags, run_script
 from support.sources import prepare
 from support.tasks import GROUPS, SPLITS, get_task
@@ -19,6 +20,9 @@ from support.tasks import GROUPS, SPLITS, get_task
 
 def main():
     flags = parse_flags(TaskFlags, __doc__.splitlines()[0])
+    given = flags.extractor or flags.kind or flags.template or flags.answer_space
+    own = flags.own_rows or not given
+    require(own, "--extractor, --kind, --template and --answer-space change no row: give them to stages 2 and 3")
     names = GROUPS.get(flags.task, [flags.task])
     for name in names:
         task = get_task(name, flags.extractor, flags.kind, flags.template, flags.answer_space)

@@ -121,6 +121,8 @@ def chosen_prompts(flags, run_dir, task):
     """[Prompt]: baselines, initial, then those given or the best of the file."""
     compared, chosen = [], []
     initial = task.initial_prompt
+    if flags.run_dir and (Path(flags.run_dir) / "run.json").exists():
+        initial = read_run(flags.run_dir)["config"].get("initial_prompt") or initial
     if flags.baselines:
         compared = [
             Prompt("baseline", "empty", task.bare, ""),

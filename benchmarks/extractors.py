@@ -28,10 +28,12 @@ COLUMNS = ("top", "read", "written", "ranked", "commonest", "harness", "agree")
 
 
 @dataclass
-class Flags(GenerationSettings, TaskFlags):
+class Flags(GenerationSettings):
     models: list[str] = field(default_factory=list, metadata={"help": "local folders or hub names"})
     tasks: list[str] = field(default_factory=list, metadata={"help": "known tasks"})
     rows: int = flag(30, "dev rows of each task")
+    data_dir: str = flag("data", "where the prepared tasks lie")
+    source: str = flag("", "folder of the authors' data files; empty: the hub")
 
 
 class Seen(NamedTuple):
@@ -105,7 +107,7 @@ def main():
     for path in models:
         engine = load_engine(path)
         for name in flags.tasks:
-            task, splits = open_task(replace(flags, task=name))
+            task, splits = open_task(TaskFlags(name, data_dir=flags.data_dir, source=flags.source))
             seen = behind_each_form(engine, task, splits["dev"][: flags.rows], flags)
             for form, of_form in seen.items():
                 tokens = sum(s.prediction["tokens"] for s in of_form) / len(of_form)

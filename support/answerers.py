@@ -29,8 +29,7 @@ from support.tokens import LARGEST_SHARE, encode, encode_chat, encode_choices, e
 class Answerer:
     """What writes reasoning and answer.
 
-    `generate(task, rows, prompt, settings, done)` yields lists of `Generation` (row, reasoning text, reply behind the
-    extractor, number of reasoning tokens, whether it was cut at the limit), in any order; not for the ids in `done`.
+    `generate(task, rows, prompt, settings, done)` yields lists of `Generation` in any order, none of the ids in `done`.
     """
 
     name: str  # as tables show it

@@ -19,7 +19,7 @@ def answer_columns(length, read):
 def read_answers(engine, context, extractor, reads):
     """Logits [B, R, A, V] at the `answer_columns` behind the extractor. reads: R lists of ids for each row.
 
-    context: B rows that end with the reasoning, as `generate` hands them out; used up.
+    context: B rows that end with the reasoning, as `generate` hands them out; it stays as it is.
     """
     tails, columns = [], []
     for row_reads in reads:

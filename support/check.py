@@ -48,11 +48,13 @@ def check_rows(engine, task, data, rows, settings):
     engine.read(contexts)
     read_seconds = time.perf_counter() - started
     checked = Checked([None] * len(data), [""] * len(data), [False] * len(data), [0] * len(data))
-    started, lengths = time.perf_counter(), []
+    started, lengths, of_the_check = time.perf_counter(), [], 0.0
     for ended in engine.stream(contexts, settings.max_new_tokens, settings.batch_size):
         of_data, of_rows = [data[n] for n in ended.rows], [rows[n] for n in ended.rows]
+        only_here = time.perf_counter()
         ranks = gold_ranks(engine, ended, of_rows)
         replies = engine.go_on(ended, rows[0].extractor, settings.answer_tokens(task))
+        of_the_check += time.perf_counter() - only_here  # seconds of what the run itself does not do
         generations = model.answered(task, of_data, ended, settings)
         for n, generation, rank, reply in zip(ended.rows, generations, ranks, replies, strict=True):
             prediction = graded(task, generation)
@@ -60,7 +62,7 @@ def check_rows(engine, task, data, rows, settings):
             checked.replies[n] = decode(tokenizer, reply)
             checked.possible[n] = is_possible(tokenizer, task, rows[n], reply)
             lengths.append(len(contexts[n]) + generation.tokens + len(rows[n].extractor) + len(rows[n].answer))
-    checked.row_seconds = (time.perf_counter() - started) / len(data)
+    checked.row_seconds = (time.perf_counter() - started - of_the_check) / len(data)
     checked.read_seconds = read_seconds / sum(map(len, contexts))
     checked.tokens = sum(lengths) / len(lengths)
     checked.shown = whole_row(tokenizer, task, contexts[0], checked)
@@ -170,7 +172,8 @@ def warnings(checked, task, train, settings):
 
 @dataclass
 class Cost:
-    """What a run is going to take, at most: prompts that were scored before are not scored again."""
+    """What a run is going to take, about: prompts that were scored before are not scored again, and rows in larger
+    batches are faster than those of the check."""
 
     generations: dict[str, int]  # of search, dev and test
     minutes: dict[str, float]
@@ -180,14 +183,14 @@ class Cost:
     def line(self):
         parts = ", ".join(f"{name} {minutes:.1f}" for name, minutes in self.minutes.items())
         return (
-            f"at most {sum(self.generations.values())} generations, {self.tokens / 1e6:.2f} million tokens, about "
+            f"about {sum(self.generations.values())} generations, {self.tokens / 1e6:.2f} million tokens, "
             f"{sum(self.minutes.values()):.1f} minutes here ({parts}), {self.memory / 2**30:.1f} GiB of memory"
         )
 
 
 def cost_of(engine, checked, rows, settings, counts):
     """The `Cost` of a search with these tokens.Rows; settings: SearchSettings; counts: {"finalists", "dev", "test"}."""
-    tried = settings.shortlist_size if settings.shortlist != "all" else settings.top_k
+    tried = settings.tries_per_step
     generations = {
         "search": len(rows) * (1 + settings.steps * tried),
         "dev": (counts["finalists"] + 1) * counts["dev"],

@@ -144,7 +144,7 @@ class Context:
         return Context(layers, self.mask)
 
     def repeated(self, times):
-        """Each row so many times in succession, of a context that `rewind` gave."""
+        """A context of each row so many times in succession, of one that `rewind` gave: for one forward pass."""
         layers = [
             Borrowed(layer.lender, layer.index[:, 0].repeat_interleave(times), layer.source.repeat_interleave(times, 0))
             for layer in self.layers
@@ -182,7 +182,7 @@ class Ended:
     rows: list[int]  # their numbers in the batch
     ids: list[list[int]]  # what was generated, without the end token
     stopped: list[bool]  # by an end token, not by the limit
-    context: Context  # what was read before them, and `ids`: for one forward pass, before the next rows are asked for
+    context: Context  # what was read before them, and `ids`: until the next rows are asked for
 
 
 # --- The engine ------------------------------------------------------------------------------------
@@ -407,6 +407,7 @@ class Engine:
                     ended.rows = [batch[n] for n in ended.rows]
                     over.update(ended.rows)
                     yield ended
+                context = logits = None  # or they would stand beside the next batch's
             except torch.OutOfMemoryError:
                 require(size > 1, OUT_OF_MEMORY)
                 full = True

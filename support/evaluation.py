@@ -5,9 +5,9 @@ and the answer is what the model writes behind it, or, of a task whose possible 
 there (--answer-space). `harness` reading: lm-evaluation-harness's flexible extraction looks into the reasoning
 itself, so that numbers can be compared with published ones. They are two columns, never mixed.
 
-Who generates is an `Answerer` of answerers.py: a model loaded here or one behind a server. Every generation is on disk
-before the next begins, so a killed evaluation goes on where it was; its texts are kept, so it can be graded again
-without a model. Works without torch.
+Who generates is an `Answerer` of answerers.py: a model loaded here or one behind a server. Rows are on disk as they end,
+so a killed evaluation goes on with those it lacks; its texts are kept, so it can be graded again without a model. Works
+without torch.
 
 A folder with evaluations holds two files, whose fields are those of `Prediction` and `Result`:
 

@@ -133,7 +133,7 @@ def remaining(settings, steps, dev_rows, test_rows):
     last, visited = steps[-1], steps[1:]
     per_token = sum(step.seconds["select"] for step in steps) / last.totals["generated_tokens"]
     per_row = per_token * (last.tokens / settings.train_rows + 1)  # with the end token
-    tried = settings.min_candidates if settings.shortlist == "all" else settings.shortlist_size
+    tried = settings.tries_per_step
     if visited:
         per_step = sum(sum(step.seconds.values()) for step in visited) / len(visited)
     else:

@@ -94,7 +94,7 @@ class SearchSettings(GenerationSettings):
     gradient_without_reasoning: bool = flag(False, "take the gradient over question, prompt and extractor only")
     fluency_weight: float = flag(0.2, "lambda: weight of the prompt's fluency term in the loss", "--lambda")
     fluency: str = flag("nll", "the fluency term: mean nll of the prompt, or its exponential, perplexity")
-    loss_temperature: float = flag(0.2, "divides the answer's logits in the loss")
+    loss_temperature: float = flag(0.2, "divides the answer's logits in the loss, or the choices' log-probabilities")
     objective: str = flag("loss", "what selection minimizes: loss, or error (error rate + lambda / 10 * fluency)")
     ties: str = flag("first", "of equal objectives take the first (incumbent, then by gradient) or the last")
     force_sentence_end: bool = flag(False, "take a shortlisted full stop at once in the prompt's second half")
@@ -102,6 +102,11 @@ class SearchSettings(GenerationSettings):
     max_prompt_tokens: int = flag(64, "a prompt stops growing at this length")
     gradient_batch_size: int = flag(0, "rows in one forward and backward pass; 0: by the model's size")
     seed: int = flag(0, "draws the training rows and the sampled rows of each step")
+
+    @property
+    def tries_per_step(self):
+        """How many prompts a step scores, about: without a shortlist there are as many as candidates."""
+        return self.min_candidates if self.shortlist == "all" else self.shortlist_size
 
     def __post_init__(self):
         super().__post_init__()

@@ -421,5 +421,13 @@ def open_task(flags):
     task = get_task(flags.task, flags.extractor, flags.kind, flags.template, flags.answer_space)
     # Own rows and the demo's lie here and may have changed; preparing them takes no time.
     if flags.own_rows or task.name == "demo" or not is_prepared(task, flags.data_dir):
-        print(f"preparing {task.name} in {prepare(task, flags.data_dir, flags.source, flags.own_rows)}")
-    return task, {split: load_split(task, flags.data_dir, split) for split in SPLITS}
+        # A known task is prepared as the table has it: what the user sets otherwise changes no row.
+        folder = prepare(TASKS.get(task.name, task), flags.data_dir, flags.source, flags.own_rows)
+        print(f"preparing {task.name} in {folder}")
+    splits = {split: load_split(task, flags.data_dir, split) for split in SPLITS}
+    for row in [row for rows in splits.values() for row in rows]:
+        fits = gold_is_possible(task, row["answer"])
+        require(
+            fits, f"--kind {task.kind}: the answer {row['answer']!r} of row {row['id']} is none: set another --kind"
+        )
+    return task, splits

@@ -335,9 +335,20 @@ def checked_task(task):
         task = replace(task, choices=())
     elif not task.choices:
         raise UserError(f"--kind {task.kind}: {task.name} has no closed set of answers: number or text")
+    require_distinct_choices(task)
     some = task.choices or task.answer_space != "choices"
     require(some, f"--answer-space choices: {task.name} has no closed set of answers: leave it out, or vocabulary")
     return check_template(task)
+
+
+def require_distinct_choices(task):
+    """Errors: UserError if two possible answers count as the same, or if there is only one."""
+    same = {}
+    for choice in task.choices:
+        twin = same.setdefault(canonical(task, choice), choice)
+        require(twin == choice, f"{task.name}: the answers {twin!r} and {choice!r} count as the same: write them alike")
+    only = f"{task.name}: every answer is {''.join(task.choices[:1])!r}, so there is nothing to find out"
+    require(len(task.choices) != 1, only)
 
 
 def known_names():
@@ -504,7 +515,8 @@ def read_answer_harness(task, question, text):
     if task.kind == "boolean":
         return last_word(task, text)
     if task.kind == "choice":
-        return last_option(task, question, text)
+        are_letters = all(len(choice) == 1 for choice in task.choices)
+        return last_option(task, question, text) if are_letters else last_word(task, text)
     if task.name == "bbh/dyck_languages":
         return last_brackets(text)
     if task.name == "bbh/word_sorting":
@@ -538,7 +550,9 @@ def last_brackets(text):
 
 
 def word_pattern(word):
-    return rf"\b(?:{word}|{word.lower()})\b" if word in ("Yes", "No") else rf"\b{word}\b"
+    if word in ("Yes", "No"):
+        return rf"\b(?:{word}|{word.lower()})\b"
+    return rf"(?<!\w){re.escape(word)}(?!\w)"  # \b where the word ends in letters, as all known tasks' do
 
 
 def last_word(task, text):
@@ -562,7 +576,7 @@ def last_option(task, question, text):
         return letters[-1]
     if letter := last_option_text(question, text):
         return letter
-    letters = re.findall(rf":\s*({'|'.join(task.choices)})\b", text)
+    letters = re.findall(rf":\s*({'|'.join(map(re.escape, task.choices))})\b", text)
     return letters[-1] if letters else None
 
 

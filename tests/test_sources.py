@@ -497,3 +497,14 @@ def test_opening_a_published_task_prepares_it_once(tmp_path, capsys):
     (tmp_path / "bbh" / "hyperbaton.json").unlink()
     assert sources.open_task(flags) == first and capsys.readouterr().out == ""
     assert first[1] == {split: sources.load_split(first[0], tmp_path / "data", split) for split in tasks.SPLITS}
+
+
+def test_a_kind_that_does_not_fit_the_answers_is_named_and_a_known_task_is_prepared_as_the_table_has_it(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"question": f"{n}?", "answer": "blue"} for n in range(8)]
+    write_jsonl(path, rows)
+    flags = TaskFlags(str(path), extractor="So it is", kind="number", data_dir=str(tmp_path / "data"))
+    with pytest.raises(UserError, match="--kind number: the answer 'blue' of row"):
+        sources.open_task(flags)
+    sources.open_task(TaskFlags("demo", extractor="hence", data_dir=str(tmp_path / "data")))
+    assert json.loads((tmp_path / "data/demo/task.json").read_text())["extractor"] == TASKS["demo"].extractor

@@ -111,6 +111,24 @@ def test_parts_that_do_not_fit_a_known_task_name_their_flag(name, changes, messa
         get_task(name, **changes)
 
 
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [(["Yes", "yes", "No"], "'Yes' and 'yes' count as the same"), (["A", "A"], "every answer is 'A'")],
+)
+def test_answers_of_a_closed_set_are_told_apart_and_more_than_one(tmp_path, answers, message):
+    path = tmp_path / "mine.jsonl"
+    write_jsonl(path, [{"question": "1?", "answer": answer} for answer in answers])
+    with pytest.raises(UserError, match=message):
+        get_task(str(path), "So it is")
+
+
+def test_the_harness_reading_of_words_as_choices_is_the_last_of_them_whatever_signs_they_have():
+    task = own_task("choice", choices=("C++", "C", "Java (old)"))
+    text = "First C, then Java (old), at last C++ it is."
+    assert read_answer_harness(task, "Which?", text) == "C++"
+    assert read_answer_harness(task, "Which?", "It is Java (old)") == "Java (old)"
+
+
 def test_an_own_task_needs_an_extractor(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"question": "1 + 1?", "answer": "2"}\n')
