@@ -29,7 +29,7 @@ from support.tokens import LARGEST_SHARE, encode, encode_chat, encode_choices, e
 class Answerer:
     """What writes reasoning and answer.
 
-    `generate(task, rows, prompt, settings, done)` yields lists of `Generation` in any order, none of the ids in `done`.
+    `generate(task, rows, prompt, settings, done)` yields lists of `Generation` in any order, none for an id in `done`.
     """
 
     name: str  # as tables show it

@@ -5,7 +5,7 @@ and the answer is what the model writes behind it, or, of a task whose possible 
 there (--answer-space). `harness` reading: lm-evaluation-harness's flexible extraction looks into the reasoning
 itself, so that numbers can be compared with published ones. They are two columns, never mixed.
 
-Who generates is an `Answerer` of answerers.py: a model loaded here or one behind a server. Rows are on disk as they end,
+Who generates is an `Answerer` of answerers.py: a model loaded here or a server. Rows are on disk as they end,
 so a killed evaluation goes on with those it lacks; its texts are kept, so it can be graded again without a model. Works
 without torch.
 
