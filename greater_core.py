@@ -18,8 +18,8 @@ All is done on token ids (support/tokens.py): a prompt is never decoded and enco
 keeps its meaning. The weights are frozen, and what many continuations share is read once (support/engine.py). A run's
 records are in support/runs.py; where this differs from paper and released code, in docs/deviations.md.
 
-Shape letters: B rows, S tokens of a padded sequence, P prompt tokens, A answer tokens, V vocabulary, K candidates,
-Q sampled rows, E embedding size.
+Shape letters: B rows, S tokens of a padded sequence, P prompt tokens, R reads of a row (support/answers.py), A answer
+tokens, M possible answers, V vocabulary, K candidates, Q sampled rows, E embedding size.
 """
 
 import math
@@ -191,16 +191,16 @@ def candidate_gradients(search, prefix, prompt, candidates, reasoning):
         one_hot = torch.zeros(len(rows), len(candidates), dtype=dtype, device=engine.device)  # [B, K]
         one_hot[:, chosen] = 1
         one_hot.requires_grad_()
-        reads = len(pairs) // len(rows)  # R
-        choice = (one_hot @ embeddings).repeat_interleave(reads, 0)  # [B, K] @ [K, E] -> [B * R, E]
+        count = len(pairs) // len(rows)  # R
+        choice = (one_hot @ embeddings).repeat_interleave(count, 0)  # [B, K] @ [K, E] -> [B * R, E]
         embedded = engine.embed(ids)  # [B * R, S, E]
         embedded = torch.cat([choice[:, None].to(embedded.dtype), embedded[:, 1:]], 1)  # [B * R, S, E]
 
         context = prefix.context.select([i for i, _ in pairs])
-        logits = engine.forward(context, embedded, mask, columns).unflatten(0, (-1, reads))  # [B, R, later + A, V]
+        logits = engine.forward(context, embedded, mask, columns).unflatten(0, (-1, count))  # [B, R, later + A, V]
         cross_entropy, _ = answer_loss(logits[:, :, later:], rows, settings.loss_temperature)
         here = (one_hot * prefix.log_probs[numbers][:, candidate_ids]).sum(1)  # so its own probability counts
-        nll = prompt_nll(prefix.nll[numbers], here, logits[:, 0, :later], ids[::reads, 1 : 1 + later])
+        nll = prompt_nll(prefix.nll[numbers], here, logits[:, 0, :later], ids[::count, 1 : 1 + later])
         losses = training_loss(cross_entropy, nll, settings)
         # The rows do not touch each other, so the gradient of the sum holds each row's own gradient.
         (gradient,) = torch.autograd.grad(losses.sum(), one_hot)  # [B, K]
@@ -276,8 +276,8 @@ def reason_and_score(search, prefix, jobs):
             reads = [row.reads for row in ended_rows]
             answer_logits = read_answers(engine, ended.context, ended_rows[0].extractor, reads)  # [b, R, A, V]
             cross_entropy, wrong = answer_loss(answer_logits, ended_rows, settings.loss_temperature)
-            for n, ids, loss, is_wrong in zip(ended.rows, ended.ids, cross_entropy.tolist(), wrong.tolist()):
-                outcomes[n] = Outcome(ids, loss, is_wrong, nll[n])
+            for n, reasoning, loss, is_wrong in zip(ended.rows, ended.ids, cross_entropy.tolist(), wrong.tolist()):
+                outcomes[n] = Outcome(reasoning, loss, is_wrong, nll[n])
         return outcomes
 
     around = max(len(row.turn_end + row.extractor) + max(map(len, row.reads)) + 1 for row in search.rows)
@@ -376,8 +376,8 @@ def search_step(search, prefix, step):
     with timed(seconds, "gradient"):
         # A growing prompt has no token here yet: the gradient is taken at the likeliest proposal.
         start = with_token(candidates[0] if grows else incumbent)
-        choices = candidates if grows else [*candidates, incumbent]
-        gradients = mean_gradients(search, prefix, start, choices)
+        compared = candidates if grows else [*candidates, incumbent]
+        gradients = mean_gradients(search, prefix, start, compared)
         shortlist = make_shortlist(candidates, gradients, settings, draw("shortlist"))
         forced = forced_end(search, shortlist, position)
         if forced is not None:
@@ -394,7 +394,7 @@ def search_step(search, prefix, step):
         seconds=seconds,
         k=k,
         grows=grows,
-        candidates=[Candidate(token, gradients.get(token)) for token in choices],
+        candidates=[Candidate(token, gradients.get(token)) for token in compared],
         shortlist=[Tried(**vars(search.scores[ids]), token=token, new=ids in new) for token, ids in tried.items()],
     )
 
