@@ -390,7 +390,8 @@ def write_bad_files(folder):
     write_jsonl(folder / "one.jsonl", [{"question": "1 + 1?", "answer": "2"}])
     (folder / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question"\n')
     write_jsonl(folder / "gap.jsonl", [{"question": "a", "answer": "b"}, {"question": "a"}])
-    write_jsonl(folder / "words.jsonl", [{"question": f"is {n} big ?", "answer": "no"} for n in range(8)])
+    words = [{"question": f"is {n} big ?", "answer": ("no", "yes")[n % 2]} for n in range(8)]
+    write_jsonl(folder / "words.jsonl", words)
     write_jsonl(folder / "other.jsonl", [{"prompt": "check ."}, {"prompt": "check .", "task": "gsm8k"}])
     write_jsonl(folder / "number.jsonl", [{"prompt": 5}])
     (folder / "half.jsonl").write_text('{"prompt": "\\ud800 check"}\n')
