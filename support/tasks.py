@@ -14,7 +14,7 @@ from pathlib import Path
 
 from support.files import UserError, is_text, read_jsonl, require
 
-GRADER_VERSION = 1  # raise it whenever an answer could be read or graded differently
+GRADER_VERSION = 2  # raise it whenever an answer could be read or graded differently
 KINDS = ("number", "choice", "boolean", "text")
 CLOSED_KINDS = ("choice", "boolean")  # of which all possible answers are known
 ANSWER_SPACES = ("choices", "vocabulary")

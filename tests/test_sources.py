@@ -420,13 +420,13 @@ def test_task_json_is_byte_for_byte_the_same_for_every_known_task(tmp_path, monk
     monkeypatch.setattr(sources, "split_rows", lambda task, source: rows)
     written = [(sources.prepare(task, tmp_path) / "task.json").read_bytes() for task in TASKS.values()]
     assert len(written) == 90
-    digest = "87b42ce5f1baea81f725d99a179534f84a96a0b1910dd4cf051696897babdbe2"
+    digest = "c2a866a788f5986d140e8afcad583fab7d8fb24bc595a0285fd901a79778b5df"
     assert hashlib.sha256(b"".join(written)).hexdigest() == digest
 
 
 def test_task_json_of_the_demo_is_byte_for_byte_the_same(tmp_path):
     written = (sources.prepare(get_task("demo"), tmp_path) / "task.json").read_bytes()
-    assert hashlib.sha256(written).hexdigest() == "d2ae3feff23358aaaf1aebdac96b343ea27a72f7a1637b0c86936749d023c42a"
+    assert hashlib.sha256(written).hexdigest() == "5ed8a37cfa56239a18fc700e934619a1d4be76a5dca1c126cdfe2d51f06d9fa6"
 
 
 OWN_TASK_JSON = """{
@@ -458,7 +458,7 @@ OWN_TASK_JSON = """{
     "dev": "faec4c0d99e31673b095a19315ffeab14ad45a6fa2a0e07d6a1dd955f6a9a69f",
     "test": "f765c72628cf4ff0011a76515444ff6b06fd4b9f131e569288843cb083ab3ffd"
   },
-  "grader_version": 1
+  "grader_version": 2
 }
 """
 
