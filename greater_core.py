@@ -92,34 +92,33 @@ def prefix_at(engine, questions, tokens, known=None):
 # --- 1. Proposals (Eq. 3-4) ------------------------------------------------------------------------
 
 
-def top_k_intersection(log_probs, k):
-    """Tokens that are among the k most likely of every row of log_probs [Q, V]: a set of ids (Eq. 4)."""
-    per_row = [set(row) for row in log_probs.topk(k).indices.tolist()]
-    return set.intersection(*per_row)
+def smallest_k(log_probs, samples):
+    """[V]: from which k on a token is proposed, from log_probs [B, V]: from there it is among the k most likely of every
+    row of a sample (Eq. 4). samples: lists of row numbers, of which any will do."""
+    per_sample = []
+    for sample in samples:
+        order = log_probs[sample].argsort(descending=True, stable=True)  # [Q, V]
+        per_sample.append(1 + order.argsort().amax(0))  # of ranks [Q, V]; the likeliest token's is 0
+    return torch.stack(per_sample).amin(0)
 
 
 def propose_candidates(log_probs, samples, k, min_candidates, admit):
     """(candidate ids, k): proposals for a position, the most likely first.
 
-    log_probs [B, V]: of the token at the position, -inf where none is allowed. samples: lists of row numbers;
-    proposed is the union over the lists of each list's intersected top-k. admit(id): whether a token may stand there.
-    k grows by 2 until `min_candidates` are found. Errors: UserError when even all allowed tokens are not as many.
-    """
-    likelihood = log_probs.mean(0)
-    largest_k = int(likelihood.isfinite().sum())
-    admitted = {}
-    while True:
-        found = set()
-        for sample in samples:
-            found |= top_k_intersection(log_probs[sample], min(k, largest_k))
-        for token in found - admitted.keys():
-            admitted[token] = admit(token)
-        candidates = sorted((t for t in found if admitted[t]), key=lambda t: (-likelihood[t].item(), t))
-        if candidates and len(candidates) >= min_candidates:
-            return candidates, k
-        found_few = f"only {len(candidates)} candidate tokens are possible here"
-        require(k < largest_k, f"{found_few}: lower --min-candidates (now {min_candidates})")
-        k += 2
+    log_probs [B, V]: of the token at the position, -inf where none is allowed. admit(id): whether it may stand there.
+    k grows by 2 until `min_candidates` are found. Errors: UserError when even all allowed tokens are not as many."""
+    likelihood, candidates = log_probs.mean(0), []
+    needed, tokens = smallest_k(log_probs, samples).sort(stable=True)  # those that are not allowed come last
+    possible = int(likelihood.isfinite().sum())
+    for token, needs in zip(tokens[:possible].tolist(), needed[:possible].tolist()):
+        if needs > k and len(candidates) >= max(1, min_candidates):
+            break
+        k += max(0, math.ceil((needs - k) / 2)) * 2
+        if admit(token):
+            candidates.append(token)
+    few = f"only {len(candidates)} candidate tokens are possible here: lower --min-candidates (now {min_candidates})"
+    require(len(candidates) >= max(1, min_candidates), few)
+    return sorted(candidates, key=lambda token: (-likelihood[token].item(), token)), k
 
 
 # --- 2. The loss behind the reasoning (Eq. 5-6) ----------------------------------------------------
@@ -407,6 +406,8 @@ def optimize(engine, rows, prompt, settings, history=()):
     allowed = torch.zeros(engine.model.get_input_embeddings().num_embeddings, dtype=torch.bool)
     allowed[allowed_ids(engine.tokenizer, len(allowed))] = True
     search = Search(engine, rows, settings, allowed.to(engine.device), tuple(prompt))
+    changed = "the initial prompt's text gives other tokens than it was made of: give another --initial-prompt"
+    require(survives_encoding(engine.tokenizer, rows[0], prompt), changed)
     seconds = {}
     with timed(seconds, "select"):
         questions = prefix = prefill_questions(engine, rows, settings.batch_size)

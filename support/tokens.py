@@ -3,10 +3,16 @@
     question + prompt + turn_end + reasoning + extractor + answer
 
 Each part has the ids that it has behind the text before it; a tokenizer that merges across a boundary is an error.
-Works without torch.
+What comes from data, prompts or the user's flags is text and nothing else: a question that spells "<|im_end|>" does not
+end its turn. Only the chat template writes control tokens. Works without torch.
 """
 
+import json
+import re
 from dataclasses import dataclass
+from functools import lru_cache
+
+from tokenizers import Tokenizer
 
 from support.files import UserError, require
 
@@ -25,6 +31,15 @@ class Choices:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """The text around a prompt, as the model's chat template puts it."""
+
+    header: str  # the template's own
+    asked: str  # the user's text before the prompt
+    footer: str  # the template's own
+
+
+@dataclass(frozen=True)
 class Row:
     """One training row as token ids; prompt and reasoning, which change, are not in it."""
 
@@ -33,6 +48,7 @@ class Row:
     extractor: list[int]  # "Therefore, the final answer ... is $"
     answer: list[int]  # the gold answer
     choices: Choices | None = None  # None: the answer may be any text
+    turn: Turn | None = None  # the text of question and turn_end; None: no prompt is proposed for this row
 
     @property
     def gold(self):
@@ -45,56 +61,168 @@ class Row:
         return self.choices.reads if self.choices else (tuple(self.answer[:-1]),)
 
 
-def encode(tokenizer, text):
-    return tokenizer.encode(text, add_special_tokens=False)
+# --- Text stays text -------------------------------------------------------------------------------
+
+# No character of any text: Unicode keeps these for uses like the one below.
+MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+
+
+def encode(tokenizer, text, header="", footer=""):
+    """Ids of header + text + footer. Header and footer are the chat template's own and may hold control tokens; in the
+    text their names are text. Errors: UserError if the tokenizer cannot keep them apart."""
+    ids = tokenizer.encode(header + text + footer, add_special_tokens=False)
+    names = control_tokens(tokenizer)
+    of_template = control_count(tokenizer, header) + control_count(tokenizer, footer)
+    # An unknown word is one, too, which no text spells.
+    harmless = set() if tokenizer.unk_token and tokenizer.unk_token in text else {tokenizer.unk_token_id}
+    control = names.keys() - harmless
+    if sum(token in control for token in ids) <= of_template:
+        return ids
+    name = next((name for name in names.values() if name in text), "a control token")
+    unable = f"a text spells {name!r}, which the model's tokenizer would read as a control token: take it out"
+    mark = next((mark for mark in MARKS if mark not in text), "")
+    require(mark and hasattr(tokenizer, "backend_tokenizer"), unable)
+    marked, original = marked_tokenizer(tokenizer, mark)
+    spelled = [re.escape(name) for name in sorted(names.values(), key=len, reverse=True) if name in header + footer]
+    pattern = re.compile("|".join(spelled) or "(?!)")
+    header, footer = (pattern.sub(lambda found: mark + found.group(), part) for part in (header, footer))
+    ids = [original.get(token, token) for token in marked.encode(header + text + footer, add_special_tokens=False).ids]
+    require(sum(token in control for token in ids) <= of_template, unable)
+    return ids
+
+
+@lru_cache(maxsize=8)
+def control_tokens(tokenizer):
+    """{id: text} of the added and special tokens; those of white space alone, or of a byte, are text."""
+    added = tokenizer.get_added_vocab().items()
+    return {token: name for name, token in added if name.strip() and not re.fullmatch("<0x[0-9A-F]{2}>", name)}
+
+
+@lru_cache(maxsize=64)
+def control_count(tokenizer, text):
+    """How many control tokens a text of the chat template has."""
+    control = control_tokens(tokenizer)
+    return sum(token in control for token in tokenizer.encode(text, add_special_tokens=False)) if text else 0
+
+
+@lru_cache(maxsize=4)
+def marked_tokenizer(tokenizer, mark):
+    """(a tokenizer that knows control tokens only with the mark before their names, {its id: the original's}): what
+    does not hold the mark cannot spell one."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    originals = {}
+    for token in content["added_tokens"]:
+        if token["content"].strip():
+            token["content"] = mark + token["content"]
+            originals[token["content"]] = token["id"]
+    marked = Tokenizer.from_str(json.dumps(content))
+    return marked, {marked.token_to_id(name): token for name, token in originals.items()}
 
 
 def decode(tokenizer, ids):
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def ids_behind(tokenizer, before, text):
-    """Ids of `text` as they are behind `before`. Errors: UserError if the tokenizer merges across the boundary."""
-    start = encode(tokenizer, before)
-    whole = encode(tokenizer, before + text)
+def ids_behind(tokenizer, before, text, header="", footer=""):
+    """Ids of `text`, then of the footer, as they are behind header and `before`.
+
+    Errors: UserError if the tokenizer merges across the boundary.
+    """
+    start = encode(tokenizer, before, header)
+    whole = encode(tokenizer, before + text, header, footer)
     if whole[: len(start)] != start:
         near = max(0, len(start) - 3)
         was = tokenizer.convert_ids_to_tokens(start[near:][:6])
         becomes = tokenizer.convert_ids_to_tokens(whole[near:][:6])
         raise UserError(
-            f"the tokenizer merges {before[-12:]!r} with what follows it: tokens {was} become {becomes}. "
+            f"the tokenizer merges {(header + before)[-12:]!r} with what follows it: tokens {was} become {becomes}. "
             "End the text before the boundary differently, for instance without its last space"
         )
     return whole[len(start) :]
 
 
+# --- The chat template -----------------------------------------------------------------------------
+
+DATE = "26 Jul 2024"  # of templates that ask for today's, lest a run's numbers change overnight
+# What such a template calls, as a macro of Jinja that writes this date whatever the day.
+PINNED_DATE = (
+    '{%- macro strftime_now(format) -%}{{ format | replace("%d", "26") | replace("%-d", "26") | replace("%e", "26")'
+    ' | replace("%b", "Jul") | replace("%B", "July") | replace("%m", "07") | replace("%-m", "7")'
+    ' | replace("%Y", "2024") | replace("%y", "24") | replace("%A", "Friday") | replace("%a", "Fri")'
+    ' | replace("%F", "2024-07-26") | replace("%H", "12") | replace("%M", "00") | replace("%S", "00") }}'
+    "{%- endmacro -%}"
+)
+
+
+def chat_parts(tokenizer, task, question, prompt):
+    """(header, the user's text, footer) of a turn, as the tokenizer's chat template writes it.
+
+    Errors: UserError if the template fails, or changes or drops the user's text.
+    """
+    content = task.user_turn(question, prompt)
+    turn = [{"role": "user", "content": content}]
+    try:
+        template = tokenizer.get_chat_template()
+        template = PINNED_DATE + template if asks_for_date(template) else template
+        chat = tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever a template raises
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the model's chat template fails ({type(error).__name__}: {reason}): mend it") from None
+    start = chat.rfind(content)
+    changed = f"the model's chat template changes the user's text or leaves it out: it gives {chat[:300]!r}"
+    require(start >= 0, changed)
+    return chat[:start], content, chat[start + len(content) :]
+
+
+def asks_for_date(template):
+    return "strftime_now" in template
+
+
 def encode_chat(tokenizer, task, question, prompt):
-    """Ids of the whole user's turn and the assistant's header, for a prompt that is not searched and may be empty."""
-    turn = [{"role": "user", "content": task.user_turn(question, prompt)}]
-    return encode(tokenizer, tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    """Ids of the whole user's turn and the assistant's header, for a prompt that is not searched and may be empty.
+
+    Errors: as `chat_parts`.
+    """
+    header, content, footer = chat_parts(tokenizer, task, question, prompt)
+    return encode(tokenizer, content, header, footer)
 
 
-def encode_prompt(tokenizer, task, question, prompt):
-    """(question ids, prompt ids, turn_end ids) of a question with the prompt's text in its place.
+@dataclass(frozen=True)
+class Parts:
+    """A question with a prompt in its place, as token ids."""
 
-    The place is given by the tokenizer's own chat template. Errors: UserError if the template rewrites the text,
-    if the tokenizer merges across a boundary or does not know a word of the prompt, or if the prompt has no tokens.
+    turn: Turn
+    question: list[int]
+    prompt: list[int]
+    turn_end: list[int]
+
+
+def encode_parts(tokenizer, task, question, prompt):
+    """The `Parts` of a question with the prompt's text in its place, which the chat template gives.
+
+    Errors: UserError as `chat_parts`, if the tokenizer merges across a boundary or does not know a word of the prompt,
+    if the prompt has no tokens, or if its text does not give the same ids again.
     """
     prompt = prompt.strip()
     require(prompt, "the prompt has no tokens: give --initial-prompt at least one word")
-    content = task.user_turn(question, prompt)
-    turn = [{"role": "user", "content": content}]
-    chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    require(content in chat, f"the chat template changes the user's text, so the prompt has no place in it: {chat!r}")
-
-    end = chat.rfind(content) + len(content)
-    start = end - len(prompt) - 1  # the space before the prompt belongs to it: " proper" is one token
-    question_ids = encode(tokenizer, chat[:start])
-    prompt_ids = ids_behind(tokenizer, chat[:start], chat[start:end])
-    turn_end_ids = ids_behind(tokenizer, chat[:end], chat[end:])
+    header, content, footer = chat_parts(tokenizer, task, question, prompt)
+    start = len(content) - len(prompt) - 1  # the space before the prompt belongs to it: " proper" is one token
+    turn = Turn(header, content[:start], footer)
+    question_ids = encode(tokenizer, turn.asked, header)
+    prompt_ids = ids_behind(tokenizer, turn.asked, content[start:], header)
+    turn_end_ids = ids_behind(tokenizer, content, "", header, footer)
     unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt_ids
     require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: give another")
-    return question_ids, prompt_ids, turn_end_ids
+    return Parts(turn, question_ids, prompt_ids, turn_end_ids)
+
+
+def encode_prompt(tokenizer, task, question, prompt):
+    """(question ids, prompt ids, turn_end ids). Errors: as `encode_parts`."""
+    parts = encode_parts(tokenizer, task, question, prompt)
+    return parts.question, parts.prompt, parts.turn_end
+
+
+# --- Extractor and answers ---------------------------------------------------------------------------
 
 
 def extractor_ids(tokenizer, task):
@@ -151,8 +279,9 @@ def encode_row(tokenizer, task, row):
     """The `Row` of a data row {"id", "question", "answer"}. Errors: UserError that names the row."""
     try:
         extractor, choices = extractor_ids(tokenizer, task), encode_choices(tokenizer, task)
-        question, _, turn_end = encode_prompt(tokenizer, task, row["question"], task.initial_prompt)
-        return Row(question, turn_end, extractor, answer_ids(tokenizer, task, row["answer"]), choices)
+        parts = encode_parts(tokenizer, task, row["question"], task.initial_prompt)
+        answer = answer_ids(tokenizer, task, row["answer"])
+        return Row(parts.question, parts.turn_end, extractor, answer, choices, parts.turn)
     except UserError as error:
         raise UserError(f"row {row['id']}: {error}") from None
 
@@ -168,8 +297,8 @@ def survives_encoding(tokenizer, row, prompt_ids):
     text = prompt_text(tokenizer, row, prompt_ids)
     if text != " " + text.strip():
         return False
-    whole = decode(tokenizer, row.question) + text + decode(tokenizer, row.turn_end)
-    return encode(tokenizer, whole) == row.question + list(prompt_ids) + row.turn_end
+    whole = encode(tokenizer, row.turn.asked + text, row.turn.header, row.turn.footer)
+    return whole == row.question + list(prompt_ids) + row.turn_end
 
 
 def ends_sentence(tokenizer, prompt_ids):

@@ -3,6 +3,7 @@
 Run all tests with `python -m pytest -n2 --dist loadfile`, or without the flags in one process.
 """
 
+import json
 import os
 import random
 import sys
@@ -14,7 +15,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM as Auto
-from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoTokenizer, Gemma2Config, LlamaConfig, LlamaTokenizer, PreTrainedTokenizerFast, Qwen3Config
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
@@ -259,6 +260,24 @@ def gemma_like():
     return wrap(backend, GEMMA_CHAT, "<bos>", "<end_of_turn>", special)
 
 
+LLAMA2_CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
+    "{% else %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def llama2_like():
+    """transformers' own LlamaTokenizer, with Llama-2's way of marking a turn by words that are no control tokens."""
+    special = ["<unk>", "<s>", "</s>"]
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    words = [f"▁{word}" for text in [*CORPUS, "[INST] [/INST]"] * 3 for word in text.split(" ")]
+    byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
+    backend.train_from_iterator(words, trainers.BpeTrainer(vocab_size=1000, special_tokens=special + byte_tokens))
+    model = json.loads(backend.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return LlamaTokenizer(vocab=model["vocab"], merges=merges, chat_template=LLAMA2_CHAT)
+
+
 def wrap(backend, template, bos, eos, special):
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -274,9 +293,9 @@ def wrap(backend, template, bos, eos, special):
 REAL_TOKENIZERS = [folder for folder in os.environ.get("GREATER_TOKENIZERS", "").split(os.pathsep) if folder]
 
 
-@pytest.fixture(scope="session", params=["llama3", "gemma", *REAL_TOKENIZERS])
+@pytest.fixture(scope="session", params=["llama3", "gemma", "llama2", *REAL_TOKENIZERS])
 def subword_tokenizer(request):
-    own = {"llama3": llama3_like, "gemma": gemma_like}
+    own = {"llama3": llama3_like, "gemma": gemma_like, "llama2": llama2_like}
     return own[request.param]() if request.param in own else AutoTokenizer.from_pretrained(request.param)
 
 

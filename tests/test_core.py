@@ -209,11 +209,12 @@ def test_batched_losses_behind_given_reasoning_are_those_of_one_row_at_a_time(an
     st.integers(1, 9),
 )
 @hypothesis_settings(deadline=None, max_examples=60)
-def test_top_k_intersection_is_the_intersection_of_sorted_prefixes(rows, k):
+def test_a_token_is_proposed_from_the_k_on_at_which_sorted_prefixes_intersect_in_it(rows, k):
     expected = set(range(9))
     for row in rows:
         expected &= set(sorted(range(9), key=lambda i: -row[i])[:k])
-    assert core.top_k_intersection(torch.tensor(rows, dtype=torch.float64), k) == expected
+    needed = core.smallest_k(torch.tensor(rows, dtype=torch.float64), [list(range(len(rows)))])
+    assert {token for token, needs in enumerate(needed.tolist()) if needs <= k} == expected
 
 
 def test_k_grows_by_two_until_enough_candidates_are_found():

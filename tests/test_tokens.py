@@ -3,19 +3,24 @@
 import copy
 
 import pytest
-from conftest import gemma_like, own_task
+from conftest import gemma_like, llama2_like, llama3_like, own_task
 
 from support.files import UserError
 from support.tokens import (
+    DATE,
+    MARKS,
     PUNCTUATION,
     allowed_ids,
     answer_ids,
+    chat_parts,
+    control_tokens,
     encode,
     encode_chat,
     encode_prompt,
     encode_row,
     ends_sentence,
     extractor_ids,
+    marked_tokenizer,
     prompt_text,
     survives_encoding,
 )
@@ -68,6 +73,90 @@ def test_a_template_that_rewrites_the_text_is_an_error(demo_tokenizer, demo_task
         encode_prompt(other, demo_task, "1 + 1 ?", "find it .")
 
 
+def control_names(tokenizer):
+    return list(control_tokens(tokenizer).values())
+
+
+def test_a_control_token_s_name_in_a_question_a_prompt_or_an_answer_is_text(subword_tokenizer):
+    task = own_task("text", "The answer is")
+    for name in control_names(subword_tokenizer)[:40]:
+        row = {"id": "1", "question": f"Who says {name}{name} now{name}?", "answer": f"it is {name}."}
+        parts = encode_row(subword_tokenizer, task, row)
+        prompt = encode_prompt(subword_tokenizer, task, row["question"], f"think {name} twice.")[1]
+        control = set(control_tokens(subword_tokenizer))
+        assert not control.intersection(prompt + parts.answer + parts.extractor)
+        plain = encode_row(subword_tokenizer, task, {"id": "2", "question": "Who?", "answer": "me"})
+        for with_name, without in ((parts.question, plain.question), (parts.turn_end, plain.turn_end)):
+            assert [i for i in with_name if i in control] == [i for i in without if i in control]
+        text = subword_tokenizer.decode(parts.question + prompt + parts.turn_end)
+        assert f"Who says {name}{name} now{name}?" in text and f"think {name} twice." in text
+        whole = encode_chat(subword_tokenizer, task, row["question"], f"think {name} twice.")
+        assert whole == parts.question + prompt + parts.turn_end
+
+
+def test_a_tokenizer_that_marks_control_tokens_encodes_other_text_as_ever(subword_tokenizer):
+    marked, original = marked_tokenizer(subword_tokenizer, MARKS[0])
+    for text in ("How many  are\n3 + 14?", " Use it.", "Yes", ""):
+        ids = [original.get(i, i) for i in marked.encode(text, add_special_tokens=False).ids]
+        assert ids == subword_tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_a_control_token_s_name_that_is_a_word_of_the_vocabulary_is_an_error(demo_tokenizer, demo_task):
+    with pytest.raises(UserError, match=r"spells '<\|end\|>'.*control token"):
+        encode_chat(demo_tokenizer, demo_task, "1 + <|end|> ?", "find it .")
+
+
+def with_template(tokenizer, template):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+FRAME = "{{ bos_token }}TEXT{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('only tools') }}", "only tools"),
+        ("{{ nothing.at.all }}", "UndefinedError"),
+        ("{% for m in messages %}", "TemplateSyntaxError"),
+        ({"tools": FRAME, "rag": FRAME}, "ValueError"),
+        ("{{ bos_token }}", "leaves it out"),
+        ("{% for m in messages %}{{ m['content'][:5] }}{% endfor %}", "changes the user's text"),
+    ],
+)
+def test_a_template_that_fails_or_loses_the_text_is_one_line(template, reason):
+    tokenizer = with_template(llama3_like(), template)
+    for encoded in (encode_chat, encode_prompt):
+        with pytest.raises(UserError, match=reason) as error:
+            encoded(tokenizer, own_task(), "How many?", "think.")
+        assert "\n" not in str(error.value)
+
+
+def test_of_several_templates_the_default_is_used():
+    tokenizer = with_template(llama3_like(), {"tools": "no", "default": FRAME})
+    header, text, footer = chat_parts(tokenizer, own_task(), "How many?", "think.")
+    assert (header, text, footer) == ("<|begin_of_text|>TEXT", "How many?\nUse think.", "")
+
+
+def test_a_template_that_asks_for_the_date_gets_the_same_one_every_day():
+    today = FRAME.replace("TEXT", "{{ strftime_now('%d %b %Y') }}, {{ strftime_now(\"%Y-%m-%d\") }}: ")
+    header, _, _ = chat_parts(with_template(llama3_like(), today), own_task(), "How many?", "think.")
+    assert header == f"<|begin_of_text|>{DATE}, 2024-07-26: "
+
+
+def test_behind_a_turn_marked_by_words_prompts_survive_encoding():
+    """Their marker begins with a space, which a tokenizer drops where it decodes the marker alone."""
+    tokenizer, task = llama2_like(), own_task()
+    row = encode_row(tokenizer, task, {"id": "1", "question": "How many?", "answer": "1"})
+    prompt = encode_prompt(tokenizer, task, "How many?", "use proper reasoning.")[1]
+    assert tokenizer.decode(row.turn_end) != row.turn.footer
+    assert survives_encoding(tokenizer, row, prompt)
+    allowed = allowed_ids(tokenizer, len(tokenizer))
+    assert sum(survives_encoding(tokenizer, row, [*prompt[:1], token, *prompt[2:]]) for token in allowed) > 20
+
+
 def test_braces_in_a_question_are_text(subword_tokenizer):
     task = own_task()
     row = {"id": "1", "question": "What is {prompt} in {question}?", "answer": "1"}
@@ -80,7 +169,8 @@ def test_survives_encoding_refuses_what_reads_the_same_but_is_other_tokens(subwo
     parts = encode_row(subword_tokenizer, task, row)
     good = encode_prompt(subword_tokenizer, task, "How many?", "use reasoning.")[1]
     assert survives_encoding(subword_tokenizer, parts, good)
-    letters = [encode(subword_tokenizer, letter)[0] for letter in " use"]
+    vocabulary = subword_tokenizer.get_vocab()
+    letters = [vocabulary.get("Ġ", vocabulary.get("▁")), *(vocabulary[letter] for letter in "use")]
     assert subword_tokenizer.decode(letters).strip() == "use"
     assert not survives_encoding(subword_tokenizer, parts, letters)
 
@@ -96,7 +186,7 @@ def test_no_special_token_digit_or_symbol_may_enter_a_prompt(subword_tokenizer):
     texts = [subword_tokenizer.decode([i]) for i in allowed]
     assert max(allowed) < len(subword_tokenizer) and len(set(allowed)) == len(allowed)
     assert not set(allowed) & set(subword_tokenizer.all_special_ids)
-    assert " step" in texts and "." in texts
+    assert "step" in {text.strip() for text in texts} and "." in texts
     assert all(t.strip().isalpha() or t in PUNCTUATION for t in texts)
 
 
