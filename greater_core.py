@@ -93,8 +93,8 @@ def prefix_at(engine, questions, tokens, known=None):
 
 
 def smallest_k(log_probs, samples):
-    """[V]: from which k on a token is proposed, from log_probs [B, V]: from there it is among the k most likely of every
-    row of a sample (Eq. 4). samples: lists of row numbers, of which any will do."""
+    """[V]: from which k on a token is among the k most likely of every row of a sample (Eq. 4), from log_probs [B, V].
+    samples: lists of row numbers, of which any will do."""
     per_sample = []
     for sample in samples:
         order = log_probs[sample].argsort(descending=True, stable=True)  # [Q, V]
@@ -221,7 +221,7 @@ def mean_gradients(search, prefix, prompt, candidates):
         reasoning = [[] for _ in search.rows]
     per_row, _ = candidate_gradients(search, prefix, prompt, candidates, reasoning)
     means = per_row.double().mean(0)
-    require(means.isfinite().all(), f"the gradient is not finite at prompt ids {list(prompt)}: try --dtype float32")
+    require(means.isfinite().all(), f"the gradient is not finite at ids {list(prompt)}.{search.engine.dtype_hint}")
     return dict(zip(candidates, means.tolist()))
 
 
@@ -295,7 +295,7 @@ def score_prompts(search, prefix, prompts):
         own = outcomes[n * count : (n + 1) * count]
         values = torch.tensor([[o.cross_entropy, o.wrong, o.nll] for o in own], dtype=torch.float64)  # [N, 3]
         objective = objective_of(*values.unbind(1), search.settings)
-        not_finite = f"the loss is not finite under prompt ids {list(prompt)}: try --dtype float32"
+        not_finite = f"the loss is not finite under prompt ids {list(prompt)}.{search.engine.dtype_hint}"
         require(math.isfinite(objective), not_finite)
         cross_entropy, error, nll = values.mean(0).tolist()
         reasoning = [outcome.reasoning for outcome in own]

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from support.evaluation import Generation
-from support.files import UserError, require, short_name, weights_hash
+from support.files import UserError, require, short_name
+from support.identity import identity_of
 from support.progress import Progress
 from support.settings import ServerFlags
 from support.tokens import LARGEST_SHARE, encode, encode_chat, encode_choices, extensions, extractor_ids
@@ -54,7 +55,7 @@ def open_answerer(flags, model, endpoint=""):
 
 def local_answerer(engine, path):
     """The Answerer that is the model of an `Engine`, loaded from `path`."""
-    identity = (weights_hash(path), str(engine.model.dtype))
+    identity = (identity_of(path), str(engine.model.dtype))
     return Answerer(short_name(path), identity, LocalModel(engine).generate, progress=engine.progress)
 
 
@@ -71,7 +72,7 @@ class LocalModel:
         unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encode(tokenizer, " " + prompt)
         require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
         choices = encode_choices(tokenizer, task)  # here, so that its errors come before any work
-        contexts = [(row, encode_chat(tokenizer, task, row["question"], prompt)) for row in rows]
+        contexts = [(row, chat_of_row(tokenizer, task, row, prompt)) for row in rows]
         columns = max(len(ids) for _, ids in contexts) + settings.max_new_tokens
         behind = max(map(len, choices.reads)) if choices else settings.answer_tokens(task)
         self.engine.require_positions(columns + len(extractor_ids(tokenizer, task)) + behind)
@@ -90,6 +91,8 @@ class LocalModel:
     def answered(self, task, rows, ended, settings):
         """The `Generation` of each of the rows whose reasoning has `Ended`: the answer stands behind the extractor."""
         tokenizer, extractor = self.engine.tokenizer, extractor_ids(self.engine.tokenizer, task)
+        for row, finite in zip(rows, ended.finite):
+            require(finite, f"row {row['id']}: the model's logits are not finite.{self.engine.dtype_hint}")
         if task.ranks_choices:
             replies, choices = self.ranked(task, ended, extractor)
         else:
@@ -111,10 +114,18 @@ class LocalModel:
         first = logits[:, 0, :1].argmax(-1).tolist()
         scores = []
         for log_probs in choice_log_probs(logits, choices).tolist():
-            not_finite = "the model's logits are not finite, so no answer is the likeliest: try --dtype float32"
+            not_finite = f"the model's logits are not finite, so no answer is the likeliest.{self.engine.dtype_hint}"
             require(not any(map(math.isnan, log_probs)), not_finite)
             scores.append(dict(zip(task.choices, log_probs)))
         return first, scores
+
+
+def chat_of_row(tokenizer, task, row, prompt):
+    """tokens.encode_chat of a data row. Errors: UserError that names it."""
+    try:
+        return encode_chat(tokenizer, task, row["question"], prompt)
+    except UserError as error:
+        raise UserError(f"row {row['id']}: {error}") from None
 
 
 def batches_of_like_length(contexts, size):

@@ -78,7 +78,7 @@ def gold_ranks(engine, ended, rows):
         scores, gold = choice_log_probs(logits, rows[0].choices), [row.gold for row in rows]
     else:
         scores, gold = logits[:, 0, 0], [row.answer[0] for row in rows]
-    require(not scores.isnan().any(), "the model's logits are not finite: try --dtype float32")
+    require(not scores.isnan().any(), f"the model's logits are not finite.{engine.dtype_hint}")
     return [int((each > each[n]).sum()) + 1 for each, n in zip(scores, gold)]
 
 

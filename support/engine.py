@@ -32,6 +32,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from support.files import UserError, require
+from support.identity import cannot_load, commit_of, is_folder
 from support.onednn import use_onednn
 from support.progress import Progress
 
@@ -39,6 +40,7 @@ LOOK_EVERY = {"cpu": 1, "cuda": 8}  # decoding steps between looks at which rows
 LEAVE_TOGETHER = 8  # rows that `generate` hands out at once, so that what is read of them stays small
 OUT_OF_MEMORY = "out of memory with a single row: use a smaller model or fewer tokens"
 ROOM = 64  # columns by which keys and values grow
+PIECE = 7  # tokens that are read in pieces to see whether they come out as in one pass
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 2**14}  # of questions: a CPU's caches hold what becomes of them in a layer
 
 
@@ -182,6 +184,7 @@ class Ended:
     rows: list[int]  # their numbers in the batch
     ids: list[list[int]]  # what was generated, without the end token
     stopped: list[bool]  # by an end token, not by the limit
+    finite: list[bool]  # whether the model's logits were numbers all along
     context: Context  # what was read before them, and `ids`: until the next rows are asked for
 
 
@@ -218,6 +221,7 @@ class Engine:
         self.counts = Counter()  # tokens in forward passes (with padding), in backward passes, generated
         self.batch_sizes = {}  # {stage: rows at once}, lowered when CUDA memory runs out
         self.progress = Progress()  # what is being done now
+        self.compared = False  # whether a row of the work at hand has been read both ways
         self.check()
 
     def check(self):
@@ -225,31 +229,62 @@ class Engine:
         others = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         kinds = ", ".join(sorted(others))
         require(not others, f"--model has layers of type {kinds}: use one of full or sliding attention")
+        ids = torch.arange(3, 15, device=self.device)[None] % self.config.vocab_size  # [1, 12]
         try:
-            plain, pieces, self.column_bytes = self.read_both_ways()
+            with torch.no_grad():
+                plain = self.model(input_ids=ids).logits[0]  # [12, V]
+            pieces, self.column_bytes = self.read_in_pieces(ids)
         except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as error:  # whatever a model raises that wants to be read in another way
             raise UserError(f"--model cannot be read in pieces ({error!r:.200}): use another model") from error
-        finite = plain.isfinite()  # a model may forbid tokens
-        difference = (pieces - plain)[finite].square().mean().sqrt()
-        spread = (plain - plain[finite].mean())[finite].square().mean().sqrt()
-        tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.2
-        same = finite.equal(pieces.isfinite()) and not difference > tolerance * spread + 1e-6
-        require(same, "--model gives other logits when it is read in pieces than in one: use another model")
+        self.require_same(plain, pieces)
         self.counts.clear()
 
+    @property
+    def dtype_hint(self):
+        """What to try where numbers are not finite."""
+        return "" if self.model.dtype in (torch.float32, torch.float64) else " Try --dtype float32"
+
+    def compare_longest(self, sequences):
+        """The same with the longest sequence of the first work at hand: a model may differ only where a row is long.
+
+        Errors: UserError if a plain pass gives other logits, or numbers that are not finite."""
+        sequence = max(sequences, key=len)
+        if self.compared or len(sequence) < 2 * PIECE:
+            return
+        ids = torch.tensor([sequence], device=self.device)  # [1, S]
+        counts = self.counts.copy()
+        with torch.no_grad():
+            plain = self.logits_at([list(range(ids.shape[1] - PIECE, ids.shape[1]))], input_ids=ids)[0]
+        self.require_same(plain, self.read_in_pieces(ids)[0])
+        self.counts, self.compared = counts, True
+
     @torch.no_grad()
-    def read_both_ways(self):
-        """(logits [7, V] of a row in one pass, the same behind padding, a context and as embeddings, bytes that the
-        keys and values of one token take)."""
-        ids = torch.arange(3, 15, device=self.device)[None] % self.config.vocab_size  # [1, 12]
-        plain = self.model(input_ids=ids).logits[0, 5:].float()
-        context, first = self.read([ids[0].tolist(), ids[0, :6].tolist()])  # row 1 is the one to compare
-        later = self.forward(context, self.embed(ids[:, 6:].expand(2, -1)), columns=[list(range(6))] * 2)
-        pieces = torch.cat([first[1:], later[1]]).float()
+    def read_in_pieces(self, ids):
+        """(logits [PIECE, V] of the last tokens of ids [1, S], read behind padding, behind a context and as embeddings,
+        of which the last ones a second time, as answers are; bytes that the keys and values of a token take)."""
+        start = ids.shape[1] - PIECE + 1
+        rest = ids[:, start:]  # [1, PIECE - 1]
+        context, first = self.read([ids[0, : start + 1].tolist(), ids[0, :start].tolist()])  # row 1 is compared
+        later = self.forward(context, self.embed(rest.expand(2, -1)), columns=[list(range(PIECE - 1))] * 2)
+        one, two = torch.tensor([1], device=self.device), torch.tensor([2], device=self.device)
+        again = self.forward(context.rewind(one, two), rest[:, -2:], columns=[[0, 1]])
         values = sum(layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel() for layer in context.layers)
-        return plain, pieces, values * self.model.dtype.itemsize
+        logits = torch.cat([first[1:], later[1, :-2], again[0]])  # [PIECE, V]
+        return logits, values * self.model.dtype.itemsize
+
+    def require_same(self, plain, pieces):
+        """Errors: UserError if logits of plain [S, V], in its last rows, and pieces [PIECE, V] differ."""
+        plain, pieces = plain[-PIECE:].float(), pieces.float()
+        finite = plain.isfinite()  # a model may forbid tokens
+        numbers = not (plain.isnan().any() or pieces.isnan().any()) and finite.any(1).all()
+        require(numbers, f"--model gives logits that are not finite: are its weights whole?{self.dtype_hint}")
+        difference = (pieces - plain)[finite].square().mean().sqrt()
+        spread = (plain - plain[finite].mean())[finite].square().mean().sqrt()
+        tolerance = 0.2 if self.dtype_hint else 1e-3
+        same = finite.equal(pieces.isfinite()) and not difference > tolerance * spread + 1e-6
+        require(same, "--model gives other logits when it is read in pieces than in one: use another model")
 
     def embed(self, ids):
         """Embeddings [..., E] of token ids [...], as `forward` takes them: all that the model looks up for a token.
@@ -293,6 +328,7 @@ class Engine:
 
         longest = max(map(len, sequences))
         self.require_positions(longest)
+        self.compare_longest(sequences)
         size = batch_size or self.rows_that_fit(longest)
         parts = self.over_rows(run, sequences, "reading questions", size, cost=len)
         return join([context for context, _ in parts]), torch.stack([logits for _, logits in parts])
@@ -362,13 +398,14 @@ class Engine:
                         lengths = length[leaving].tolist()
                         generated = [row[:count] for row, count in zip(ids[leaving].tolist(), lengths)]
                         stopped = (before_end < limits)[leaving].tolist()
+                        # Once a row has one, everything behind it is none either.
+                        finite = (~logits[leaving].isnan().any(-1)[:, 0]).tolist()
                         generated_tokens = sum(lengths) + sum(stopped)
                         self.counts["generated_tokens"] += generated_tokens
                         self.progress.tokens += generated_tokens - n * len(leaving)  # less what is behind the ends
                         self.progress.done += len(leaving)
-                        ended = Ended(
-                            rows[leaving].tolist(), generated, stopped, context.rewind(leaving, n - length[leaving])
-                        )
+                        read = context.rewind(leaving, n - length[leaving])
+                        ended = Ended(rows[leaving].tolist(), generated, stopped, finite, read)
                         yield ended
                         ended.context.layers.clear()  # they lend from layers that change now
                     if over.all():
@@ -396,6 +433,7 @@ class Engine:
         """
         columns = max(map(len, sequences)) + max_new_tokens
         self.require_positions(columns)
+        self.compare_longest(sequences)
         size = batch_size or self.rows_that_fit(columns)
         waiting = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
         self.progress.begin("reasoning", len(waiting))
@@ -531,7 +569,8 @@ def load_engine(name, device="auto", dtype="auto"):
     """The `Engine` of a hub name or a local folder.
 
     Only safetensors are read and no code from the model's folder is run. dtype "auto": bfloat16 on CUDA, float32 on
-    the CPU. Errors: UserError when the model is not there, gated, or has no chat template, and those of `Engine`.
+    the CPU. Errors: UserError when the model is not there, gated, has no chat template, or lacks weights or has others
+    than its configuration says, and those of `Engine`.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -542,19 +581,32 @@ def load_engine(name, device="auto", dtype="auto"):
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     tokenizer = pretrained(AutoTokenizer, name)
     require(tokenizer.chat_template, f"--model {name} has no chat template: choose an instruction-tuned model")
-    model = pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype), use_safetensors=True)
+    # Weights of another shape are not ignored: they are named, like those that are missing.
+    options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, loading = pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype), **options)
+    require_all_weights(name, loading)
     return Engine(model.to(device), tokenizer)
 
 
 def pretrained(kind, name, **options):
+    """`kind.from_pretrained`, of a hub name at the commit it stands for. Errors: UserError, whatever goes wrong."""
+    if not is_folder(name):
+        options["revision"] = commit_of(name)
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"cannot load --model {name} ({reason}). Ways out: `hf auth login` for a gated model, "
-            "an open model by its hub name, a local folder, or --task demo, whose model is included"
-        ) from None
+    except (torch.OutOfMemoryError, MemoryError):
+        raise UserError(f"--model {name} does not fit into memory: choose a smaller one") from None
+    except Exception as error:  # a folder's files can be wrong in as many ways as there are libraries that read them
+        raise cannot_load(name, error) from error
+
+
+def require_all_weights(name, loading):
+    """Errors: UserError if some weights were not in the files, or not in the model: it would go on with random ones."""
+    for kind in ("missing", "mismatched", "unexpected"):
+        found = sorted(str(key[0] if isinstance(key, tuple) else key) for key in loading[f"{kind}_keys"])
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        wrong = f"--model {name}: {kind} weights, {', '.join(found[:3])}{more}: its files are not of one model"
+        require(not found, wrong)
 
 
 def end_tokens(model, tokenizer):

@@ -65,9 +65,12 @@ def write_json(path, record):
 
 def write_whole(path, text):
     """Write to a temporary file that then takes the place of the old one."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # its own, lest another process take it away
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def append_jsonl(path, *records):
@@ -138,29 +141,8 @@ def short_name(model):
 
 def sha256(path):
     """The hash of a file's bytes, in hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-WEIGHTS_END = 2**20  # bytes
-
-
-def weights_hash(name):
-    """What tells a local model from another: hash of the names, sizes and both ends of its weight files.
-
-    A hub name stands for itself. (Reading 16 GB whole would take longer than some evaluations.)
-    """
-    paths = sorted(Path(name).glob("*.safetensors"))
-    if not paths:
-        return name
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(WEIGHTS_END))
-            file.seek(max(0, size - WEIGHTS_END))
-            digest.update(file.read())
-    return digest.hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def text_hash(text):

@@ -22,11 +22,11 @@ from support.files import (
     read_jsonl,
     require,
     short_name,
-    weights_hash,
     write_json,
 )
+from support.identity import identity_of
 from support.tasks import TASKS
-from support.tokens import ends_sentence, prompt_text
+from support.tokens import DATE, ends_sentence, prompt_text
 
 # --- Records of a search: the fields are the columns of steps.jsonl ----------------------------------
 
@@ -234,7 +234,8 @@ def open_run(run_dir, config, prepared, train_ids):
         "task": {key: prepared[key] for key in ("name", "sha256", "grader_version")}
         | {key: config[key] for key in ("extractor", "template")},
         "train_ids": train_ids,
-        "model_hash": weights_hash(config["model"]),
+        "model_hash": identity_of(config["model"]),
+        "template_date": DATE,  # what a chat template that asks for the date is told
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
         "commit": git_commit(),
     }

@@ -191,7 +191,7 @@ RANKED = own_task("choice", "so the answer is", ("1", "12"), template="{question
 
 def test_logits_that_are_not_finite_are_an_error_and_no_answer(llama):
     llama.model.lm_head.weight.data[:] = float("nan")
-    with pytest.raises(UserError, match="not finite.*--dtype float32"):
+    with pytest.raises(UserError, match="not finite"):
         evaluate(local_answerer(llama, "m"), RANKED, ROWS, "find this .", settings(max_new_tokens=3))
 
 

@@ -1,7 +1,9 @@
 """The engine: loading, batches, and that every way of reading gives the plain forward pass's logits."""
 
 import copy
+import json
 import os
+import re
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, greedy_reference, tiny_engine
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
@@ -229,16 +232,49 @@ def test_a_model_that_does_not_know_where_its_padding_ends_is_refused(demo_token
         Engine(BartForCausalLM(config), demo_tokenizer)
 
 
-@pytest.mark.parametrize("forbidden", [float("-inf"), float("nan")])
-def test_tokens_that_a_model_forbids_do_not_hide_that_others_are_wrong(demo_tokenizer, forbidden, monkeypatch):
+def test_tokens_that_a_model_forbids_do_not_hide_that_others_are_wrong(demo_tokenizer, monkeypatch):
     engine = tiny_engine("llama", demo_tokenizer)
     head = engine.model.get_output_embeddings()
-    head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor([9]), forbidden))
+    head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor([9]), float("-inf")))
     engine.check()
     plain = Growing.update
     monkeypatch.setattr(Growing, "update", lambda self, keys, values, *_, **__: plain(self, keys, -values))
     with pytest.raises(UserError, match="other logits when it is read in pieces"):
         engine.check()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(demo_tokenizer, value):
+    model = tiny_engine("llama", demo_tokenizer).model
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(value)
+    with pytest.raises(UserError, match="logits that are not finite"):
+        Engine(model, demo_tokenizer)
+
+
+def test_a_model_that_differs_only_on_long_rows_is_refused_before_the_first_of_them(demo_tokenizer, monkeypatch):
+    engine = tiny_engine("llama", demo_tokenizer)
+    plain = Growing.update
+
+    def wrong_when_long(self, keys, values, *_, **__):
+        return plain(self, keys, -values if self.keys.shape[2] > 20 else values)
+
+    monkeypatch.setattr(Growing, "update", wrong_when_long)
+    engine.check()
+    assert engine.complete([list(range(6, 18))], 2)
+    for work in (engine.prefill, lambda sequences: engine.complete(sequences, 2)):
+        with pytest.raises(UserError, match="other logits when it is read in pieces"):
+            work([list(range(6, 18)), list(range(6, 90))])
+
+
+def test_the_first_rows_are_read_in_one_pass_and_in_pieces_once(any_engine):
+    engine = any_engine
+    engine.prefill([list(range(6, 18))])
+    assert not engine.compared  # as long as the rows are no longer than those of `check`
+    engine.prefill([list(range(6, 90)), list(range(6, 40))])
+    counts = engine.counts["forward_tokens"]
+    assert engine.compared and counts == 12 + 2 * 84
+    engine.prefill([list(range(6, 90))])
+    assert engine.counts["forward_tokens"] == counts + 84
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -623,3 +659,71 @@ def test_a_decoding_step_does_not_wait_for_the_device_between_two_looks(any_engi
         list(any_engine.generate(context, logits, [24] * len(contexts)))
     assert len(per_forward) >= 24 and not any(per_forward)
     assert 0 < everything.seen.total() < 24 + 60  # three looks, and what is made of the rows that have ended
+
+
+# --- Damaged models ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a copy of the demo's model, and its weights as a dict."""
+    folder = shutil.copytree(ROOT / "demo" / "model", tmp_path / "model")
+    return folder, load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["missing", "unexpected", "mismatched"])
+def test_weights_that_are_not_those_of_the_configuration_are_refused_by_name(saved, kind):
+    folder, weights = saved
+    name = next(name for name in weights if "down_proj" in name)
+    if kind == "missing":
+        del weights[name]
+    elif kind == "mismatched":
+        weights[name] = weights[name][:-1].clone()
+    else:
+        name = "model.layers.77.extra.weight"
+        weights[name] = torch.zeros(3)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"{kind} weights, {re.escape(name)}") as error:
+        load_engine(str(folder), "cpu", "float32")
+    assert "\n" not in str(error.value)
+
+
+def damaged(path, how):
+    content = path.read_bytes()
+    half = len(content) // 2
+    path.write_bytes({"cut": content[:half], "empty": b"", "garbage": b"\x93" * half, "pointer": LFS_POINTER}[how])
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "garbage", "pointer"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_of_a_model_is_one_line(saved, name, how):
+    folder, _ = saved
+    damaged(folder / name, how)
+    with pytest.raises(UserError) as error:
+        load_engine(str(folder), "cpu", "float32")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 7},
+        {"hidden_size": -1},
+        {"vocab_size": "many"},
+        {"num_hidden_layers": 1},
+        {"model_type": "no-such-type"},
+        {"rope_parameters": {"rope_type": "spiral"}},
+        {"hidden_act": "smile"},
+    ],
+)
+def test_an_odd_configuration_is_one_line(saved, change):
+    folder, _ = saved
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError) as error:
+        load_engine(str(folder), "cpu", "float32")
+    assert "\n" not in str(error.value)

@@ -1,6 +1,5 @@
 """Files: written whole or line by line, locked, told apart."""
 
-import shutil
 import subprocess
 import sys
 
@@ -23,17 +22,6 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         with pytest.raises(OSError):
             write(path, [{"a": 2}])
     assert path.read_text() == '{"a": 1}\n'
-
-
-def test_models_are_told_apart_by_their_weights(tmp_path):
-    for name in "ab":
-        shutil.copytree(files.ROOT / "demo" / "model", tmp_path / name)
-    assert files.weights_hash(tmp_path / "a") == files.weights_hash(tmp_path / "b")
-    content = bytearray((tmp_path / "b" / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "b" / "model.safetensors").write_bytes(content)
-    assert files.weights_hash(tmp_path / "a") != files.weights_hash(tmp_path / "b")
-    assert files.weights_hash("some/hub-name") == "some/hub-name"
 
 
 def test_a_line_cut_short_by_a_kill_is_removed_and_the_rest_kept(tmp_path):

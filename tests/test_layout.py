@@ -23,6 +23,7 @@ TOP = {
 }
 SUPPORT = (
     "files",
+    "identity",
     "tokens",
     "progress",
     "engine",
