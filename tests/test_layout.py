@@ -34,6 +34,7 @@ SUPPORT = (
     "evaluation",
     "tables",
     "answerers",
+    "servers",
     "answers",
     "check",
     "pictures",
