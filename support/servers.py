@@ -1,29 +1,39 @@
 """A model behind a server with the OpenAI-compatible chat API (vLLM, SGLang, llama.cpp, `transformers serve`).
 
-Requests go through huggingface_hub's client, many at once, each with a time limit. What fails for a passing reason
-(429, 5xx, a closed connection, no answer in time, a broken reply) is sent again after a growing pause. The key comes
-from an environment variable, is sent to this endpoint only, and is kept out of every message.
+Many requests are under way at once, each with a time limit. What fails for a passing reason (429, 5xx, a closed
+connection, no answer in time, a broken or empty reply) is sent again after a growing pause. The key comes from an
+environment variable, is sent to this endpoint only, and is kept out of every message. Nothing that a server sends is
+taken on trust: a reply's size is bounded, no redirect is followed, and replies.py checks every field.
+
+Requests go through huggingface_hub's HTTP sessions. Its own client for chats does not fit: it reads a reply of any
+size, follows redirects, and asks no server at all, not even one on this machine, where HF_HUB_OFFLINE is set.
 """
 
 import asyncio
 import itertools
+import json
 import math
 import os
 import random
+import sys
 import urllib.parse
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+from tqdm import tqdm
 
 from support.evaluation import Generation
-from support.files import UserError, require
+from support.files import UserError, is_text, require
+from support.replies import LARGEST_REPLY, BrokenReply, Reply, as_reply
 from support.settings import ServerFlags
 from support.tokens import LARGEST_SHARE, extensions
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries
-CONNECTIONS = 100  # that one client opens at most
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries, also where the server asks for a longer one
+CONNECTIONS = 100  # that one session opens at most
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}  # as vLLM and SGLang name it
 LOG_PROBS = {"logprobs": True, "top_logprobs": 20}  # of as many likeliest tokens as servers give by default
 CHECK_TRIES = 2  # whoever mistyped an address shall not wait long to be told
+NEW_LENGTH_FIELD = "max_completion_tokens"  # OpenAI's newer name for max_tokens
 
 
 class ServerError(UserError):
@@ -34,6 +44,20 @@ class ServerError(UserError):
         self.status = status
 
 
+@dataclass
+class Learned:
+    """What was learned about a server from its replies. One object is shared by all who ask this server."""
+
+    length_field: str = "max_tokens"  # what it calls the longest reply, or NEW_LENGTH_FIELD
+    notes: set[str] = field(default_factory=set)  # those already printed
+
+    def say_once(self, note):
+        """Print a note on stderr, the first time only."""
+        if note not in self.notes:
+            self.notes.add(note)
+            tqdm.write(f"note: {note}", file=sys.stderr)  # above a bar, not into it
+
+
 @dataclass(frozen=True)
 class Server:
     """A model on a server, and how to ask it."""
@@ -42,6 +66,19 @@ class Server:
     model: str  # the server's name for it
     flags: ServerFlags
     gives_log_probs: bool = False
+    learned: Learned = field(default_factory=Learned, compare=False)
+
+    @property
+    def address(self):
+        """The URL of its chats: /chat/completions is put behind the endpoint, and /v1 before that if it is not there.
+
+        Errors: ValueError for an endpoint that cannot be taken apart.
+        """
+        parts = urllib.parse.urlsplit(self.endpoint)
+        path = parts.path.rstrip("/")
+        if not path.endswith("/chat/completions"):
+            path += "/chat/completions" if path.endswith("/v1") else "/v1/chat/completions"
+        return parts._replace(path=path).geturl()
 
     def read_key(self):
         """The server's key, "" for none: read from the environment where it is needed, and not kept here.
@@ -53,34 +90,42 @@ class Server:
         require(good, f"{self.flags.key_variable} does not hold a key: it has spaces or other odd characters")
         return key
 
-    def open_clients(self):
-        """As many clients of huggingface_hub as the requests under way need connections."""
-        from huggingface_hub import AsyncInferenceClient
+    def open_sessions(self):
+        """As many HTTP sessions as the requests under way need connections."""
+        from huggingface_hub import get_async_session
 
-        # Without a key of its own the client would send the user's token for the hub to whatever server this is.
-        key = self.read_key() or "none"
-        count = math.ceil(self.flags.concurrency / CONNECTIONS)
-        return [AsyncInferenceClient(base_url=self.endpoint, api_key=key) for _ in range(count)]
+        sessions = [get_async_session() for _ in range(math.ceil(self.flags.concurrency / CONNECTIONS))]
+        for session in sessions:
+            session.event_hooks = {}  # they refuse every request under HF_HUB_OFFLINE, which is about the hub
+            session.follow_redirects = False
+        return sessions
 
     def generate(self, task, rows, prompt, settings, done):
         """As `Answerer.generate`. Errors: UserError if a request fails for good."""
 
-        async def ask_row(client, row):
-            turns = [{"role": "user", "content": task.user_turn(row["question"], prompt)}]
-            reasoning = await chat(client, self, turns, settings.max_new_tokens)
-            choices = None
-            if task.ranks_choices and self.gives_log_probs:
-                reply, choices = await rank_choices(client, self, turns, reasoning.text, task)
-            if not choices:  # what is written is read
-                turns, fields = answer_turns(self.flags.answer_turn, turns, reasoning.text, task.extractor)
-                reply = await chat(client, self, turns, settings.answer_tokens(task), fields)
-            return Generation(row, reasoning.text, reply.text, reasoning.tokens, reasoning.truncated, choices)
+        async def ask_row(session, row):
+            try:
+                return await self.answered(session, task, row, prompt, settings)
+            except ServerError as error:
+                raise ServerError(f"row {row['id']}: {error}", error.status) from None
 
         missing = [row for row in rows if row["id"] not in done]
         try:
             yield from in_parallel(self, ask_row, missing)
         except ServerError as error:
             raise UserError(f"{error}; what was answered is on disk, and the same command goes on from there") from None
+
+    async def answered(self, session, task, row, prompt, settings):
+        """The `Generation` of one row. Errors: ServerError."""
+        turns = [{"role": "user", "content": task.user_turn(row["question"], prompt)}]
+        reasoning = await chat(session, self, turns, settings.max_new_tokens)
+        choices = None
+        if task.ranks_choices and self.gives_log_probs:
+            reply, choices = await rank_choices(session, self, turns, reasoning.text, task)
+        if not choices:  # what is written is read
+            turns, fields = answer_turns(self.flags.answer_turn, turns, reasoning.text, task.extractor)
+            reply = await chat(session, self, turns, settings.answer_tokens(task), fields)
+        return Generation(row, reasoning.text, reply.text, reasoning.tokens, reasoning.truncated, choices)
 
 
 def answer_turns(answer_turn, turns, reasoning, extractor):
@@ -95,7 +140,7 @@ def answer_turns(answer_turn, turns, reasoning, extractor):
     return [*turns, half_written], CONTINUE if answer_turn == "continue" else {}
 
 
-async def rank_choices(client, server, turns, reasoning, task):
+async def rank_choices(session, server, turns, reasoning, task):
     """(the `Reply` of one token behind the extractor, {choice: its log-probability there}).
 
     A choice of several tokens takes a request for each place where it parts from the others. One that is nowhere among
@@ -108,7 +153,7 @@ async def rank_choices(client, server, turns, reasoning, task):
     while waiting:
         begun, path, log_prob, here = waiting.pop()
         asked, fields = answer_turns(server.flags.answer_turn, turns, reasoning, task.extractor + begun)
-        reply = await chat(client, server, asked, 1, fields | LOG_PROBS)
+        reply = await chat(session, server, asked, 1, fields | LOG_PROBS)
         first = first or reply
         further = {}  # {token: (letters read, choices)}
         for choice in here:
@@ -186,25 +231,32 @@ def check_server(server):
     except ServerError as error:
         require(error.status not in (400, 422), f"{error}; it cannot continue an assistant's message: {way_out}")
         raise
-    shorter = continued.prompt_tokens < closed.prompt_tokens
-    require(shorter, f"--endpoint {server.endpoint} does not continue an assistant's message: {way_out}")
+    where, counts = f"--endpoint {server.endpoint}", (continued.prompt_tokens, closed.prompt_tokens)
+    require(None not in counts, f"{where} counts no tokens (usage), by which to see if it continues: {way_out}")
+    require(counts[0] < counts[1], f"{where} does not continue an assistant's message: {way_out}")
     return gives_log_probs
 
 
 def require_address(server):
-    """Errors: UserError if the endpoint is no plain URL."""
-    address = urllib.parse.urlsplit(server.endpoint)
-    valid = address.scheme in ("http", "https") and address.hostname
-    require(valid, f"--endpoint {server.endpoint!r} is no URL such as http://localhost:8000/v1")
-    require("@" not in address.netloc, f"a key does not belong in a URL: set it as {server.flags.key_variable}")
+    """Errors: UserError if the endpoint is no plain URL, or the model's name no text."""
+    # Whatever stands before an @ may be a key: not even a broken URL is shown with it.
+    require("@" not in server.endpoint, f"a key does not belong in a URL: set it as {server.flags.key_variable}")
+    try:
+        address = urllib.parse.urlsplit(server.endpoint)
+        plain = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:  # a port that is no number, brackets that do not match
+        plain = False
+    plain = plain and server.endpoint.isprintable() and " " not in server.endpoint and not address.fragment
+    require(plain, f"--endpoint {server.endpoint!r} is no URL such as http://localhost:8000/v1")
+    require(server.model and is_text(server.model), f"--model {server.model!r} is no name of a model")
 
 
 def ask_one_token(server, turns, fields=None):
     """The `Reply`, of one token, to the messages `turns`. Errors: ServerError."""
     hasty = replace(server, flags=replace(server.flags, tries=CHECK_TRIES))
 
-    async def ask(client, messages):
-        return await chat(client, hasty, messages, 1, fields)
+    async def ask(session, messages):
+        return await chat(session, hasty, messages, 1, fields)
 
     [[reply]] = in_parallel(hasty, ask, [turns])
     return reply
@@ -214,18 +266,18 @@ def ask_one_token(server, turns, fields=None):
 
 
 def in_parallel(server, ask, items):
-    """Yield lists of the results of `await ask(client, item)`, one for each item, as they come; at most
+    """Yield lists of the results of `await ask(session, item)`, one for each item, as they come; at most
     --concurrency are under way.
 
     When one fails for good no more are begun, those under way are waited for and yielded, then the error is raised.
     """
     waiting, running, failure = deque(items), set(), None
     with asyncio.Runner() as runner:
-        clients = server.open_clients()
-        next_client = itertools.cycle(clients)
+        sessions = server.open_sessions()
+        next_session = itertools.cycle(sessions)
         while running or (waiting and not failure):
             while waiting and not failure and len(running) < server.flags.concurrency:
-                request = ask(next(next_client), waiting.popleft())
+                request = ask(next(next_session), waiting.popleft())
                 running.add(runner.get_loop().create_task(request))
             finished, running = runner.run(asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
             results = []
@@ -236,23 +288,12 @@ def in_parallel(server, ask, items):
                     results.append(request.result())
             if results:
                 yield results
-        for client in clients:
-            runner.run(client.close())
+        for session in sessions:
+            runner.run(session.aclose())
     if isinstance(failure, ServerError):
         raise ServerError(f"--endpoint {server.endpoint}: {failure}", failure.status)
     if failure:
         raise failure
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model wrote to some messages."""
-
-    text: str
-    tokens: int  # generated
-    prompt_tokens: int
-    truncated: bool
-    likeliest: dict[str, float]  # {token: its log-probability} where the reply begins; empty where not asked for
 
 
 @dataclass(frozen=True)
@@ -262,6 +303,7 @@ class Failure:
     reason: str  # in a few words
     status: int | None = None  # of HTTP; None: no answer, or one that cannot be read
     pause: float = 0.0  # seconds that the server asks to wait
+    names_new_length_field: bool = False
 
     @property
     def passing(self):
@@ -269,23 +311,38 @@ class Failure:
         return self.status is None or self.status in (408, 429) or self.status >= 500
 
 
-async def chat(client, server, turns, max_tokens, fields=None):
+async def chat(session, server, turns, max_tokens, fields=None):
     """The greedy `Reply` to the messages `turns`. fields: more of the request.
 
     Errors: ServerError for a refusal, or when all tries have failed.
     """
-    for attempt in range(1, server.flags.tries + 1):
-        try:
-            request = client.chat_completion(
-                turns, model=server.model, max_tokens=max_tokens, temperature=0.0, extra_body=fields
-            )
-            return as_reply(await asyncio.wait_for(request, server.flags.request_timeout))
-        except Exception as error:  # the client's own, its HTTP library's, and those of taking a broken reply apart
-            failure = explain(error, server)
-        if not failure.passing or attempt == server.flags.tries:
+    require(is_text(json.dumps(turns, ensure_ascii=False)), "half a surrogate pair in a text: it cannot be sent")
+    request = {"model": server.model, "messages": turns, "temperature": 0.0} | (fields or {})
+    attempt = 1
+    while True:
+        length_field = server.learned.length_field
+        outcome = await one_try(session, server, request | {length_field: max_tokens}, may_be_empty=max_tokens == 1)
+        if isinstance(outcome, Reply):
+            if max_tokens > 1:  # one token says little about how the server writes
+                note_oddities(server, outcome)
+            return outcome
+        if outcome.names_new_length_field and length_field != NEW_LENGTH_FIELD:
+            server.learned.length_field = NEW_LENGTH_FIELD
+            continue
+        if not outcome.passing or attempt == server.flags.tries:
             tries = f", {attempt} tries" if attempt > 1 else ""
-            raise ServerError(failure.reason + tries, failure.status)
-        await asyncio.sleep(pause_before_next_try(attempt, failure))
+            raise ServerError(outcome.reason + tries, outcome.status)
+        await asyncio.sleep(pause_before_next_try(attempt, outcome))
+        attempt += 1
+
+
+def note_oddities(server, reply):
+    """Say what of a reply is not as one would think, once for each server."""
+    where = f"--endpoint {server.endpoint}"
+    if reply.found_in != "content":
+        server.learned.say_once(f"{where} sends replies without content: what stands in {reply.found_in} is taken")
+    if reply.tokens is None:
+        server.learned.say_once(f"{where} counts no tokens (usage): how many it generates is not known")
 
 
 def pause_before_next_try(attempt, failure):
@@ -294,36 +351,57 @@ def pause_before_next_try(attempt, failure):
     return min(LONGEST_PAUSE, max(failure.pause, doubled)) * random.uniform(1, 1.3)
 
 
-def as_reply(output):
-    choice, usage = output.choices[0], output.usage
-    truncated = choice.finish_reason == "length"
-    tokens = usage.completion_tokens - (not truncated)  # servers count the end token, we do not
-    places = choice.logprobs.content if choice.logprobs else ()
-    likeliest = {top.token: top.logprob for top in places[0].top_logprobs or ()} if places else {}
-    return Reply(choice.message.content or "", max(0, tokens), usage.prompt_tokens, truncated, likeliest)
-
-
-def explain(error, server):
-    """The `Failure` behind an exception of a try."""
-    if isinstance(error, TimeoutError):
+async def one_try(session, server, request, may_be_empty):
+    """The `Reply` to a request as JSON, or the `Failure`. may_be_empty: as for `as_reply`."""
+    key = server.read_key()
+    try:
+        async with asyncio.timeout(server.flags.request_timeout):
+            response, body = await post(session, server.address, request, key)
+        if response.is_success:
+            return as_reply(body, may_be_empty)
+    except TimeoutError:
         return Failure(f"no answer in {server.flags.request_timeout:g} s (--request-timeout)")
-    response = getattr(error, "response", None)
-    if response is None:
-        return Failure(f"{type(error).__name__}: {in_short(str(error), server.read_key()) or 'no reply'}")
+    except BrokenReply as error:
+        return Failure(in_short(str(error), key))
+    except Exception as error:  # those of the HTTP library, of which there are many
+        return Failure(f"{type(error).__name__}: {in_short(str(error), key) or 'no reply'}")
+    return refusal(response, body.decode(errors="replace"), server)
+
+
+async def post(session, address, request, key):
+    """(response, its body as bytes), of which at most a little more than LARGEST_REPLY is read and kept."""
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    async with session.stream("POST", address, json=request, headers=headers) as response:
+        body = bytearray()
+        async for part in response.aiter_bytes():  # decompressed piece by piece
+            body += part
+            if len(body) > LARGEST_REPLY:
+                break
+    return response, bytes(body)
+
+
+def refusal(response, text, server):
+    """The `Failure` behind a response that is no success; `text` is its body."""
+    status, key = response.status_code, server.read_key()
+    if 300 <= status < 400:
+        elsewhere = in_short(response.headers.get("location", "nowhere"), key)
+        way_out = "redirects are not followed; if that address is right, name it as the endpoint"
+        return Failure(f"HTTP {status} points to {elsewhere}: {way_out}", status)
     hints = {
         401: f"; its key belongs in {server.flags.key_variable}",
         404: f"; does it have --model {server.model}?",
     }
-    status = response.status_code
-    asked = response.headers.get("retry-after", "")
+    seconds = response.headers.get("retry-after", "")
     return Failure(
-        f"HTTP {status} {in_short(response.text, server.read_key())}{hints.get(status, '')}",
+        f"HTTP {status} {in_short(text, key)}{hints.get(status, '')}",
         status,
-        float(asked) if asked.isdigit() else 0.0,
+        float(seconds) if seconds.isascii() and seconds.isdecimal() else 0.0,
+        status in (400, 422) and NEW_LENGTH_FIELD in text,
     )
 
 
 def in_short(text, key):
-    """The text's first 200 characters on one line; hidden is every copy of the key in it."""
+    """The text's first 200 characters on one line that a terminal can show; hidden is every copy of the key in it."""
     hidden = text.replace(key, "***") if key else text
-    return " ".join(hidden.split())[:200]
+    printable = "".join(character if character.isprintable() else " " for character in hidden)
+    return " ".join(printable.split())[:200]

@@ -34,6 +34,7 @@ SUPPORT = (
     "evaluation",
     "tables",
     "answerers",
+    "replies",
     "servers",
     "answers",
     "check",

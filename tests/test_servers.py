@@ -1,6 +1,7 @@
 """A server that answers: a real one with the demo's model, and one that misbehaves in every way we know."""
 
 import asyncio
+import gzip
 import json
 import math
 import os
@@ -10,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.error
 import urllib.request
+import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +29,7 @@ from support.evaluation import Evaluation, evaluate, evaluate_once
 from support.files import UserError, read_jsonl
 from support.servers import Server
 from support.settings import ServerFlags
+from support.tables import accuracy_table
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +155,10 @@ def trouble(kind):
                     "empty": (200, {}),
                     "no choice": (200, {"choices": [], "usage": {}}),
                     "list": (200, [1, 2]),
-                    "no usage": (200, {key: v for key, v in completion("7").items() if key != "usage"}),
+                    "no text": (200, completion("")),
+                    "null": (200, completion(None)),
+                    "filtered": (200, completion("7", "content_filter")),
+                    "bad count": (200, completion("7", tokens=7.5)),
                 }[kind])  # fmt: skip
                 return
         behave_well(handler, body, before)
@@ -160,7 +167,8 @@ def trouble(kind):
 
 
 SLOW = ["slow", "trickling"]
-FAILING = ["closing", "cut", "429", "500", "503", "broken", "not json", "empty", "no choice", "list", "no usage"]
+FAILING = ["closing", "cut", "429", "500", "503", "broken", "not json", "empty", "no choice", "list"]
+FAILING += ["no text", "null", "filtered", "bad count"]
 
 
 @pytest.mark.parametrize("kind", SLOW + FAILING)
@@ -175,6 +183,170 @@ def test_what_fails_for_a_passing_reason_is_asked_again_and_nothing_is_lost_or_c
     # One request to check, two for each row, and one more for each that failed: six reasonings, six answers.
     expected = 1 + 2 * 12 + 12
     assert len(web.requests) == expected or (kind in SLOW and len(web.requests) > expected)
+
+
+@pytest.mark.parametrize("kind", ["no text", "null", "filtered"])
+def test_what_is_no_answer_ends_the_run_with_the_row_s_name_and_is_not_stored(tmp_path, rows, kind):
+    """Also behind the extractor; the rows before and under way are."""
+    nothing = {"no text": completion(""), "null": completion(None), "filtered": completion("8", "content_filter")}
+
+    def behave(handler, body, before):
+        never = "7 + 1" in body["messages"][0]["content"] and len(body["messages"]) == 2
+        handler.say(200, nothing[kind] if never else right_answer(body))
+
+    with serving(behave) as web:
+        answerer = server_answerer(flags(concurrency=2, tries=3), web.url, "m")
+        with pytest.raises(UserError, match="row 7: .*finish_reason.* 3 tries.* on disk") as error:
+            evaluate_once(asked(answerer, rows), tmp_path, "given")
+    assert "\n" not in str(error.value)
+    assert "7" not in [p["id"] for p in read_jsonl(tmp_path / "predictions.jsonl")]
+
+
+def without_usage(handler, body, before):
+    handler.say(200, {key: value for key, value in right_answer(body).items() if key != "usage"})
+
+
+def test_tokens_that_a_server_does_not_count_are_unknown_and_said_to_be_once(tmp_path, rows, capsys):
+    with serving(without_usage) as web:
+        answerer = server_answerer(flags(), web.url, "m")
+        record = evaluate_once(asked(answerer, rows), tmp_path, "given")
+    assert (record["correct"], record["mean_tokens"]) == (12, None)
+    assert {p["tokens"] for p in read_jsonl(tmp_path / "predictions.jsonl")} == {None}
+    assert capsys.readouterr().err.count("counts no tokens") == 1
+    assert "n/a" in accuracy_table(["given"], [record])
+    assert evaluate_once(asked(answerer, rows), tmp_path, "given") == record  # what is on disk can be read
+
+
+def test_a_mean_of_tokens_is_unknown_where_those_of_one_row_are(tmp_path, rows):
+    def behave(handler, body, before):
+        (without_usage if "7 + 1" in body["messages"][0]["content"] else behave_well)(handler, body, before)
+
+    with serving(behave) as web:
+        record = evaluate_once(asked(server_answerer(flags(), web.url, "m"), rows), tmp_path, "given")
+    assert record["mean_tokens"] is None
+
+
+def test_whether_a_message_is_continued_cannot_be_seen_without_counts():
+    with serving(without_usage) as web, pytest.raises(UserError, match="counts no tokens.*--answer-turn ask"):
+        server_answerer(flags(answer_turn="continue"), web.url, "m")
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_a_text_in_another_field_than_content_is_taken_and_said_to_be_once(rows, capsys, field):
+    def behave(handler, body, before):
+        answer = right_answer(body)
+        message = answer["choices"][0]["message"]
+        if len(body["messages"]) == 1:
+            message |= {field: message["content"], "content": None if before else ""}
+        handler.say(200, answer)
+
+    with serving(behave) as web:
+        found = evaluate(server_answerer(flags(), web.url, "m"), own_task(), rows, "think.", settings())
+    assert [(p["text"], p["correct"]) for p in found[:2]] == [("0 + 1 = 1", True), ("1 + 1 = 2", True)]
+    assert capsys.readouterr().err.count(f"what stands in {field} is taken") == 1
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_that_wants_another_name_for_the_longest_reply_gets_it_from_then_on(rows, status):
+    refused = "x" * 300 + "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+
+    def behave(handler, body, before):
+        handler.say(status, {"error": refused}) if "max_tokens" in body else behave_well(handler, body, before)
+
+    with serving(behave) as web:
+        answerer = server_answerer(flags(tries=1), web.url, "m")
+        found = evaluate(answerer, own_task(), rows, "think.", settings(max_new_tokens=9))
+    assert all(p["correct"] for p in found)
+    first, *others = [body for body, _ in web.requests]
+    assert first["max_tokens"] == 1 and len(others) == 1 + 2 * 12
+    assert sorted({body["max_completion_tokens"] for body in others}) == [1, 9, 12]
+    assert not any("max_tokens" in body for body in others)
+
+
+def test_a_refusal_that_names_the_field_is_repeated_with_it_once(rows):
+    with serving(
+        lambda handler, body, before: handler.say(400, {"error": "max_completion_tokens is too large"})
+    ) as web:
+        with pytest.raises(UserError, match="too large"):
+            server_answerer(flags(answer_turn="ask"), web.url, "m")
+    assert ["max_tokens" in body for body, _ in web.requests] == [True, False]
+
+
+def endless(handler, body, before):
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(1000):
+        handler.wfile.write(b" " * 2**20)
+        handler.server.sent_mib += 1
+
+
+def endless_refusal(handler, body, before):
+    handler.send_response(500)
+    handler.end_headers()
+    for _ in range(1000):
+        handler.wfile.write(b"busy " * 2**17)
+        handler.server.sent_mib += 1
+
+
+def test_what_is_read_of_a_reply_is_bounded(monkeypatch):
+    for behave, message in ((endless, "more than 8 MiB"), (endless_refusal, "HTTP 500 busy busy")):
+        with serving(behave) as web:
+            web.sent_mib = 0
+            with pytest.raises(UserError, match=message):
+                server_answerer(flags(answer_turn="ask"), web.url, "m")
+            assert web.sent_mib < 100  # of 2000: what the sockets hold, too
+
+
+def test_a_small_reply_that_unpacks_to_a_large_one_is_not_kept_in_memory():
+    pack, space = zlib.compressobj(9, wbits=31), b" " * 2**20
+    once = b"".join(pack.compress(space) for _ in range(256)) + pack.flush()
+    twice = gzip.compress(once, 9)
+    assert len(twice) < 2**14
+
+    def behave(handler, body, before):
+        handler.say(200, twice, content_encoding="gzip, gzip")
+
+    with serving(behave) as web:
+        tracemalloc.start()
+        with pytest.raises(UserError, match="more than 8 MiB"):
+            server_answerer(flags(answer_turn="ask"), web.url, "m")
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert most < 2**26
+
+
+@pytest.mark.parametrize(
+    "head", ["HTTP/1.1 200 OK\r\nbad header\r\n\r\n", "nonsense\r\n\r\n", "HTTP/1.1 9 \x1b[31m\r\n\r\n"]
+)
+def test_an_odd_head_of_a_reply_is_one_line(head):
+    def behave(handler, body, before):
+        handler.wfile.write(head.encode())
+        handler.close_connection = True
+
+    with serving(behave) as web, pytest.raises(UserError, match="2 tries") as error:
+        server_answerer(flags(answer_turn="ask"), web.url, "m")
+    assert str(error.value).isprintable()
+
+
+def test_what_a_server_says_reaches_the_terminal_without_control_characters():
+    with serving(lambda handler, body, before: handler.say(400, b"\x1b[2Jno\r\n\x00model\xff")) as web:
+        with pytest.raises(UserError, match="no model") as error:
+            server_answerer(flags(), web.url, "m")
+    assert str(error.value).isprintable()
+
+
+def test_a_broken_reply_that_quotes_the_key_does_not_show_a_part_of_it(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-abcdefghijklmnopqrstuvwxyz")
+    said = ["x" * before_it + "sk-abcdefghijklmnopqrstuvwxyz" for before_it in (0, 85, 95, 150, 170)]
+    replies = [text.encode() for text in said] + [{"error": text} for text in said]
+    replies += [completion("1") | {"usage": {"prompt_tokens": text}} for text in said]
+    coming = iter(replies)
+    with serving(lambda handler, body, before: handler.say(200, next(coming))) as web:
+        monkeypatch.setattr(servers, "CHECK_TRIES", 1)
+        for _ in replies:
+            with pytest.raises(UserError) as error:
+                server_answerer(flags(answer_turn="ask"), web.url, "m")
+            assert "sk-a" not in str(error.value) and "a reply" in str(error.value)
 
 
 def test_as_many_requests_are_under_way_as_are_allowed(rows):
@@ -335,11 +507,43 @@ def test_a_server_that_is_not_there_is_said_in_one_line():
         server_answerer(flags(), url, "m")
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://", "http://key@host/v1"])
+ODD_URLS = ["localhost:8000", "ftp://host/v1", "http://", "http://key@host/v1", "http://key@[::1", "http://[::1/v1"]
+ODD_URLS += ["http://host:port/v1", "http://host:99999/v1", "http://a b/v1", "http://ho\nst/v1", "http://host\udcff/v1"]
+ODD_URLS += ["http://host/v1#part", "", "http://:8000/v1", "http://host:0/v1", "//host/v1"]
+
+
+@pytest.mark.parametrize("url", ODD_URLS)
 def test_an_endpoint_that_is_no_plain_url_is_refused(url):
     with pytest.raises(UserError, match="--endpoint|OPENAI_API_KEY") as error:
         server_answerer(flags(), url, "m")
-    assert "key@" not in str(error.value)
+    assert "key@" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("host", ["." * 9, "a" * 300 + ".example", "-", "xn--a"])
+def test_a_host_that_cannot_be_asked_is_one_line(host):
+    with pytest.raises(UserError, match="2 tries") as error:
+        server_answerer(flags(), f"http://{host}/v1", "m")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "address"),
+    [
+        ("http://h", "http://h/v1/chat/completions"),
+        ("http://h/v1/", "http://h/v1/chat/completions"),
+        ("http://h/api", "http://h/api/v1/chat/completions"),
+        ("http://h/v1/chat/completions", "http://h/v1/chat/completions"),
+        ("https://h:1/v1?version=2", "https://h:1/v1/chat/completions?version=2"),
+    ],
+)
+def test_the_address_of_chats_stands_behind_the_endpoint(endpoint, address):
+    assert Server(endpoint, "m", flags()).address == address
+
+
+@pytest.mark.parametrize("model", ["", "m\udcff"])
+def test_a_model_s_name_that_is_no_text_is_refused(model):
+    with pytest.raises(UserError, match="--model"):
+        server_answerer(flags(), "http://127.0.0.1:9/v1", model)
 
 
 def test_the_key_goes_to_the_server_and_into_no_message_and_the_users_hub_token_goes_nowhere(monkeypatch, rows):
@@ -392,7 +596,7 @@ def test_each_way_to_ask_is_an_evaluation_of_its_own_and_an_endpoint_is_not(rows
 
 def test_without_reasoning_the_answer_is_asked_for_without_a_space_before_it(rows):
     def behave(handler, body, before):
-        handler.say(200, completion("" if len(body["messages"]) == 1 else "1"))
+        handler.say(200, completion(" " if len(body["messages"]) == 1 else "1"))
 
     with serving(behave) as web:
         evaluate(server_answerer(flags(), web.url, "m"), own_task(extractor="So: "), rows[:1], "think.", settings())
@@ -454,13 +658,38 @@ def test_the_key_stands_in_no_object_that_a_message_could_show(monkeypatch):
     assert there.read_key() == "sk-very-secret" and "secret" not in repr(there)
 
 
-def test_a_server_that_sends_requests_elsewhere_does_not_send_the_key_with_them(monkeypatch):
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_told_with_its_address_and_not_followed(monkeypatch, status):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     with serving(behave_well) as elsewhere:
-        with serving(lambda handler, body, before: handler.say(307, b"", location=elsewhere.url)) as web:
+
+        def send_on(handler, body, before):
+            handler.say(status, b"", location=f"{elsewhere.url}?key=sk-very-secret")
+
+        with (
+            serving(send_on) as web,
+            pytest.raises(UserError, match=f"HTTP {status} points to {elsewhere.url}") as error,
+        ):
             server_answerer(flags(), web.url, "m")
+    assert "secret" not in str(error.value) and elsewhere.requests == []
     assert web.requests[0][1]["authorization"] == "Bearer sk-very-secret"
-    assert len(elsewhere.requests) == 1 and "secret" not in json.dumps(elsewhere.requests)
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "paused"), [("9" * 400, 60), ("3600", 60), ("7", 7), ("\u00b2", 0.01), ("-5", 0.01)]
+)
+def test_a_server_cannot_make_a_request_wait_longer_than_a_minute(monkeypatch, asked_for, paused):
+    pauses, sleep = [], asyncio.sleep
+
+    async def no_sleep(seconds):
+        pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(servers.asyncio, "sleep", no_sleep)
+    with serving(lambda handler, body, before: handler.say(503, {}, retry_after=asked_for)) as web:
+        with pytest.raises(UserError, match="HTTP 503"):
+            server_answerer(flags(answer_turn="ask"), web.url, "m")
+    assert len(pauses) == 1 and paused <= pauses[0] <= 1.3 * paused
 
 
 @pytest.mark.parametrize("key", ["sk-two words", "sk-tab\tinside", "sk-ümlaut"])
@@ -504,6 +733,30 @@ def test_what_the_server_cuts_counts_as_cut(rows):
     with serving(lambda handler, body, before: handler.say(200, completion("9 + 1", "length", 12))) as web:
         found = evaluate(server_answerer(flags(), web.url, "m"), own_task(), rows[:2], "think.", settings())
     assert [(p["truncated"], p["tokens"]) for p in found] == [(True, 12)] * 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_prompt_that_the_terminal_cannot_show_does_not_end_a_run(tmp_path, encoding):
+    """With HF_HUB_OFFLINE set, which is about the hub and not about the server."""
+    prompt = "prüfe \u2713 \u6b65"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": encoding}
+    with serving(behave_well) as web:
+        flagged = [
+            "--endpoint",
+            web.url,
+            "--model",
+            "m",
+            "--answer-turn",
+            "ask",
+            "--prompt",
+            prompt,
+            "--eval-rows",
+            "3",
+        ]
+        command = [sys.executable, str(ROOT / "03_evaluate.py"), "--task", "demo", *flagged]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert prompt.encode(encoding, "backslashreplace") in done.stdout
 
 
 # --- A real server: transformers serve, on loopback, with the demo's model ------------------------------------
@@ -559,7 +812,7 @@ def test_a_real_server_gives_the_texts_answers_and_scores_of_the_model_loaded_he
 
 
 def script(name, *arguments, folder):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / name), *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -570,7 +823,7 @@ def test_stage_3_evaluates_on_a_real_server_without_importing_torch(real_server,
     prompts = ["--prompt", "check each step .", "--baselines"]
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('torch is imported')\n")
-    environment = os.environ | {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(tmp_path)}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(ROOT / "03_evaluate.py"), *there, "--model", name, *prompts]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
