@@ -25,7 +25,7 @@ from conftest import ROOT, own_task, settings
 
 from support import servers
 from support.answerers import local_answerer, server_answerer
-from support.evaluation import Evaluation, evaluate, evaluate_once
+from support.evaluation import Evaluation, evaluate, evaluate_once, read_all_predictions, read_results
 from support.files import UserError, read_jsonl
 from support.servers import Server
 from support.settings import ServerFlags
@@ -215,6 +215,20 @@ def test_tokens_that_a_server_does_not_count_are_unknown_and_said_to_be_once(tmp
     assert capsys.readouterr().err.count("counts no tokens") == 1
     assert "n/a" in accuracy_table(["given"], [record])
     assert evaluate_once(asked(answerer, rows), tmp_path, "given") == record  # what is on disk can be read
+
+
+def test_what_is_stored_of_odd_but_readable_replies_can_be_read_again(tmp_path, rows):
+    """Half a character at the end of a text, and counts that are whole but no integers."""
+
+    def behave(handler, body, before):
+        handler.say(200, completion("so 7 \ud83d", tokens=7.0))
+
+    with serving(behave) as web:
+        answerer = server_answerer(flags(), web.url, "m")
+        record = evaluate_once(asked(answerer, rows), tmp_path, "given")
+    predictions = read_all_predictions(tmp_path / "predictions.jsonl")
+    assert {(p["text"], p["reply"], p["tokens"]) for p in predictions} == {("so 7 \ufffd", "so 7 \ufffd", 6)}
+    assert record["mean_tokens"] == 6 and read_results(tmp_path / "results.jsonl") == [record]
 
 
 def test_a_mean_of_tokens_is_unknown_where_those_of_one_row_are(tmp_path, rows):
