@@ -93,7 +93,7 @@ def prefix_at(engine, questions, tokens, known=None):
 
 
 def smallest_k(log_probs, samples):
-    """[V]: from which k on a token is among the k most likely of every row of a sample (Eq. 4), from log_probs [B, V].
+    """[V]: from which k on a token is among the k most likely of every row of a sample (Eq. 4), of log_probs [B, V].
     samples: lists of row numbers, of which any will do."""
     per_sample = []
     for sample in samples:

@@ -2,11 +2,13 @@
 
     python benchmarks/compare_with_released.py --golden path/to/golden
 
-The folder holds `model/` and `object_counting.json`: two consecutive optimization steps of the released code on a tiny
-Llama, on the CPU, in float32. Given the same ids, losses and gradients must agree to 1e-4 relative; candidates,
-shortlist, generated ids and the chosen token exactly. Prints a line per quantity; exits with 1 if one does not agree.
+The folder holds `model/` and records, each a JSON file: consecutive optimization steps of the released code on a tiny
+Llama, on the CPU, in float32. All records are compared. Given the same ids, losses and gradients must agree to 1e-4
+relative; k, candidates, shortlist, generated ids and the chosen token exactly, but for the order of values within 1e-6
+of each other. Prints a line per quantity; exits with 1 if one does not agree.
 
 Where the released code is odd, the oddity is put on top of our value here, and nowhere else:
+- it draws rows anew whenever k grows: we follow the draws that it made;
 - its gradient leaves out the candidate's own log-probability: ours minus that one term;
 - it scores a shortlisted prompt without the end-of-turn token: we score the ids it scored;
 - its selection takes the prompt's likelihood on stale labels: ours, gathered at those labels;
@@ -25,10 +27,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import greater_core as core
 from support.answers import answer_columns
 from support.engine import Context, Engine, load_engine
-from support.settings import SearchSettings
+from support.files import UserError, require
+from support.settings import SearchSettings, run_script
 from support.tokens import Row
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # relative
+SAME_PLACE = 1e-6  # values that are as close may stand in either order
+FEWEST = 6  # proposals, below which the released code lets k grow
 
 
 class Report:
@@ -45,6 +50,13 @@ class Report:
         ours, theirs = (torch.as_tensor(v, dtype=torch.float64) for v in (ours, theirs))
         worst = ((ours - theirs).abs().max() / theirs.abs().max()).item()
         self.line(name, worst <= TOLERANCE, f"relative difference {worst:.1e}")
+
+    def order(self, name, values, ours, theirs):
+        """Two rankings [R, N] of the places in the rows of `values` [R, V]."""
+        ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
+        agrees = torch.allclose(values.gather(1, ours), values.gather(1, theirs), rtol=0, atol=SAME_PLACE)
+        same = "equal" if torch.equal(ours, theirs) else f"equal but for orders within {SAME_PLACE:g}"
+        self.line(name, agrees, same if agrees else f"ours {ours.tolist()}, released {theirs.tolist()}")
 
     def line(self, name, agrees, what):
         self.failures += not agrees
@@ -68,6 +80,7 @@ class Case:
 
 
 def compare_step(report, engine, golden, step):
+    """Compare one recorded step; `golden` is the record it stands in."""
     settings, prompt = golden["settings"], step["prompt_ids"]
     ours = SearchSettings(
         loss_temperature=settings["answer_loss_temperature"],
@@ -78,7 +91,7 @@ def compare_step(report, engine, golden, step):
     )
     rows = [Row(r["before_ids"], r["between_ids"], r["extractor_ids"], r["answer_ids"]) for r in step["rows"]]
     search = core.Search(engine, rows, ours, None, tuple(prompt))
-    case = Case(engine, golden, step, search, report, f"step at position {step['position']}")
+    case = Case(engine, golden, step, search, report, f"{golden['name']}, position {step['position']}")
     prefix = compare_proposals(case)
     compare_gradient(case, prefix)
     objectives = {tried["token"]: compare_tried(case, tried) for tried in step["selection"]}
@@ -86,9 +99,10 @@ def compare_step(report, engine, golden, step):
     position = step["position"]
     stop = [t for t in objectives if "." in engine.tokenizer.decode([t])] if position >= len(prompt) / 2 else []
     lowest = min(objectives.values())
-    chosen = stop[0] if stop else [t for t, value in objectives.items() if value == lowest][-1]
-    result = [*prompt[:position], chosen, *prompt[position + 1 :]]
-    report.exact(f"{case.name}: the prompt after it", result, step["result"]["prompt_ids"][: len(result)])
+    best = stop[:1] or [t for t, value in objectives.items() if value <= lowest + SAME_PLACE]
+    theirs = step["result"]["prompt_ids"][: len(prompt)]
+    chosen = theirs[position] if theirs[position] in best else best[-1]
+    report.exact(f"{case.name}: the prompt after it", [*prompt[:position], chosen, *prompt[position + 1 :]], theirs)
 
 
 def compare_proposals(case):
@@ -102,13 +116,47 @@ def compare_proposals(case):
     # The released code forbids the previous token; at position 0 that is the last one, by Python's indexing.
     log_probs[:, prompt[position - 1]] = float("-inf")
     top = [r["next_token_top_allowed"] for r in step["rows"]]
-    report.exact(f"{name}: most likely allowed tokens", log_probs.topk(len(top[0])).indices.tolist(), top)
-    samples, top_k = proposal["sampled_rows"], case.settings["top_k"]
-    found, k = core.propose_candidates(log_probs, samples, top_k, 6, lambda token: True)
-    report.exact(f"{name}: k after escalation", k, proposal["top_k"])
-    report.exact(f"{name}: union of intersections", sorted(found), proposal["union_of_intersections"])
-    report.exact(f"{name}: candidates", {*found, prompt[position]}, set(proposal["candidates"]))
+    report.order(f"{name}: most likely allowed tokens", log_probs, log_probs.topk(len(top[0])).indices, top)
+    compare_escalation(case, log_probs)
+    union = {*proposal["union_of_intersections"], prompt[position]}
+    report.exact(f"{name}: candidates", union, set(proposal["candidates"]))
     return prefix
+
+
+def compare_escalation(case, log_probs):
+    """Compare k and the union of intersections, given the draws of each k that the released code tried."""
+    proposal, report = case.step["proposal"], case.report
+    in_a_round = len(proposal["sampled_rows"])
+    draws = proposal.get("all_draws", proposal["sampled_rows"])
+    rounds = [draws[start : start + in_a_round] for start in range(0, len(draws), in_a_round)]
+    ours, agrees = None, True  # ours: the first k that gives us enough
+    for number, samples in enumerate(rounds):
+        k = case.settings["top_k"] + 2 * number
+        found, enough_at = core.propose_candidates(log_probs, samples, k, FEWEST, lambda token: True)
+        sure, possible = bounds_of_union(log_probs, samples, k)
+        if number < len(rounds) - 1:
+            agrees = agrees and len(sure) < FEWEST
+        if ours is None and enough_at == k:
+            ours = k
+    agrees = agrees and len(possible) >= FEWEST and k == proposal["top_k"]
+    what = f"{k} in {len(rounds)} rounds" if agrees else f"ours {ours}, released {proposal['top_k']}"
+    report.line(f"{case.name}: k after escalation", agrees, what)
+    union = set(proposal["union_of_intersections"])
+    agrees = sure <= union <= possible and (enough_at > k or sure <= set(found) <= possible)
+    what = "equal" if sure == possible else f"equal but for orders within {SAME_PLACE:g}"
+    what = what if agrees else f"ours {sorted(found)} at k = {enough_at}, released {sorted(union)}"
+    report.line(f"{case.name}: union of intersections", agrees, what)
+
+
+def bounds_of_union(log_probs, samples, k):
+    """(sure, possible): the union over `samples` of the intersected top-k of log_probs [B, V], without and with the
+    tokens that are among the k likeliest only by an order within SAME_PLACE."""
+    kth, next_to_it = log_probs.topk(k + 1).values[:, -2:].split(1, dim=1)  # [B, 1] each
+    unions = []
+    for among in (log_probs > next_to_it + SAME_PLACE, log_probs >= kth - SAME_PLACE):  # [B, V]
+        union = torch.stack([among[sample].all(0) for sample in samples]).any(0)  # [V]
+        unions.append(set(union.nonzero().flatten().tolist()))
+    return unions
 
 
 def compare_gradient(case, prefix):
@@ -134,8 +182,8 @@ def compare_gradient(case, prefix):
     total = (ours - own).sum(0)
     total = total / total.norm()
     report.close(f"{name}: summed gradient, normalized", total, step["gradient"]["sum_normalized"])
-    order = [candidates[i] for i in total.argsort().tolist()][: case.settings["shortlist"]]
-    report.exact(f"{name}: shortlist", order, step["gradient"]["shortlist"])
+    shortlist = [candidates.index(token) for token in step["gradient"]["shortlist"]]
+    report.order(f"{name}: shortlist", total[None], total.argsort()[None, : len(shortlist)], [shortlist])
 
 
 def compare_tried(case, tried):
@@ -196,21 +244,35 @@ def prompt_nll(case, row, ids, labels):
     return torch.nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="none")
 
 
+def read_records(folder):
+    """The records in a folder, each with its file's name. Errors: UserError for a file that is none, or no file."""
+    paths = sorted(folder.glob("*.json"))
+    require(paths and (folder / "model").is_dir(), f"--golden {folder}: no model/ and no record, NAME.json, there")
+    records = []
+    for path in paths:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"--golden: {path} is no JSON: {error}") from None
+        whole = isinstance(record, dict) and {"settings", "banned_token_ids", "steps"} <= record.keys()
+        require(whole, f"--golden: {path} is no record: it lacks settings, banned_token_ids or steps")
+        records.append(record | {"name": path.stem})
+    return records
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--golden", type=Path, required=True)
     folder = parser.parse_args().golden
-    if not (folder / "object_counting.json").is_file() or not (folder / "model").is_dir():
-        print(f"error: --golden {folder}: no object_counting.json and model/ there", file=sys.stderr)
-        sys.exit(2)
-    golden = json.loads((folder / "object_counting.json").read_text(encoding="utf-8"))
+    records = read_records(folder)
     engine = load_engine(str(folder / "model"), "cpu", "float32")
     report = Report()
-    for step in golden["steps"]:
-        compare_step(report, engine, golden, step)
+    for record in records:
+        for step in record["steps"]:
+            compare_step(report, engine, record, step)
     print(f"\n{report.failures} mismatches" if report.failures else "\nall agree")
     sys.exit(1 if report.failures else 0)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -32,7 +32,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from support.files import UserError, require
-from support.identity import cannot_load, commit_of, is_folder
+from support.identity import cannot_load, commit_of, identity_of, is_folder
 from support.onednn import use_onednn
 from support.progress import Progress
 
@@ -221,6 +221,7 @@ class Engine:
         self.counts = Counter()  # tokens in forward passes (with padding), in backward passes, generated
         self.batch_sizes = {}  # {stage: rows at once}, lowered when CUDA memory runs out
         self.progress = Progress()  # what is being done now
+        self.identity = f"made in memory, {type(model).__name__}"  # identity.identity_of what it was loaded from
         self.compared = False  # whether a row of the work at hand has been read both ways
         self.check()
 
@@ -585,7 +586,9 @@ def load_engine(name, device="auto", dtype="auto"):
     options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, loading = pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype), **options)
     require_all_weights(name, loading)
-    return Engine(model.to(device), tokenizer)
+    engine = Engine(model.to(device), tokenizer)
+    engine.identity = identity_of(name)
+    return engine
 
 
 def pretrained(kind, name, **options):

@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
@@ -59,7 +60,7 @@ class Prediction(TypedDict):
     text: str  # the reasoning
     reply: str  # what the model wrote behind the extractor: only its first token where choices were ranked
     choices: NotRequired[dict[str, float]]  # log-probability there of each possible answer, where they were ranked
-    tokens: int  # of the reasoning
+    tokens: int | None  # of the reasoning; None: a server did not count them
     truncated: bool  # the reasoning was cut at max_new_tokens
     gold: str  # the right answer
     answer: str | None  # `paper` reading: the likeliest choice, or the answer in the reply, None if none was found
@@ -99,7 +100,7 @@ class Result(TypedDict):
     unread: float  # share of rows where no answer was found, `paper` reading
     harness_unread: float  # the same of the `harness` reading
     truncated: float  # share of reasonings that were cut at max_new_tokens
-    mean_tokens: float  # of a reasoning
+    mean_tokens: float | None  # of a reasoning; None: a server did not count those of each row
     grader_version: int
     minutes: float  # of the call that finished the evaluation
 
@@ -118,7 +119,7 @@ class Generation(NamedTuple):
     row: dict
     text: str  # the reasoning
     reply: str  # behind the extractor
-    tokens: int  # of the reasoning
+    tokens: int | None  # of the reasoning; None: a server did not count them
     truncated: bool  # the reasoning was cut at max_new_tokens
     choices: dict[str, float] | None = None  # log-probability of each possible answer; None: they were not ranked
 
@@ -298,7 +299,7 @@ def add_missing(evaluation, path, kept):
             for prediction in predictions:
                 found[prediction["id"]] = prediction
             if evaluation.answerer.progress is None:  # a server's tokens are known when its reply has come
-                progress.tokens += sum(prediction["tokens"] for prediction in predictions)
+                progress.tokens += sum(prediction["tokens"] or 0 for prediction in predictions)
             bar.update(len(predictions))
     return [found[row["id"]] for row in rows]
 
@@ -316,10 +317,10 @@ def read_results(path):
         "harness_stderr",
         "unread",
         "truncated",
-        "mean_tokens",
         "minutes",
     )
     kinds = dict.fromkeys(texts, str) | dict.fromkeys(numbers, (float, int)) | {"n": int, "max_new_tokens": int}
+    kinds["mean_tokens"] = (float, int, NoneType)
     return require_fields(read_appended(path), path, **kinds)
 
 
@@ -327,7 +328,7 @@ def read_all_predictions(path):
     """The predictions of all evaluations in the file at `path`, [] if there is none. Errors: as `read_results`."""
     texts = (*Reference._fields, "id", "text", "reply")
     outcomes = ("truncated", "correct", "harness_correct")
-    kinds = dict.fromkeys(texts, str) | dict.fromkeys(outcomes, bool) | {"tokens": int}
+    kinds = dict.fromkeys(texts, str) | dict.fromkeys(outcomes, bool) | {"tokens": (int, NoneType)}
     return require_fields(read_appended(path), path, **kinds)
 
 
@@ -415,9 +416,19 @@ def summarize(predictions):
         "unread": sum(p["answer"] is None for p in predictions) / n,
         "harness_unread": sum(p["harness_answer"] is None for p in predictions) / n,
         "truncated": sum(p["truncated"] for p in predictions) / n,
-        "mean_tokens": sum(p["tokens"] for p in predictions) / n,
+        "mean_tokens": mean_or_none([p["tokens"] for p in predictions]),
         "grader_version": GRADER_VERSION,
     }
+
+
+def mean_or_none(counts):
+    """The mean; None if one of them is None: the mean of the others would be another number."""
+    return None if None in counts else sum(counts) / len(counts)
+
+
+def tokens_text(mean_tokens):
+    """The mean length of a reasoning as tables show it: "n/a" where it is not known."""
+    return "n/a" if mean_tokens is None else f"{mean_tokens:.1f}"
 
 
 def accuracy_fields(outcomes, reading):

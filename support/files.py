@@ -107,7 +107,7 @@ def require_fields(records, path, **kinds):
     for number, record in enumerate(records, 1):
         for name, kind in kinds.items():
             value = record.get(name)
-            fits = isinstance(value, kind) and (kind is not str or is_text(value))
+            fits = name in record and isinstance(value, kind) and (kind is not str or is_text(value))
             require(fits, f"{path}, line {number}: no {name}, or another type than stage 02 or 03 writes")
     return records
 

@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from urllib.parse import quote
 
-from support.evaluation import INTERVALS, READINGS, estimate
+from support.evaluation import INTERVALS, READINGS, estimate, tokens_text
 from support.pictures import draw_accuracy, draw_run, gradient_points, split_of, transfer_groups
 from support.runs import changed_parts, dev_warning, load_runs
 from support.settings import SearchSettings
@@ -276,7 +276,7 @@ def run_section(run, pictures, folder):
         if test is None:
             continue
         row = [label, cell([dev] if dev else [], "paper"), cell([test], "paper"), cell([test], "harness")]
-        row += [f"{100 * test['unread']:.1f} %", f"{100 * test['truncated']:.1f} %", f"{test['mean_tokens']:.1f}"]
+        row += [f"{100 * test['unread']:.1f} %", f"{100 * test['truncated']:.1f} %", tokens_text(test["mean_tokens"])]
         table.append(row)
         texts.append(f"{label}:\n\n~~~text\n{test['prompt']}\n~~~\n")
     links = []

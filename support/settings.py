@@ -249,12 +249,21 @@ def calm_threads():
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
+def print_any_text():
+    """Let what the terminal or file cannot show, such as a prompt on a Windows code page, be printed as \\u escapes: it
+    must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not None, as without a console, and not another program's stand-in
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_script(main):
     """Run a script's main(): a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
     main() is where a script may import torch for the first time.
     """
     calm_threads()
+    print_any_text()
     try:
         main()
     except (UserError, OSError) as error:  # OSError: a folder that cannot be written, a full disk

@@ -3,7 +3,7 @@
 Prompts may be long, so they stand in a list of their own.
 """
 
-from support.evaluation import READINGS, compare, estimate
+from support.evaluation import READINGS, compare, estimate, tokens_text
 from support.runs import dev_warning, initial_of
 
 LEGEND = """in brackets the 95 % Wilson interval
@@ -30,7 +30,7 @@ def accuracy_table(labels, results):
         for reading in READINGS:
             line += f"  {str(estimate([result], reading)):>21s}"
         line += f"  {100 * result['unread']:5.1f} %  {100 * result['truncated']:5.1f} %"
-        lines.append(f"{line}  {result['mean_tokens']:6.1f}")
+        lines.append(f"{line}  {tokens_text(result['mean_tokens']):>6s}")
     return "\n".join(lines)
 
 

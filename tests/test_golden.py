@@ -3,10 +3,14 @@
 After a change that is meant to move them: `python tests/test_golden.py` writes the file anew; look at its diff.
 """
 
+import importlib.util
 import json
+import math
+import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from conftest import ROOT, settings
 
 import greater_core as core
 from support.engine import load_engine
+from support.files import UserError
 from support.sources import split_rows
 from support.tasks import get_task
 from support.tokens import allowed_ids, encode_prompt, encode_row
@@ -199,7 +204,7 @@ def test_the_comparison_agrees_with_plain_values_and_notices_each_quantity_that_
     file = tmp_path / "object_counting.json"
     file.write_text(json.dumps(golden))
     done = compare(tmp_path)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
     step = golden["steps"][0]
     step["rows"][1]["generated_ids"] = step["rows"][1]["generated_ids"][:-1]
     step["gradient"]["rows"][0]["loss"] *= 1.001
@@ -211,10 +216,105 @@ def test_the_comparison_agrees_with_plain_values_and_notices_each_quantity_that_
     assert done.returncode == 1 and len(wrong) == 4 and "4 mismatches" in done.stdout
 
 
-@pytest.mark.parametrize("folder", ["nowhere"])
-def test_a_missing_golden_folder_is_one_line(folder):
-    done = compare(folder)
+@pytest.fixture
+def comparison():
+    """The script as a module."""
+    path = ROOT / "benchmarks" / "compare_with_released.py"
+    spec = importlib.util.spec_from_file_location("compare_with_released", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def intersections_of(log_probs, samples, k):
+    """The union over samples of what is among the k likeliest of all their rows."""
+    top = [set(row.topk(k).indices.tolist()) for row in log_probs]
+    return set().union(*(set.intersection(*(top[i] for i in sample)) for sample in samples))
+
+
+@pytest.fixture
+def escalated(comparison):
+    """(case, log_probs): a step of the released code whose k grew, with rows drawn anew each time."""
+    log_probs = torch.randn(8, 300, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    rng, draws, k = random.Random(0), [], 40
+    while True:
+        draws += [rng.sample(range(8), 3) for _ in range(2)]
+        union = intersections_of(log_probs, draws[-2:], k)
+        if len(union) >= 6:
+            break
+        k += 2
+    proposal = {"sampled_rows": draws[-2:], "all_draws": draws, "top_k": k, "union_of_intersections": sorted(union)}
+    step, report = {"proposal": proposal}, comparison.Report()
+    return SimpleNamespace(step=step, settings={"top_k": 40}, report=report, name="redrawn"), log_probs
+
+
+def test_k_is_that_of_the_draws_made_anew_for_each_k(comparison, escalated, capsys):
+    case, log_probs = escalated
+    proposal = case.step["proposal"]
+    draws, k = proposal["all_draws"], proposal["top_k"]
+    assert len(draws) == 2 + (k - 40) > 6
+    for start in range(0, len(draws), 2):  # none of the draws would have given this k alone
+        assert core.propose_candidates(log_probs, draws[start : start + 2], 40, 6, lambda token: True)[1] != k
+    comparison.compare_escalation(case, log_probs)
+    assert case.report.failures == 0 and f"{k} in {len(draws) // 2} rounds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "failures"),
+    [
+        (lambda proposal: proposal.update(top_k=proposal["top_k"] + 2), 1),
+        (lambda proposal: proposal.update(all_draws=proposal["all_draws"][-2:]), 2),  # the union is that of 40, too
+        (lambda proposal: proposal["all_draws"].extend(proposal["sampled_rows"]), 2),  # on, though there were enough
+        (lambda proposal: proposal["union_of_intersections"].pop(), 1),
+    ],
+)
+def test_another_k_or_another_union_is_noticed(comparison, escalated, change, failures):
+    case, log_probs = escalated
+    change(case.step["proposal"])
+    comparison.compare_escalation(case, log_probs)
+    assert case.report.failures == failures
+
+
+def test_every_record_in_the_folder_is_compared(tmp_path, comparison, monkeypatch):
+    (tmp_path / "model").mkdir()
+    for name in ("navigate", "object_counting"):
+        record = {"settings": {}, "banned_token_ids": [], "steps": [f"of {name}"] * 2}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    compared = []
+    monkeypatch.setattr(comparison, "load_engine", lambda *arguments: None)
+    monkeypatch.setattr(comparison, "compare_step", lambda report, engine, record, step: compared.append(step))
+    monkeypatch.setattr(sys, "argv", ["compare", "--golden", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        comparison.main()
+    assert compared == ["of navigate"] * 2 + ["of object_counting"] * 2 and ended.value.code == 0
+
+
+def test_values_within_a_millionth_may_stand_in_either_order_and_others_not(comparison):
+    values = torch.tensor([[0.5, 0.5 + 5e-7, 0.1, 0.2]])
+    report = comparison.Report()
+    report.order("a tie", values, [[1, 0, 3]], [[0, 1, 3]])
+    assert report.failures == 0
+    report.order("no tie", values, [[1, 0, 3]], [[1, 0, 2]])
+    assert report.failures == 1
+
+
+def test_only_tokens_at_the_edge_of_the_top_k_are_in_doubt(comparison):
+    log_probs = torch.tensor([[-1.0, -2.0, -2.0 - 5e-7, -3.0, -math.inf], [-1.0, -2.0, -3.0, -4.0, -math.inf]])
+    bounds = [comparison.bounds_of_union(log_probs, [[0], [0, 1]], k) for k in (1, 2, 3, 4)]
+    assert bounds == [[{0}, {0}], [{0}, {0, 1, 2}], [{0, 1, 2}, {0, 1, 2}], [{0, 1, 2, 3}, {0, 1, 2, 3}]]
+
+
+def test_a_missing_golden_folder_is_one_line():
+    done = compare("nowhere")
     assert done.returncode == 2 and done.stderr.startswith("error: --golden nowhere")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"steps": []}'])
+def test_a_file_that_is_no_record_is_refused(tmp_path, comparison, content):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UserError, match="x.json is no"):
+        comparison.read_records(tmp_path)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ SUPPORT = (
     "evaluation",
     "tables",
     "answerers",
+    "replies",
+    "servers",
     "answers",
     "check",
     "pictures",
