@@ -17,7 +17,7 @@ from support import evaluation
 from support.answerers import Answerer
 from support.evaluation import Evaluation, Generation, compare, evaluate, evaluate_once, mcnemar, regrade
 from support.files import UserError, read_jsonl, text_hash, write_jsonl
-from support.tasks import GRADER_VERSION
+from support.reading import GRADER_VERSION
 
 
 def test_the_standard_error_is_that_of_the_sample():

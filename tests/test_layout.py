@@ -28,6 +28,8 @@ SUPPORT = (
     "engine",
     "onednn",
     "tasks",
+    "reading",
+    "harness",
     "sources",
     "settings",
     "runs",
@@ -143,8 +145,10 @@ def test_a_file_in_support_imports_only_from_support(name):
     ("name", "allowed"),
     [
         ("files", set()),
-        ("tasks", {"files"}),
-        ("sources", {"files", "tasks"}),
+        ("reading", set()),
+        ("harness", set()),
+        ("tasks", {"files", "reading"}),
+        ("sources", {"files", "reading", "tasks"}),
         ("settings", {"files", "tasks"}),
     ],
 )

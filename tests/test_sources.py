@@ -11,8 +11,10 @@ from conftest import ROOT
 
 from support import sources, tasks
 from support.files import UserError, write_jsonl
+from support.harness import read_answer_harness
+from support.reading import GRADER_VERSION
 from support.settings import SearchSettings, TaskFlags
-from support.tasks import TASKS, get_task, read_answer_harness
+from support.tasks import TASKS, get_task
 
 
 def bbh_file(folder, name, count, target="(A)", question="Which?\nOptions:\n(A) a\n(B) b"):
@@ -338,7 +340,7 @@ def test_prepared_files_have_the_same_bytes_every_time_and_task_json_comes_last(
     assert set(first) == {"train.jsonl", "dev.jsonl", "test.jsonl", "task.json"}
     record = json.loads(first["task.json"])
     assert record["counts"] == {"train": 200, "dev": 100, "test": 400}
-    assert record["grader_version"] == tasks.GRADER_VERSION
+    assert record["grader_version"] == GRADER_VERSION
 
     def fail(path, rows):
         raise OSError("disk full")
