@@ -1,23 +1,390 @@
-"""Reading an answer out of what a model wrote behind the extractor, and grading it: the `paper` reading.
+r"""Reading an answer out of what a model wrote behind the extractor, and grading it: the `paper` reading.
 
-The reading of lm-evaluation-harness stands in harness.py.
+The aim is the answer that a person would read there, and null (None) where a person would not settle on one: an unread
+answer counts as wrong, but a misread one may count as right. Every text is normalized once; then each kind of answer has
+a table of patterns: numbers, option letters, words (of closed sets), free text. Only `Task`'s kind, choices and name are
+used. The reading of lm-evaluation-harness stands in harness.py.
 """
 
 import re
-from decimal import Decimal, InvalidOperation
+import unicodedata
+from dataclasses import dataclass
+from decimal import Decimal
 
-GRADER_VERSION = 2  # raise it whenever an answer could be read or graded differently, here or in harness.py
+GRADER_VERSION = 3  # raise it whenever an answer could be read or graded differently, here or in harness.py
+
+# --- One normalization ------------------------------------------------------------------------------------
+
+SIGNS = str.maketrans(
+    {
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\ufe63", "-"),
+        **dict.fromkeys("\u2014\u2015", " - "),  # long dashes separate, they are no sign
+        **dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb\u300c\u300d", '"'),
+        **dict.fromkeys("\u2018\u2019\u201a\u2032", "'"),
+        **dict.fromkeys("\u00d7\u2715\u22c5\u2219\u00b7", "*"),
+        **dict.fromkeys("\u00f7\u2044\u2215", "/"),
+        **dict.fromkeys("\u2248\u2243\u2261", "="),
+        **dict.fromkeys("\u2192\u21d2\u27f9", " = "),
+        **dict.fromkeys("\u3002\uff0e", ". "),
+        **dict.fromkeys("\u3001\uff0c", ", "),
+        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\xad", ""),
+        "\u2260": " not ",
+        "\uff1a": ": ",
+    }
+)
+MARKUP = (  # (pattern, what it becomes), in this order
+    (r"\u2212\s*", "-"),  # the minus sign, which is never a dash
+    (r"</?[A-Za-z][^<>\n]*>", ""),
+    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"),
+    *2 * ((r"\\(?:boxed|text\w*|math\w*)\s*\{([^{}]*)\}", r"\1"),),  # one in another
+    (r"\\(?:times|cdot)(?![A-Za-z])", "*"),
+    (r"\\div(?![A-Za-z])", "/"),
+    (r"\{,\}", ","),
+    (r"\\[,;: ]", " "),
+    (r"\\[()\[\]]", ""),
+    (r"\\(?=[$%#&_{}])", ""),
+    (r"(?<![0-9A-Za-z)\]*_`~])[*_`~]+(?=[^\s*_`~])", ""),  # opens emphasis or code; "5 * 3" and "5*3" stay
+    (r"(?<=[^\s*_`~])[*_`~]+(?![0-9A-Za-z(\[*_`~])", ""),  # closes it
+    (r"(?m)^[ \t]*(?:[-*+\u2022\u25e6\u25aa]|#+)[ \t]+", ""),  # an item's or a heading's mark
+)
+
+
+def plain_character(character):
+    """A character in its usual form: full-width "5" and other scripts' digits as 5, a raised 2 as ^2, one half as 1/2."""
+    if character.isdecimal():
+        return str(unicodedata.decimal(character))
+    form = unicodedata.decomposition(character).partition(" ")[0]
+    usual = unicodedata.normalize("NFKC", character) if form.startswith("<") else character
+    return {"<super>": "^", "<fraction>": " ", "<sub>": "_"}.get(form, "") + usual
+
+
+def normalize(text):
+    """The text without markup, with the plain form of signs and dashes. What it means stays."""
+    if not text.isascii():
+        text = "".join(map(plain_character, text.translate(SIGNS))).translate(SIGNS)
+    for pattern, plain in MARKUP:
+        text = re.sub(pattern, plain, text)
+    return text
+
+
+def without_questions(text):
+    """The text without the sentences that ask, if there are others: "Is it valid? No." -> "No."."""
+    rest = re.sub(r"[^.!?\n]*\?", "", text)
+    return rest if re.search(r"\w", rest) else text
+
+
+def part_behind(pattern, text, wanted):
+    """What follows the last match of the pattern, if what is wanted stands there; else the text."""
+    *_, last = [0, *(match.end() for match in re.finditer(pattern, text, re.I))]
+    return text[last:] if re.search(wanted, text[last:]) else text
+
+
+ANSWER_IS = r"\b(?:answer|result)\b(?:\s+(?:is|was|would be|must be|should be)\b)?\s*[:=]?\s*"
+REASON = r"\b(?:because|since|as|given that)\b"
+CONCLUSION = r"\b(?:so|therefore|thus|hence)\b"
+
+# --- Numbers ------------------------------------------------------------------------------------------------
+
+VALUE = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:[ '_]\d{3})+|\d+)(?:\.\d*)?(?:e[-+]?\d{1,2})?|\.\d+"
+CURRENCY = "[$\u00a3\u20ac\u00a5\u20b9]"
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+# A number with all that belongs to it, so that a fraction, a time or a power is seen as a whole and then refused.
+QUANTITY = re.compile(
+    rf"""(?<![A-Za-z0-9_.])(?<![A-Za-z0-9_)]-)              # neither x2 nor COVID-19
+    (?P<sign>[-+](?=\s?{CURRENCY}?-?\.?\d)(?!\s))?\s?{CURRENCY}?\s?(?P<inner_sign>-)?
+    (?P<body>\.?\d(?:\d|[.,'_:/-](?=\d)|\^(?=-?\d)|[ ](?=\d{{3}}(?!\d))|e[-+]?(?=\d))*)
+    (?:[ ](?P<scale>{"|".join(SCALES)})\b)?
+    (?P<tail>\s?(?:dozens?|half|halves|thirds?|quarters?|fifths?|squared|cubed|o'clock|[ap]\.?m\b\.?)(?![A-Za-z])
+      |[ ]and\ a\ (?:half|third|quarter)|\^|[A-Za-z][A-Za-z0-9]*)?""",
+    re.X | re.I,
+)
+UNIT = r"(?:meters?|metres?|cm|kg|km|mph|kph|lbs?|oz|ft|in|mm|ml|g|l|m|h|s|min|hrs?|mins?|usd|eur|c|f|w|kw|gb|mb|yo)"
+JOINED = re.compile(  # what stands between two numbers that make up one thing: an expression, a range, a list, 5 feet 3
+    r"""\s*|\s*(?:hours?|hrs?|h|minutes?|mins?|dollars?|feet|foot|ft|pounds?|lbs?|years?|months?|weeks?|days?)\s*
+    |[\s%]*(?:[A-Za-z]+\s+){0,2}
+      (?:[-+*/^:,&<>]|x|to|or|and|through|times|plus|minus|over|(?:divided|multiplied)\s+by|(?:out\s+)?of
+        |(?:more|less|fewer)\s+than|,\s*(?:and|or))
+      \s*(?:[A-Za-z]+\s+)?\(?\s*""",
+    re.X | re.I,
+)
+ABOUT = r"(?:(?:about|approximately|exactly|only|just|around|roughly|nearly|now|then|equal to|a total of)\s+)?"
+NOTHING_BEFORE = re.compile(rf"[\s\"'(\[,]*(?:but )?{ABOUT}", re.I)
+POINTS_AT = re.compile(
+    rf"(?:\b(?:is|are|was|were|be|equals?|gives?|makes?|total|answer)|'s|[:>])[\s\"'(]*{ABOUT}$", re.I
+)
+NEGATED_NUMBER = re.compile(
+    rf"[,;]?\s*(?:\bnot|n't|\binstead\s+of|\brather\s+than)\s+(?:[a-z]+\s+){{0,2}}(?:{QUANTITY.pattern})", re.X | re.I
+)
+NUMBER_WORDING = (
+    (r"\b(?:minus|negative)\s+(?=[$\u00a3\u20ac]?\.?\d)", "-"),
+    (r"\b(?:equals|is equal to)\b", "="),
+    (r"\s*=\s*(?:-\s*(?=\S))", " = -"),
+    (r"\s*=\s*", " = "),
+    (r"(?<=[\d.])\s*[*x]\s*10\^", "e"),
+)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number in a text, and where it stands. `value` is None if it is no plain number."""
+
+    value: str | None
+    start: int
+    end: int
+
+
+def exact(number):
+    """A Decimal as text without idle zeros. All its digits stay, however many."""
+    digits = format(number, "f")
+    digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
+    return digits if digits.strip("-0.") else "0"
+
+
+def value_of(match):
+    """The number that a match of QUANTITY stands for, as text, or None."""
+    body, tail = match["body"].lower(), (match["tail"] or "").lower()
+    if not re.fullmatch(VALUE, body) or (match["sign"] == "-" and match["inner_sign"]):
+        return None
+    if tail and not re.fullmatch(UNIT, tail):
+        return None
+    sign = "-" if match["sign"] == "-" or match["inner_sign"] else ""
+    number = Decimal(sign + re.sub("[, '_]", "", body))
+    scale = SCALES[match["scale"].lower()] if match["scale"] else 0
+    return exact(Decimal((*number.as_tuple()[:2], number.as_tuple().exponent + scale)))
 
 
 def canonical_number(text):
     """A number without sign of currency, thousands separators or idle zeros: "$1,250.00" -> "1250"; None if none."""
-    plain = re.sub(r"[\s,$]", "", text.replace("\N{MINUS SIGN}", "-"))
-    if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", plain):
-        return None
-    try:
-        return format(Decimal(plain).normalize() + 0, "f")
-    except InvalidOperation:
-        return None
+    plain = re.sub(r"(?<=\d)\s*(?:%|\$|\u20ac)$|(?<=\d)\.$", "", normalize(text).strip())
+    match = QUANTITY.fullmatch(plain.removeprefix("+"))
+    return value_of(match) if match and not match["tail"] and not match["scale"] else None
+
+
+def quantities(sentence):
+    """The `Quantity`s of a sentence, in order. Those that belong together have no value of their own."""
+    matches = list(QUANTITY.finditer(sentence))
+    values = [value_of(match) for match in matches]
+    for n in range(1, len(matches)):
+        if JOINED.fullmatch(sentence, matches[n - 1].end(), matches[n].start()):
+            values[n - 1] = values[n] = None
+    return [Quantity(value, match.start(), match.end()) for value, match in zip(values, matches)]
+
+
+def read_number(text):
+    """The number that a text gives as its answer, or None."""
+    for pattern, plain in NUMBER_WORDING:
+        text = re.sub(pattern, plain, text, flags=re.I)
+    text = NEGATED_NUMBER.sub(" ", text)
+    sentences = re.split(r"[.!?](?=\s|$)|[;\n]", text)
+    first = next((sentence for sentence in sentences if QUANTITY.search(sentence)), "")
+    if begins_with_number(sentences[0]):
+        return number_of(first)
+    if answer := re.search(ANSWER_IS + r"(?=.*\d)", text, re.I):
+        return number_of(re.split(r"[.!?](?=\s|$)|[;\n]", text[answer.end() :])[0])
+    return number_of(first)
+
+
+def begins_with_number(sentence):
+    found = QUANTITY.search(sentence)
+    return bool(found and NOTHING_BEFORE.fullmatch(sentence[: found.start()]))
+
+
+def number_of(sentence):
+    """The number of one sentence: behind the last "=", at its beginning, what it points at, or the only one."""
+    reason_free = re.split(REASON, sentence, maxsplit=1)[0]
+    if QUANTITY.search(reason_free):
+        sentence = reason_free
+    found = quantities(sentence)
+    results = [one for one in found if re.search(r"=\s*$", sentence[: one.start])]
+    if results and results[-1].value is not None and "=" not in sentence[results[-1].end :]:
+        return results[-1].value
+    if found and found[0].value is not None and NOTHING_BEFORE.fullmatch(sentence[: found[0].start]):
+        return found[0].value
+    found = quantities(part_behind(CONCLUSION, sentence, r"\d"))
+    sentence = part_behind(CONCLUSION, sentence, r"\d")
+    pointed_at = [one for one in found if POINTS_AT.search(sentence[: one.start])]
+    values = {one.value for one in pointed_at or found}
+    return values.pop() if len(values) == 1 else None
+
+
+# --- Option letters -------------------------------------------------------------------------------------------
+
+START = r"(?<![A-Za-z0-9\u00c0-\u024f])(?<![A-Za-z0-9][-'])"  # a word's edges; letters of other scripts are no neighbours
+END = r"(?![A-Za-z0-9\u00c0-\u024f]|['-][A-Za-z0-9])"
+GOES_ON = r"(?:is|was|because|since|as|and|or|but|for|then|would|must|seems|fits|rather|instead|of course)\b"
+NO_ARTICLE = rf"(?!\ [a-z])|(?=\ {GOES_ON})"  # "A man", "I think" name no option
+LETTER_PATTERNS = (  # with L for a letter as written, l for one in any case; where one matches, only its letters count
+    rf"^\W*\(?(L)\)?{END}(?:(?<![AI])|(?<=[)])|{NO_ARTICLE})(?!\s*(?:,|/|&|or|and)\s*\(?[L]{END})",
+    r"^\W*\(?(l)\)?(?=[).:]|\W*$)",
+    rf"(?:{ANSWER_IS}|\b(?:choose|pick|select)\s+)(?:option |choice |letter )?[\"'(]*(l)(?=\)|[\"'.,;:!]|\s*$|\ {GOES_ON}|\n)",
+    r"\((l)\)",
+    rf"\b(?:option|choice|letter)\s+(l){END}|{START}(L){END}(?:(?<![AI])|{NO_ARTICLE})",
+)
+LETTER_LIST = rf"\(?[L]\)?{END}(?:\s*(?:,|,?\s*(?:and|or|nor))\s*\(?[L]\)?{END})*"
+NEGATED_LETTERS = (
+    rf"(?i:\bnot|n't(?:\s+be)?|\bneither|\brather than|\binstead of|\bunlike|\bover)\s+(?:(?:option|choice|the answer)s?\s+)?{LETTER_LIST}",
+    rf"{START}{LETTER_LIST}\s+(?:is|are|was|were|can|could|does)(?:\s*not|n't|\s+(?:wrong|incorrect|false|out|ruled out))\b",
+)
+CORRECTION = r"\b(?:or rather|no,? wait|wait,|actually,?|i mean)"
+
+
+def read_letter(task, text):
+    """The option letter that a text gives as its answer, or None."""
+    letters = "".join(task.choices)
+
+    def of_task(pattern):
+        pattern = pattern.replace("[L]", f"[{letters}]").replace("(L)", f"([{letters}])")
+        return pattern.replace("(l)", f"([{letters}{letters.lower()}])")
+
+    for pattern in NEGATED_LETTERS:
+        text = re.sub(of_task(pattern), " ", text)
+    text = part_behind(CORRECTION, text, of_task(rf"{START}[L]{END}")).lstrip(" ,;:")
+    options = {letter for letter in re.findall(of_task(r"(?:^|\s)\(?([L])[).:](?=\s*\w)"), text)}
+    for pattern in LETTER_PATTERNS[2:] if len(options) > 1 else LETTER_PATTERNS:
+        found = {"".join(match.groups("")).upper() for match in re.finditer(of_task(pattern), text)}
+        if found:
+            return found.pop() if len(found) == 1 else None
+    return None
+
+
+# --- Words of a closed set --------------------------------------------------------------------------------------
+
+SYNONYMS = {
+    "bbh/sports_understanding": {"plausible": "yes", "implausible": "no"},
+    "bbh/web_of_lies": {
+        "tells the truth": "Yes",
+        "tell the truth": "Yes",
+        "telling the truth": "Yes",
+        "lies": "No",
+        "lying": "No",
+    },
+}
+NEGATION = r"(?:\bnot|n't|\bno longer|\bnever|\bcannot be|\brather than|\binstead of|\bfar from)\s+"
+FILLER = r"(?:(?:a|an|the|be|really|very|quite|logically|deductively|necessarily|at all|actually)\s+)*[\"'(]*"
+# "No doubt", "no other way": there "no" is no answer, unless a sentence goes on behind it.
+NO_ANSWER = rf"(?!\ (?!(?:{GOES_ON}|(?:it|he|she|they|the|this|that|there|if|not)\b))[a-z])"
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A possible answer in a text. `choice` is None where one of many is denied."""
+
+    choice: str | None
+    start: int
+    end: int
+
+
+def words_of(task):
+    """{a word in the form in which it is looked for: the choice it stands for}, longest first."""
+    words = {normalize(choice).casefold().strip(): choice for choice in task.choices}
+    words |= SYNONYMS.get(task.name, {})
+    return {word: words[word] for word in sorted(words, key=len, reverse=True)}
+
+
+def word_pattern(word):
+    start = START if word[:1].isalnum() else ""
+    end = END if word[-1:].isalnum() else ""
+    spaced = r"[\s_-]+".join(map(re.escape, re.split(r"[\s_-]+", word))) if word.isascii() else re.escape(word)
+    return start + spaced + end + (NO_ANSWER if word == "no" else "")
+
+
+def spoken(word):
+    """A found word in the form of `words_of`, whatever joins its parts."""
+    return re.sub(r"[\s_-]+", " ", word.casefold())
+
+
+def mentions(task, text):
+    """The `Mention`s of the possible answers; "not valid" is one of "invalid"."""
+    words = words_of(task)
+    choice_of = {spoken(word): choice for word, choice in words.items()}
+    any_word = "|".join(map(word_pattern, words))
+    list_of = rf"[\"'(]*(?:{any_word})[\"')]*"
+    restated = rf"{list_of}(?:\s*,\s*{list_of})*\s*,?\s*(?:/|\bor\b|\band\b|\bvs\b\.?)\s*(?:{list_of}|not\b)"
+    text = re.sub(restated, " ", text, flags=re.I)
+    text = re.sub(r"\b(?:whether|if)\b[^,.;:\n]*", " ", text, flags=re.I)
+    text = part_behind(r"=|->", text, rf"(?i:{any_word})")
+    found = []
+    for match in re.finditer(rf"(?P<plain>{any_word})|{NEGATION}{FILLER}(?P<denied>{any_word})", text, re.I):
+        choice = choice_of[spoken(match["plain"] or match["denied"])]
+        if match["denied"]:
+            others = [other for other in task.choices if other != choice]
+            choice = others[0] if len(others) == 1 else None
+        found.append(Mention(choice, match.start(), match.end()))
+    return text, found
+
+
+def read_word(task, text):
+    """The possible answer that a text gives, or None: the only one named, the first if a pause follows, the concluded."""
+    text, found = mentions(task, text)
+    found = [one for one in found if one.choice is not None]
+    if len({one.choice for one in found}) < 2:
+        return found[0].choice if found else None
+    first, second = found[:2]
+    leads = not re.search(r"\w", text[: first.start])
+    pauses = re.match(rf"[\"')\]]*\s*(?:[.,;:!\n-]|{GOES_ON})", text[first.end :])
+    if leads and pauses and re.search(r"\w", text[first.end : second.start]):
+        return first.choice
+    if leads and pauses and re.match(r"[\"')\]]*[.;!\n]", text[first.end :]):
+        return first.choice
+    for pattern in (ANSWER_IS, CONCLUSION):
+        ends = [match.end() for match in re.finditer(pattern, text, re.I)]
+        behind = [one for one in found if ends and one.start >= ends[0 if pattern is ANSWER_IS else -1]]
+        if behind:
+            return behind[0].choice
+    return None
+
+
+# --- Free text ----------------------------------------------------------------------------------------------------
+
+BRACKETS = r"[()\[\]{}<>]"
+
+
+def read_text(task, text):
+    """The first line, behind "answer is"; of a task for brackets or words these alone."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    line = re.split(r"answer is:?\s*", lines[0])[-1] if lines else ""
+    if task.name == "bbh/dyck_languages":
+        runs = re.findall(rf"{BRACKETS}(?:[\s,]*{BRACKETS})*", line)
+        line = runs[0] if len(runs) == 1 else line
+    if task.name == "bbh/word_sorting":
+        line = listed_words(line, lines)
+    return bare_text(line) or None
+
+
+def listed_words(line, lines):
+    """Sorted words: separated by commas, or one a line."""
+    line = re.split(r":\s*", line)[-1]
+    items = [re.sub(r"^\d+[.)]\s*", "", other) for other in lines]
+    if not line or len(items) > 1 and not re.search(r"\s", items[0]):
+        items = items if line else items[1:]
+        line = " ".join(item for item in items if not re.search(r"\s", item))
+    line = re.sub(r"\s*\b\d+[.)]\s*", " ", line)
+    return re.sub(r"(?:\s*(?:[,;=>]|->))+\s*(?:and\s+)?", " ", line)
+
+
+def bare_text(text):
+    """A text without quotes around it and full stops; brackets with one space between them."""
+    text = " ".join(text.split()).strip("$ .")
+    while len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1].strip("$ .")
+    if re.fullmatch(rf"(?:{BRACKETS}|[\s,])+", text):
+        return " ".join(re.sub(r"[\s,]", "", text))
+    return text
+
+
+# --- Reading and grading ----------------------------------------------------------------------------------------
+
+
+def read_answer(task, text):
+    """The `paper` reading: the answer in what the model writes behind the extractor, or None."""
+    text = normalize(text)
+    if task.kind == "text":
+        return read_text(task, text)
+    text = without_questions(text)
+    if task.kind == "number":
+        return read_number(text)
+    are_letters = all(re.fullmatch("[A-Z]", choice) for choice in task.choices)
+    return read_letter(task, text) if are_letters else read_word(task, text)
 
 
 def canonical(task, answer):
@@ -26,45 +393,10 @@ def canonical(task, answer):
         return None
     if task.kind == "number":
         return canonical_number(answer)
-    return " ".join(answer.split()).strip("$ .").casefold() or None
+    return bare_text(normalize(answer)).casefold() or None
 
 
 def grade(task, gold, answer):
     """Whether `answer` (None: none was found) is the gold answer."""
-    return answer is not None and canonical(task, answer) == canonical(task, gold)
-
-
-def read_answer(task, text):
-    """The `paper` reading: the first possible answer in what the model writes behind the extractor, or None."""
-    if task.kind == "number":
-        found = re.search(r"[-\N{MINUS SIGN}]?\$?\s?(\d[\d,]*\.?\d*|\.\d+)", text)
-        return canonical_number(found.group().rstrip(".,")) if found else None
-    if task.choices:
-        return first_choice(task, text)
-    line = text.strip().splitlines()[0] if text.strip() else ""
-    return re.split(r"answer is:?\s*", line)[-1].strip("$ .") or None
-
-
-def first_choice(task, text):
-    """The first choice in parentheses, else the first that stands alone, as the task spells it; or None."""
-    longest_first = sorted(task.choices, key=len, reverse=True)
-    words = "|".join(map(re.escape, longest_first))
-    in_parentheses = rf"\(({words})\)"
-    alone = rf"(?<![\w'])({words})(?![\w'])"
-    patterns = (in_parentheses, alone)
-    if task.kind == "choice":  # "I think", "A man": such letters name an option only if no other does
-        patterns = (in_parentheses, rf"{alone}(?! [a-z])", alone)
-    for pattern in patterns:
-        if found := re.search(pattern, text, word_case(task)):
-            return as_choice(task, found.group(1))
-    return None
-
-
-def word_case(task):
-    """Words are read in any case; letters as written, since "a" is a word."""
-    return 0 if task.kind == "choice" else re.I
-
-
-def as_choice(task, word):
-    """The choice that is this word, whatever its case."""
-    return next(choice for choice in task.choices if choice.casefold() == word.casefold())
+    found = canonical(task, answer)
+    return found is not None and found == canonical(task, gold)
