@@ -1,9 +1,9 @@
-r"""Reading an answer out of what a model wrote behind the extractor, and grading it: the `paper` reading.
+"""Reading an answer out of what a model wrote behind the extractor, and grading it: the `paper` reading.
 
 The aim is the answer that a person would read there, and null (None) where a person would not settle on one: an unread
-answer counts as wrong, but a misread one may count as right. Every text is normalized once; then each kind of answer has
-a table of patterns: numbers, option letters, words (of closed sets), free text. Only `Task`'s kind, choices and name are
-used. The reading of lm-evaluation-harness stands in harness.py.
+answer counts as wrong, but a misread one may count as right. Every text is normalized once. Then each kind of answer
+has patterns of its own: numbers, option letters, words of a closed set, free text. Of a task its kind, choices and name
+are used. The reading of lm-evaluation-harness stands in harness.py.
 """
 
 import re
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 GRADER_VERSION = 3  # raise it whenever an answer could be read or graded differently, here or in harness.py
+READ_AT_MOST = 2000  # characters: an answer stands near the extractor
 
 # --- One normalization ------------------------------------------------------------------------------------
 
@@ -50,7 +51,7 @@ MARKUP = (  # (pattern, what it becomes), in this order
 
 
 def plain_character(character):
-    """A character in its usual form: full-width "5" and other scripts' digits as 5, a raised 2 as ^2, one half as 1/2."""
+    """A character in its usual form: full-width or Arabic digits as 0 to 9, a raised 2 as ^2, one half as 1/2."""
     if character.isdecimal():
         return str(unicodedata.decimal(character))
     form = unicodedata.decomposition(character).partition(" ")[0]
@@ -103,10 +104,12 @@ JOINED = re.compile(  # what stands between two numbers that make up one thing: 
     r"""\s*|\s*(?:hours?|hrs?|h|minutes?|mins?|dollars?|feet|foot|ft|pounds?|lbs?|years?|months?|weeks?|days?)\s*
     |[\s%]*(?:[A-Za-z]+\s+){0,2}
       (?:[-+*/^:,&<>]|x|to|or|and|through|times|plus|minus|over|(?:divided|multiplied)\s+by|(?:out\s+)?of
-        |(?:more|less|fewer)\s+than|,\s*(?:and|or))
-      \s*(?:[A-Za-z]+\s+)?\(?\s*""",
+        |(?:more|less|fewer)\s+than|per|every|,\s*(?:and|or))
+      \s*(?:[A-Za-z]+\s+)?[($\u00a3\u20ac]?\s*
+    |.*\bor\b.*""",
     re.X | re.I,
 )
+UNFINISHED = re.compile(r"\s*(?:[+*^]|x\b)")  # an expression goes on, without a number
 ABOUT = r"(?:(?:about|approximately|exactly|only|just|around|roughly|nearly|now|then|equal to|a total of)\s+)?"
 NOTHING_BEFORE = re.compile(rf"[\s\"'(\[,]*(?:but )?{ABOUT}", re.I)
 POINTS_AT = re.compile(
@@ -163,7 +166,7 @@ def canonical_number(text):
 def quantities(sentence):
     """The `Quantity`s of a sentence, in order. Those that belong together have no value of their own."""
     matches = list(QUANTITY.finditer(sentence))
-    values = [value_of(match) for match in matches]
+    values = [None if UNFINISHED.match(sentence, match.end()) else value_of(match) for match in matches]
     for n in range(1, len(matches)):
         if JOINED.fullmatch(sentence, matches[n - 1].end(), matches[n].start()):
             values[n - 1] = values[n] = None
@@ -175,6 +178,8 @@ def read_number(text):
     for pattern, plain in NUMBER_WORDING:
         text = re.sub(pattern, plain, text, flags=re.I)
     text = NEGATED_NUMBER.sub(" ", text)
+    if re.match(r"\s*1[.)]\s+.*\d", text):
+        return None  # the answer 1, or the first item of a list
     sentences = re.split(r"[.!?](?=\s|$)|[;\n]", text)
     first = next((sentence for sentence in sentences if QUANTITY.search(sentence)), "")
     if begins_with_number(sentences[0]):
@@ -192,16 +197,15 @@ def begins_with_number(sentence):
 def number_of(sentence):
     """The number of one sentence: behind the last "=", at its beginning, what it points at, or the only one."""
     reason_free = re.split(REASON, sentence, maxsplit=1)[0]
-    if QUANTITY.search(reason_free):
-        sentence = reason_free
+    sentence = reason_free if QUANTITY.search(reason_free) else sentence
     found = quantities(sentence)
     results = [one for one in found if re.search(r"=\s*$", sentence[: one.start])]
     if results and results[-1].value is not None and "=" not in sentence[results[-1].end :]:
         return results[-1].value
     if found and found[0].value is not None and NOTHING_BEFORE.fullmatch(sentence[: found[0].start]):
         return found[0].value
-    found = quantities(part_behind(CONCLUSION, sentence, r"\d"))
     sentence = part_behind(CONCLUSION, sentence, r"\d")
+    found = quantities(sentence)
     pointed_at = [one for one in found if POINTS_AT.search(sentence[: one.start])]
     values = {one.value for one in pointed_at or found}
     return values.pop() if len(values) == 1 else None
@@ -209,21 +213,26 @@ def number_of(sentence):
 
 # --- Option letters -------------------------------------------------------------------------------------------
 
-START = r"(?<![A-Za-z0-9\u00c0-\u024f])(?<![A-Za-z0-9][-'])"  # a word's edges; letters of other scripts are no neighbours
-END = r"(?![A-Za-z0-9\u00c0-\u024f]|['-][A-Za-z0-9])"
+# The edges of a word. A letter of another script may stand beside it: those are often written without spaces.
+START = r"(?<![A-Za-z0-9\u00c0-\u024f])(?<![A-Za-z0-9][.'-])"
+END = r"(?![A-Za-z0-9\u00c0-\u024f+]|[.'-][A-Za-z0-9])"
 GOES_ON = r"(?:is|was|because|since|as|and|or|but|for|then|would|must|seems|fits|rather|instead|of course)\b"
 NO_ARTICLE = rf"(?!\ [a-z])|(?=\ {GOES_ON})"  # "A man", "I think" name no option
+ALONE = rf"(?!\)?\s*(?:[,/&<>=-]|or|and)\s*\(?[L]{END})"  # not the first of several
 LETTER_PATTERNS = (  # with L for a letter as written, l for one in any case; where one matches, only its letters count
-    rf"^\W*\(?(L)\)?{END}(?:(?<![AI])|(?<=[)])|{NO_ARTICLE})(?!\s*(?:,|/|&|or|and)\s*\(?[L]{END})",
-    r"^\W*\(?(l)\)?(?=[).:]|\W*$)",
-    rf"(?:{ANSWER_IS}|\b(?:choose|pick|select)\s+)(?:option |choice |letter )?[\"'(]*(l)(?=\)|[\"'.,;:!]|\s*$|\ {GOES_ON}|\n)",
+    rf"^\W*\(?(L)\)?{END}(?:(?<![AI])|(?<=[)])|{NO_ARTICLE}){ALONE}",
+    rf"^\W*\(?(l)\)?(?=[).:](?!\w)|[^\w+]*$){ALONE}",
+    rf"(?i:{ANSWER_IS}|\b(?:option|choice)\s+is\s+|\b(?:choose|pick|select)\s+)(?i:option |choice |letter )?[\"'(]*(l)"
+    rf"(?=\)|[\"'.,;:!]|\s*$|\ {GOES_ON}|\n)",
     r"\((l)\)",
-    rf"\b(?:option|choice|letter)\s+(l){END}|{START}(L){END}(?:(?<![AI])|{NO_ARTICLE})",
+    rf"\b(?i:option|choice|letter)\s+(l){END}(?!\ [a-z])|{START}(L){END}(?:(?<![AI])|{NO_ARTICLE})",
 )
 LETTER_LIST = rf"\(?[L]\)?{END}(?:\s*(?:,|,?\s*(?:and|or|nor))\s*\(?[L]\)?{END})*"
 NEGATED_LETTERS = (
-    rf"(?i:\bnot|n't(?:\s+be)?|\bneither|\brather than|\binstead of|\bunlike|\bover)\s+(?:(?:option|choice|the answer)s?\s+)?{LETTER_LIST}",
-    rf"{START}{LETTER_LIST}\s+(?:is|are|was|were|can|could|does)(?:\s*not|n't|\s+(?:wrong|incorrect|false|out|ruled out))\b",
+    r"(?i:\bnot|n't(?:\s+be)?|\bneither|\brather than|\binstead of|\bunlike|\bover|\bexcept|\ball but)\s+"
+    rf"(?:(?:option|choice|the answer)s?\s+)?{LETTER_LIST}",
+    rf"{START}{LETTER_LIST}\s+(?:is|are|was|were|can|could|does)"
+    r"(?:\s*not|n't|\s+(?:wrong|incorrect|false|out|ruled out))\b",
 )
 CORRECTION = r"\b(?:or rather|no,? wait|wait,|actually,?|i mean)"
 
@@ -259,8 +268,14 @@ SYNONYMS = {
         "lying": "No",
     },
 }
-NEGATION = r"(?:\bnot|n't|\bno longer|\bnever|\bcannot be|\brather than|\binstead of|\bfar from)\s+"
-FILLER = r"(?:(?:a|an|the|be|really|very|quite|logically|deductively|necessarily|at all|actually)\s+)*[\"'(]*"
+NEGATION = r"(?:\bnot|n't|\bno longer|\bnever|\bcannot|\brather than|\binstead of|\bfar from)\s+"
+FILLER = (
+    r"(?:(?:an?|the|to|be|seem|look|appear|considered|called|really|very|quite|logically|deductively|necessarily|"
+    r"actually|at all)\s+)*[\"'(]*"
+)
+# A denial before an answer, in the same clause, that is not at once followed by it: who knows what it denies.
+LOOSE_DENIAL = re.compile(r"(?:\bnot|n't|\bnever|\bcannot|\bhardly|\bno way|\bneither|\bnor|\bwithout)\b", re.I)
+CLAUSE_END = rf"[,.;:!?\n]|\b(?:but|and)\b|{REASON}|{CONCLUSION}"
 # "No doubt", "no other way": there "no" is no answer, unless a sentence goes on behind it.
 NO_ANSWER = rf"(?!\ (?!(?:{GOES_ON}|(?:it|he|she|they|the|this|that|there|if|not)\b))[a-z])"
 
@@ -298,7 +313,7 @@ def mentions(task, text):
     words = words_of(task)
     choice_of = {spoken(word): choice for word, choice in words.items()}
     any_word = "|".join(map(word_pattern, words))
-    list_of = rf"[\"'(]*(?:{any_word})[\"')]*"
+    list_of = rf"(?:\bnot\s+)*[\"'(]*(?:{any_word})[\"')]*"
     restated = rf"{list_of}(?:\s*,\s*{list_of})*\s*,?\s*(?:/|\bor\b|\band\b|\bvs\b\.?)\s*(?:{list_of}|not\b)"
     text = re.sub(restated, " ", text, flags=re.I)
     text = re.sub(r"\b(?:whether|if)\b[^,.;:\n]*", " ", text, flags=re.I)
@@ -309,12 +324,15 @@ def mentions(task, text):
         if match["denied"]:
             others = [other for other in task.choices if other != choice]
             choice = others[0] if len(others) == 1 else None
+        before = re.split(CLAUSE_END, text[: match.start()], flags=re.I)[-1]
+        if LOOSE_DENIAL.search(before):
+            choice = None
         found.append(Mention(choice, match.start(), match.end()))
     return text, found
 
 
 def read_word(task, text):
-    """The possible answer that a text gives, or None: the only one named, the first if a pause follows, the concluded."""
+    """The possible answer that a text gives, or None: the only one, the first if a pause follows it, the concluded."""
     text, found = mentions(task, text)
     found = [one for one in found if one.choice is not None]
     if len({one.choice for one in found}) < 2:
@@ -355,10 +373,12 @@ def listed_words(line, lines):
     """Sorted words: separated by commas, or one a line."""
     line = re.split(r":\s*", line)[-1]
     items = [re.sub(r"^\d+[.)]\s*", "", other) for other in lines]
-    if not line or len(items) > 1 and not re.search(r"\s", items[0]):
-        items = items if line else items[1:]
-        line = " ".join(item for item in items if not re.search(r"\s", item))
-    line = re.sub(r"\s*\b\d+[.)]\s*", " ", line)
+    if not line:
+        items = items[1:]
+        line = items[0] if items else ""
+    if len(items) > 1 and len(items[0].split()) == 1:
+        line = " ".join(item for item in items if len(item.split()) == 1)
+    line = re.sub(r"\s*\b\d+[.)]\s*|\"", " ", line)
     return re.sub(r"(?:\s*(?:[,;=>]|->))+\s*(?:and\s+)?", " ", line)
 
 
@@ -377,7 +397,7 @@ def bare_text(text):
 
 def read_answer(task, text):
     """The `paper` reading: the answer in what the model writes behind the extractor, or None."""
-    text = normalize(text)
+    text = normalize(text[:READ_AT_MOST])
     if task.kind == "text":
         return read_text(task, text)
     text = without_questions(text)
