@@ -227,7 +227,7 @@ LETTER_PATTERNS = (  # with L for a letter as written, l for one in any case; wh
     r"\((l)\)",
     rf"\b(?i:option|choice|letter)\s+(l){END}(?!\ [a-z])|{START}(L){END}(?:(?<![AI])|{NO_ARTICLE})",
 )
-LETTER_LIST = rf"\(?[L]\)?{END}(?:\s*(?:,|,?\s*(?:and|or|nor))\s*\(?[L]\)?{END})*"
+LETTER_LIST = rf"\(?[L]\)?{END}(?:(?:\s*,)?\s*\b(?:and|or|nor)\s*\(?[L]\)?{END}|\s*,\s*\(?[L]\)?{END})*"
 NEGATED_LETTERS = (
     r"(?i:\bnot|n't(?:\s+be)?|\bneither|\brather than|\binstead of|\bunlike|\bover|\bexcept|\ball but)\s+"
     rf"(?:(?:option|choice|the answer)s?\s+)?{LETTER_LIST}",
@@ -314,7 +314,7 @@ def mentions(task, text):
     choice_of = {spoken(word): choice for word, choice in words.items()}
     any_word = "|".join(map(word_pattern, words))
     list_of = rf"(?:\bnot\s+)*[\"'(]*(?:{any_word})[\"')]*"
-    restated = rf"{list_of}(?:\s*,\s*{list_of})*\s*,?\s*(?:/|\bor\b|\band\b|\bvs\b\.?)\s*(?:{list_of}|not\b)"
+    restated = rf"{list_of}(?:\s*,\s*{list_of})*(?:(?:\s*,)?\s*(?:/|\bor\b|\band\b|\bvs\b\.?)\s*(?:{list_of}|not\b))+"
     text = re.sub(restated, " ", text, flags=re.I)
     text = re.sub(r"\b(?:whether|if)\b[^,.;:\n]*", " ", text, flags=re.I)
     text = part_behind(r"=|->", text, rf"(?i:{any_word})")

@@ -307,7 +307,7 @@ def test_words_of_a_task_are_read_as_a_person_reads_them(name):
 @pytest.mark.parametrize(
     ("choices", "texts"),
     [
-        (("yes", "no", "maybe"), {"Maybe.": "maybe", "I have no idea": None, "yes or no": None}),
+        (("yes", "no", "maybe"), {"Maybe.": "maybe", "I have no idea": None, "yes or no or maybe": None}),
         (
             ("positive", "very positive", "not sure"),
             {
