@@ -24,7 +24,7 @@ def read_answer_harness(task, question, text):
     """The last answer that lm-evaluation-harness's flexible rules find in `text`, or None."""
     if task.kind == "number":
         return last_bbh_number(text) if task.name.startswith("bbh/") else last_number(text)
-    if task.kind == "boolean":
+    if task.kind in ("boolean", "label"):
         return last_word(task, text)
     if task.kind == "choice":
         are_letters = all(len(choice) == 1 for choice in task.choices)

@@ -413,7 +413,8 @@ def canonical(task, answer):
         return None
     if task.kind == "number":
         return canonical_number(answer)
-    return bare_text(normalize(answer)).casefold() or None
+    bare = bare_text(normalize(answer)).casefold()
+    return (spoken(bare) if task.choices else bare) or None
 
 
 def grade(task, gold, answer):

@@ -14,8 +14,9 @@ from pathlib import Path
 from support.files import UserError, is_text, read_jsonl, require
 from support.reading import canonical, canonical_number
 
-KINDS = ("number", "choice", "boolean", "text")
-CLOSED_KINDS = ("choice", "boolean")  # of which all possible answers are known
+KINDS = ("number", "choice", "boolean", "label", "text")
+CLOSED_KINDS = ("choice", "boolean", "label")  # of which all possible answers are known
+ROWS_PER_LABEL = 3  # so many rows for each different answer, on average, and the answers are a closed set
 ANSWER_SPACES = ("choices", "vocabulary")
 SPLITS = ("train", "dev", "test")
 
@@ -28,9 +29,9 @@ class Task:
     """One task. `template` holds the question and, at its end, the place of the searched prompt."""
 
     name: str
-    kind: str  # number, choice, boolean or text: how an answer is read and compared
+    kind: str  # number, choice, boolean, label or text: how an answer is read and compared
     extractor: str  # follows the reasoning; the answer is read right behind it (Sec. 3.2)
-    choices: tuple[str, ...] = ()  # the only possible answers of kind choice and boolean
+    choices: tuple[str, ...] = ()  # the only possible answers of a closed kind
     answer_space: str = ""  # choices, vocabulary, or "" for the former where there are any: see `ranks_choices`
     template: str = "{question}\nUse {prompt}"  # "Use" is fixed; the searched tokens start after it
     initial_prompt: str = "proper logical reasoning and think step by step. Finally give the actual correct answer."
@@ -382,14 +383,16 @@ def check_template(task):
 
 
 def infer_kind(answers):
-    """The answer kind of a user's rows, from the narrowest that fits all answers."""
+    """The answer kind of a user's rows, from the narrowest that fits all answers: numbers, option letters, yes and no
+    and the like, labels (words or phrases, few of them for many rows), or free text."""
     if all(canonical_number(answer) is not None for answer in answers):
         return "number"
     if all(re.fullmatch("[A-Z]", answer) for answer in answers):
         return "choice"
     if all(answer.lower() in ("yes", "no", "true", "false", "valid", "invalid") for answer in answers):
         return "boolean"
-    return "text"
+    different = len(set(answers))
+    return "label" if 1 < different <= len(answers) // ROWS_PER_LABEL else "text"
 
 
 # --- Reading rows -----------------------------------------------------------------------------------

@@ -139,7 +139,17 @@ def test_an_own_task_needs_an_extractor(tmp_path):
 
 @pytest.mark.parametrize(
     ("answers", "kind"),
-    [(["1", "-2.50"], "number"), (["A", "C"], "choice"), (["yes", "No"], "boolean"), (["blue", "1"], "text")],
+    [
+        (["1", "-2.50"], "number"),
+        (["A", "C"], "choice"),
+        (["yes", "No"], "boolean"),
+        (["blue", "1"], "text"),
+        (["yes", "no", "maybe"] * 3, "label"),
+        (["not sure", "refund of the price", "Refund"] * 4, "label"),
+        (["yes", "no", "maybe"] * 2, "text"),
+        (["the same"] * 9, "text"),
+        (["3,4,5"] * 3, "text"),
+    ],
 )
 def test_the_kind_of_own_answers_is_the_narrowest_that_fits(answers, kind):
     assert tasks.infer_kind(answers) == kind
@@ -183,3 +193,11 @@ def test_line_separators_of_unicode_are_text(tmp_path):
     rows = [{"id": "1", "question": "a\u2028b\x85c", "answer": "1"}]
     write_jsonl(tmp_path / "r.jsonl", rows)
     assert tasks.read_rows(tmp_path / "r.jsonl") == rows
+
+
+def test_labels_of_a_user_s_own_rows_are_the_only_possible_answers(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    labels = ["very positive", "positive", "not sure"]
+    write_jsonl(path, [{"question": f"{n}?", "answer": label} for n, label in enumerate(labels * 3)])
+    task = get_task(str(path), "So it is")
+    assert (task.kind, task.choices, task.ranks_choices) == ("label", ("not sure", "positive", "very positive"), True)
