@@ -55,40 +55,6 @@ def test_the_paper_reading_finds_an_answer_or_null(task, text, expected):
     assert read_answer(task, text) == expected
 
 
-@pytest.mark.parametrize(
-    ("task", "text", "expected"),
-    [
-        # The quirks of the flexible extraction are kept, so that its numbers can be compared.
-        ("gsm8k", "3 left, in 2 days", "2"),
-        ("gsm8k", "so $1,250.00.", "1250.00"),
-        ("gsm8k", "18...", "18.."),
-        ("gsm8k", "nothing", None),
-        ("bbh/object_counting", "I count 1,000", "000"),
-        ("bbh/object_counting", "from 3-5", "3-5"),
-        ("bbh/object_counting", "seven or eight objects", "8"),
-        ("bbh/navigate", "No. Yes, we do", "Yes"),
-        ("bbh/navigate", "YES", None),
-        ("bbh/formal_fallacies", "invalid, not valid", "valid"),
-        ("bbh/boolean_expressions", "True and False is False", "False"),
-        ("bbh/sports_understanding", "It is not plausible", "no"),
-        ("bbh/web_of_lies", "Elanor does not tell the truth", "No"),
-        ("bbh/web_of_lies", "so Elanor tells the truth", "Yes"),
-        ("bbh/hyperbaton", "(A) is wrong, so (B)", "B"),
-        ("bbh/hyperbaton", "It must be the big old dog", "B"),
-        ("bbh/hyperbaton", "old big dog, big old dog, old big dog", "A"),
-        ("bbh/hyperbaton", "The answer is: A", "A"),
-        ("bbh/hyperbaton", "B", None),
-        ("bbh/word_sorting", "cat, b&w dog", "cat b&w dog"),
-        ("bbh/word_sorting", "first dog. Sorted: b&w cat dog", "b&w cat dog"),
-        ("bbh/word_sorting", "cat dog", None),
-        ("bbh/dyck_languages", "[ ] then ] )", "] )"),
-    ],
-)
-def test_the_harness_reading_follows_the_flexible_rules_with_their_quirks(task, text, expected):
-    question = "Sort: List: dog b&w cat" if "sorting" in task else "?\nOptions:\n(A) old big dog\n(B) big old dog"
-    assert read_answer_harness(TASKS[task], question, text) == expected
-
-
 # Kinds of trouble: {kind: {what was written: the answer that a person reads there}}; None: one cannot settle on any.
 NUMBERS = {
     "the value of an expression": {
@@ -389,10 +355,3 @@ def test_grading_compares_numbers_as_numbers_and_the_harness_as_strings():
     assert grade(NUMBER, "1250", "1,250.00") and not grade(NUMBER, "-5", "5") and not grade(NUMBER, "5", "wrong")
     assert not grade_harness("1250", "1250.00") and grade_harness("valid", "VALID")
     assert grade(TEXT, "a b", " A  b.")
-
-
-def test_the_harness_reading_of_words_as_choices_is_the_last_of_them_whatever_signs_they_have():
-    task = own_task("choice", choices=("C++", "C", "Java (old)"))
-    text = "First C, then Java (old), at last C++ it is."
-    assert read_answer_harness(task, "Which?", text) == "C++"
-    assert read_answer_harness(task, "Which?", "It is Java (old)") == "Java (old)"
