@@ -35,7 +35,8 @@ SIGNS = str.maketrans(
 )
 MARKUP = (  # (pattern, what it becomes), in this order
     (r"\u2212\s*", "-"),  # the minus sign, which is never a dash
-    (r"</?[A-Za-z][^<>\n]*>", ""),
+    (r"<sup>", "^"),
+    (r"</?(?:[biup]|em|strong|br|span|div|code|answer|li|[uo]l|h\d|mark|font|sup)\b[^<>\n]*>", ""),
     (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"),
     *2 * ((r"\\(?:boxed|text\w*|math\w*)\s*\{([^{}]*)\}", r"\1"),),  # one in another
     (r"\\(?:times|cdot)(?![A-Za-z])", "*"),
@@ -91,7 +92,7 @@ CURRENCY = "[$\u00a3\u20ac\u00a5\u20b9]"
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 # A number with all that belongs to it, so that a fraction, a time or a power is seen as a whole and then refused.
 QUANTITY = re.compile(
-    rf"""(?<![A-Za-z0-9_.])(?<![A-Za-z0-9_)]-)              # neither x2 nor COVID-19
+    rf"""(?<![A-Za-z0-9_.,])(?<![A-Za-z0-9_)]-)             # neither x2 nor COVID-19
     (?P<sign>[-+](?=\s?{CURRENCY}?-?\.?\d)(?!\s))?\s?{CURRENCY}?\s?(?P<inner_sign>-)?
     (?P<body>\.?\d(?:\d|[.,'_:/-](?=\d)|\^(?=-?\d)|[ ](?=\d{{3}}(?!\d))|e[-+]?(?=\d))*)
     (?:[ ](?P<scale>{"|".join(SCALES)})\b)?
@@ -101,26 +102,28 @@ QUANTITY = re.compile(
 )
 UNIT = r"(?:meters?|metres?|cm|kg|km|mph|kph|lbs?|oz|ft|in|mm|ml|g|l|m|h|s|min|hrs?|mins?|usd|eur|c|f|w|kw|gb|mb|yo)"
 JOINED = re.compile(  # what stands between two numbers that make up one thing: an expression, a range, a list, 5 feet 3
-    r"""\s*|\s*(?:hours?|hrs?|h|minutes?|mins?|dollars?|feet|foot|ft|pounds?|lbs?|years?|months?|weeks?|days?)\s*
+    r"""[\s)]*|\s*(?:hours?|hrs?|h|minutes?|mins?|dollars?|feet|foot|ft|pounds?|lbs?|years?|months?|weeks?|days?|k?[gm])\s*
     |[\s%]*(?:[A-Za-z]+\s+){0,2}
-      (?:[-+*/^:,&<>]|x|to|or|and|through|times|plus|minus|over|(?:divided|multiplied)\s+by|(?:out\s+)?of
+      (?:[-+*/^:;,&~]|\.\.+|x|to|or|and|through|times|plus|minus|over|(?:divided|multiplied)\s+by|(?:out\s+)?of
         |(?:more|less|fewer)\s+than|per|every|,\s*(?:and|or))
       \s*(?:[A-Za-z]+\s+)?[($\u00a3\u20ac]?\s*
     |.*\bor\b.*""",
     re.X | re.I,
 )
-UNFINISHED = re.compile(r"\s*(?:[+*^]|x\b)")  # an expression goes on, without a number
+UNFINISHED = re.compile(r"\s*(?:[+*^]|x\b|!=)")  # an expression goes on, without a number
+LIMIT = re.compile(r"[<>\u2264\u2265]=?\s*$")  # stands before a number that is only a limit
 ABOUT = r"(?:(?:about|approximately|exactly|only|just|around|roughly|nearly|now|then|equal to|a total of)\s+)?"
 NOTHING_BEFORE = re.compile(rf"[\s\"'(\[,]*(?:but )?{ABOUT}", re.I)
-POINTS_AT = re.compile(
-    rf"(?:\b(?:is|are|was|were|be|equals?|gives?|makes?|total|answer)|'s|[:>])[\s\"'(]*{ABOUT}$", re.I
-)
+POINTS_AT = re.compile(rf"(?:\b(?:is|are|was|were|be|equals?|gives?|makes?|total|answer)|'s|:)[\s\"'(]*{ABOUT}$", re.I)
 NEGATED_NUMBER = re.compile(
     rf"[,;]?\s*(?:\bnot|n't|\binstead\s+of|\brather\s+than)\s+(?:[a-z]+\s+){{0,2}}(?:{QUANTITY.pattern})", re.X | re.I
 )
 NUMBER_WORDING = (
     (r"\b(?:minus|negative)\s+(?=[$\u00a3\u20ac]?\.?\d)", "-"),
     (r"\b(?:equals|is equal to)\b", "="),
+    (r"[-=]+>", "="),
+    (r"(?:\\?\bsqrt|\u221a)\s*[({]?\s*(?=\d)", "root"),  # a number that is part of a word is none
+    (r"\b(ft|in|hr|min|lbs?|oz)\.(?=\s)", r"\1"),
     (r"\s*=\s*(?:-\s*(?=\S))", " = -"),
     (r"\s*=\s*", " = "),
     (r"(?<=[\d.])\s*[*x]\s*10\^", "e"),
@@ -166,7 +169,10 @@ def canonical_number(text):
 def quantities(sentence):
     """The `Quantity`s of a sentence, in order. Those that belong together have no value of their own."""
     matches = list(QUANTITY.finditer(sentence))
-    values = [None if UNFINISHED.match(sentence, match.end()) else value_of(match) for match in matches]
+    values = [value_of(match) for match in matches]
+    for n, match in enumerate(matches):
+        if UNFINISHED.match(sentence, match.end()) or LIMIT.search(sentence[: match.start()]):
+            values[n] = None
     for n in range(1, len(matches)):
         if JOINED.fullmatch(sentence, matches[n - 1].end(), matches[n].start()):
             values[n - 1] = values[n] = None
@@ -180,12 +186,12 @@ def read_number(text):
     text = NEGATED_NUMBER.sub(" ", text)
     if re.match(r"\s*1[.)]\s+.*\d", text):
         return None  # the answer 1, or the first item of a list
-    sentences = re.split(r"[.!?](?=\s|$)|[;\n]", text)
+    sentences = re.split(r"[.!?;](?=\s|$)|\n", text)
     first = next((sentence for sentence in sentences if QUANTITY.search(sentence)), "")
     if begins_with_number(sentences[0]):
         return number_of(first)
     if answer := re.search(ANSWER_IS + r"(?=.*\d)", text, re.I):
-        return number_of(re.split(r"[.!?](?=\s|$)|[;\n]", text[answer.end() :])[0])
+        return number_of(re.split(r"[.!?;](?=\s|$)|\n", text[answer.end() :])[0])
     return number_of(first)
 
 
@@ -216,12 +222,12 @@ def number_of(sentence):
 # The edges of a word. A letter of another script may stand beside it: those are often written without spaces.
 START = r"(?<![A-Za-z0-9\u00c0-\u024f])(?<![A-Za-z0-9][.'-])"
 END = r"(?![A-Za-z0-9\u00c0-\u024f+]|[.'-][A-Za-z0-9])"
-GOES_ON = r"(?:is|was|because|since|as|and|or|but|for|then|would|must|seems|fits|rather|instead|of course)\b"
+GOES_ON = r"(?:to|is|was|because|since|as|and|or|but|for|then|would|must|seems|fits|rather|instead|of course)\b"
 NO_ARTICLE = rf"(?!\ [a-z])|(?=\ {GOES_ON})"  # "A man", "I think" name no option
-ALONE = rf"(?!\)?\s*(?:[,/&<>=-]|or|and)\s*\(?[L]{END})"  # not the first of several
+ALONE = rf"(?!\)?\s*(?:[,/&<>=-]|or|and|to)\s*\(?[L]{END})"  # not the first of several
 LETTER_PATTERNS = (  # with L for a letter as written, l for one in any case; where one matches, only its letters count
     rf"^\W*\(?(L)\)?{END}(?:(?<![AI])|(?<=[)])|{NO_ARTICLE}){ALONE}",
-    rf"^\W*\(?(l)\)?(?=[).:](?!\w)|[^\w+]*$){ALONE}",
+    rf"^\W*\(?(l)\)?(?=[).:](?!\w)|[^\w+]*$|(?<![ai])\ (?:is|because|since)\b){ALONE}",
     rf"(?i:{ANSWER_IS}|\b(?:option|choice)\s+is\s+|\b(?:choose|pick|select)\s+)(?i:option |choice |letter )?[\"'(]*(l)"
     rf"(?=\)|[\"'.,;:!]|\s*$|\ {GOES_ON}|\n)",
     r"\((l)\)",
@@ -275,6 +281,7 @@ FILLER = (
 )
 # A denial before an answer, in the same clause, that is not at once followed by it: who knows what it denies.
 LOOSE_DENIAL = re.compile(r"(?:\bnot|n't|\bnever|\bcannot|\bhardly|\bno way|\bneither|\bnor|\bwithout)\b", re.I)
+DENIED_AFTER = re.compile(r"[\"')]*\s*(?::|\bis\b|\?)\s*(not|no|false|incorrect|wrong)\b", re.I)
 CLAUSE_END = rf"[,.;:!?\n]|\b(?:but|and)\b|{REASON}|{CONCLUSION}"
 # "No doubt", "no other way": there "no" is no answer, unless a sentence goes on behind it.
 NO_ANSWER = rf"(?!\ (?!(?:{GOES_ON}|(?:it|he|she|they|the|this|that|there|if|not)\b))[a-z])"
@@ -325,7 +332,8 @@ def mentions(task, text):
             others = [other for other in task.choices if other != choice]
             choice = others[0] if len(others) == 1 else None
         before = re.split(CLAUSE_END, text[: match.start()], flags=re.I)[-1]
-        if LOOSE_DENIAL.search(before):
+        denied = DENIED_AFTER.match(text, match.end())
+        if LOOSE_DENIAL.search(before) or denied and denied[1].casefold() not in choice_of:
             choice = None
         found.append(Mention(choice, match.start(), match.end()))
     return text, found
