@@ -289,9 +289,9 @@ NO_ANSWER = rf"(?!\ (?!(?:{GOES_ON}|(?:it|he|she|they|the|this|that|there|if|not
 
 @dataclass(frozen=True)
 class Mention:
-    """A possible answer in a text. `choice` is None where one of many is denied."""
+    """A possible answer in a text."""
 
-    choice: str | None
+    choice: str
     start: int
     end: int
 
@@ -300,7 +300,7 @@ def words_of(task):
     """{a word in the form in which it is looked for: the choice it stands for}, longest first."""
     words = {normalize(choice).casefold().strip(): choice for choice in task.choices}
     words |= SYNONYMS.get(task.name, {})
-    return {word: words[word] for word in sorted(words, key=len, reverse=True)}
+    return {word: words[word] for word in sorted(words, key=len, reverse=True) if word}
 
 
 def word_pattern(word):
@@ -315,42 +315,45 @@ def spoken(word):
     return re.sub(r"[\s_-]+", " ", word.casefold())
 
 
-def mentions(task, text):
-    """The `Mention`s of the possible answers; "not valid" is one of "invalid"."""
-    words = words_of(task)
-    choice_of = {spoken(word): choice for word, choice in words.items()}
-    any_word = "|".join(map(word_pattern, words))
-    list_of = rf"(?:\bnot\s+)*[\"'(]*(?:{any_word})[\"')]*"
-    restated = rf"{list_of}(?:\s*,\s*{list_of})*(?:(?:\s*,)?\s*(?:/|\bor\b|\band\b|\bvs\b\.?)\s*(?:{list_of}|not\b))+"
-    text = re.sub(restated, " ", text, flags=re.I)
+def without_restated(text, any_word):
+    """The text without what only repeats the question: "valid or invalid: valid" -> ": valid". What an "=" gives counts
+    alone."""
+    item = rf"(?:\bnot\s+)*[\"'(]*(?:{any_word})[\"')]*"
+    joint = r"(?:\s*,)?\s*(?:/|\bor\b|\band\b|\bvs\b\.?)\s*"
+    text = re.sub(rf"{item}(?:\s*,\s*{item})*(?:{joint}(?:{item}|not\b))+", " ", text, flags=re.I)
     text = re.sub(r"\b(?:whether|if)\b[^,.;:\n]*", " ", text, flags=re.I)
-    text = part_behind(r"=|->", text, rf"(?i:{any_word})")
+    return part_behind(r"=|->", text, rf"(?i:{any_word})")
+
+
+def mentions(task, text, any_word):
+    """The `Mention`s of the possible answers; of two, "not valid" is one of "invalid"."""
+    choice_of = {spoken(word): choice for word, choice in words_of(task).items()}
     found = []
     for match in re.finditer(rf"(?P<plain>{any_word})|{NEGATION}{FILLER}(?P<denied>{any_word})", text, re.I):
-        choice = choice_of[spoken(match["plain"] or match["denied"])]
+        choice = choice_of.get(spoken(match["plain"] or match["denied"]))
         if match["denied"]:
             others = [other for other in task.choices if other != choice]
             choice = others[0] if len(others) == 1 else None
-        before = re.split(CLAUSE_END, text[: match.start()], flags=re.I)[-1]
+        clause = re.split(CLAUSE_END, text[: match.start()], flags=re.I)[-1]
         denied = DENIED_AFTER.match(text, match.end())
-        if LOOSE_DENIAL.search(before) or denied and denied[1].casefold() not in choice_of:
-            choice = None
-        found.append(Mention(choice, match.start(), match.end()))
-    return text, found
+        if not LOOSE_DENIAL.search(clause) and not (denied and denied[1].casefold() not in choice_of) and choice:
+            found.append(Mention(choice, match.start(), match.end()))
+    return found
 
 
 def read_word(task, text):
     """The possible answer that a text gives, or None: the only one, the first if a pause follows it, the concluded."""
-    text, found = mentions(task, text)
-    found = [one for one in found if one.choice is not None]
+    any_word = "|".join(map(word_pattern, words_of(task)))
+    text = without_restated(text, any_word)
+    found = mentions(task, text, any_word)
     if len({one.choice for one in found}) < 2:
         return found[0].choice if found else None
     first, second = found[:2]
     leads = not re.search(r"\w", text[: first.start])
-    pauses = re.match(rf"[\"')\]]*\s*(?:[.,;:!\n-]|{GOES_ON})", text[first.end :])
-    if leads and pauses and re.search(r"\w", text[first.end : second.start]):
-        return first.choice
-    if leads and pauses and re.match(r"[\"')\]]*[.;!\n]", text[first.end :]):
+    goes_on = text[first.end : second.start].strip("\"')] ")
+    stops = re.match(r"[.;!\n]", goes_on)
+    pauses = re.match(rf"[,:-]|{GOES_ON}", goes_on) and re.search(r"\w", goes_on)  # not a list, as in "yes, no"
+    if leads and (stops or pauses):
         return first.choice
     for pattern in (ANSWER_IS, CONCLUSION):
         ends = [match.end() for match in re.finditer(pattern, text, re.I)]

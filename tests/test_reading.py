@@ -226,6 +226,7 @@ SAID = {  # {task: {what was written: the answer}}
         "Is it valid? Invalid.": "invalid",
         "_valid_": "valid",
         "validity": None,
+        "val\u0131d": None,
     },
     "bbh/navigate": {
         "Yes/No: Yes": "Yes",
