@@ -16,12 +16,15 @@ from support.tasks import TASKS
 
 RELEASE = "0.4.12"
 IN_HARNESS = ["gsm8k", *(name for name in TASKS if name.startswith("bbh/"))]
-OPTIONS = "Which?\nOptions:\n(A) The Godfather\n(B) The Godfather Part II\n(C) Up, up (and away)\n(D) $5.00!\n(E) ..."
+OPTIONS = "Which?\nOptions:\n(A) The Godfather\n(B) The Godfather Part II\n(C) Up, up (and away)\n(D) $5.00!"
+NO_WORDS = f"{OPTIONS}\n(E) ..."  # an option whose text is nothing: no text of an option is found any more
 LIST = "Sort the words: List: dog b&w cat catfish dog"
 
 
-def question_of(name):
-    return LIST if name == "bbh/word_sorting" else OPTIONS if TASKS[name].kind == "choice" else "How many?"
+def questions_of(name):
+    if name == "bbh/word_sorting":
+        return [LIST, "No list"]
+    return [OPTIONS, OPTIONS, NO_WORDS, "No options"] if TASKS[name].kind == "choice" else ["How many?"]
 
 
 # Pieces of replies: what the filters look for, what is nearly that, and what small models write around it.
@@ -143,9 +146,10 @@ def test_every_text_is_graded_as_the_real_filters_and_metric_do(name):
     pytest.importorskip("lm_eval")
     if metadata.version("lm_eval") != RELEASE:
         pytest.skip(f"lm-eval {metadata.version('lm_eval')} has other rules than {RELEASE}")
-    real, task, question = RealHarness(name), TASKS[name], question_of(name)
+    real, task, questions = RealHarness(name), TASKS[name], questions_of(name)
     graded = set()
-    for text in written(name):
+    for n, text in enumerate(written(name)):
+        question = questions[n % len(questions)]
         found = real.read(question, text)
         answer = read_answer_harness(task, question, text)
         for gold in golds_of(name):
