@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.answerers import LocalModel
 from support.evaluation import graded
 from support.files import require
+from support.reading import grade, read_answer
 from support.settings import GenerationSettings, ModelFlags, TaskFlags, flag, parse_flags, run_script
 from support.sources import open_task
-from support.tasks import grade, read_answer
 from support.tokens import encode_chat, encode_choices, extractor_ids
 
 COLUMNS = ("top", "read", "written", "ranked", "commonest", "harness", "agree")

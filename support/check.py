@@ -16,7 +16,7 @@ from support.answers import choice_log_probs, read_answers
 from support.engine import physical_memory
 from support.evaluation import graded
 from support.files import UserError, require
-from support.tasks import read_answer
+from support.reading import read_answer
 from support.tokens import decode, encode_chat
 
 ROWS = 12

@@ -36,8 +36,10 @@ from support.files import (
     text_hash,
     write_jsonl,
 )
+from support.harness import grade_harness, read_answer_harness
 from support.progress import Progress, open_bar
-from support.tasks import GRADER_VERSION, Task, grade, grade_harness, read_answer, read_answer_harness
+from support.reading import GRADER_VERSION, grade, read_answer
+from support.tasks import Task
 
 # --- Records ------------------------------------------------------------------------------------------------
 
@@ -67,7 +69,7 @@ class Prediction(TypedDict):
     correct: bool  # whether that is the right one
     harness_answer: str | None  # `harness` reading: the answer in the reasoning, None if none was found
     harness_correct: bool  # whether that is the right one
-    grader_version: int  # of tasks.py, that gave the readings and the grades
+    grader_version: int  # of reading.py, that gave the readings and the grades
 
 
 class Result(TypedDict):

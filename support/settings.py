@@ -38,7 +38,7 @@ class GenerationSettings:
     @staticmethod
     def answer_tokens(task):
         """How many tokens an answer behind the extractor may take."""
-        limits = {"number": 12, "choice": 8, "boolean": 8, "text": 128}
+        limits = {"number": 12, "choice": 8, "boolean": 8, "label": 24, "text": 128}
         return limits[task.kind]
 
 
@@ -130,7 +130,7 @@ class TaskFlags:
 
     task: str = flag("demo", "a task of tasks.py, such as gsm8k or bbh/navigate, or your own rows.jsonl")
     extractor: str = flag("", "the text behind which the answer is read; empty: the task's own")
-    kind: str = flag("", "number, choice, boolean or text; empty: the task's own, or inferred from your rows")
+    kind: str = flag("", "number, choice, boolean, label or text; empty: the task's own, or inferred from your rows")
     template: str = flag("", "how question and prompt are joined, ending in ' {prompt}'; empty: the task's own")
     answer_space: str = flag(
         "",

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from support.files import ROOT, UserError, read_jsonl, require, sha256, write_json, write_jsonl
-from support.tasks import GRADER_VERSION, MMLU_SIZES, SPLITS, TASKS, as_text, canonical, get_task, read_rows
+from support.reading import GRADER_VERSION, canonical
+from support.tasks import MMLU_SIZES, SPLITS, TASKS, as_text, get_task, read_rows
 
 # --- Reading what is published ----------------------------------------------------------------------------
 

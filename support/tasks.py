@@ -1,22 +1,22 @@
-"""Tasks: how a question is put, and how its answer is asked for, read and graded.
+"""Tasks: how a question is put and its answer is asked for, and a user's own rows.
 
 Everything here works without torch, so the scripts can check a task, its rows and every flag before they load
-anything heavy. In this order: the table of tasks, rows, reading an answer out of text and grading it, the same as
-lm-evaluation-harness does it. Where the rows of the known tasks come from stands in sources.py.
+anything heavy. How an answer is read and graded stands in reading.py, as lm-evaluation-harness does it in harness.py;
+where the rows of the known tasks come from, in sources.py.
 """
 
 import difflib
 import re
 import string
 from dataclasses import dataclass, field, replace
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from support.files import UserError, is_text, read_jsonl, require
+from support.reading import canonical, canonical_number
 
-GRADER_VERSION = 2  # raise it whenever an answer could be read or graded differently
-KINDS = ("number", "choice", "boolean", "text")
-CLOSED_KINDS = ("choice", "boolean")  # of which all possible answers are known
+KINDS = ("number", "choice", "boolean", "label", "text")
+CLOSED_KINDS = ("choice", "boolean", "label")  # of which all possible answers are known
+ROWS_PER_LABEL = 3  # so many rows for each different answer, on average, and the answers are a closed set
 ANSWER_SPACES = ("choices", "vocabulary")
 SPLITS = ("train", "dev", "test")
 
@@ -29,9 +29,9 @@ class Task:
     """One task. `template` holds the question and, at its end, the place of the searched prompt."""
 
     name: str
-    kind: str  # number, choice, boolean or text: how an answer is read and compared
+    kind: str  # number, choice, boolean, label or text: how an answer is read and compared
     extractor: str  # follows the reasoning; the answer is read right behind it (Sec. 3.2)
-    choices: tuple[str, ...] = ()  # the only possible answers of kind choice and boolean
+    choices: tuple[str, ...] = ()  # the only possible answers of a closed kind
     answer_space: str = ""  # choices, vocabulary, or "" for the former where there are any: see `ranks_choices`
     template: str = "{question}\nUse {prompt}"  # "Use" is fixed; the searched tokens start after it
     initial_prompt: str = "proper logical reasoning and think step by step. Finally give the actual correct answer."
@@ -383,14 +383,16 @@ def check_template(task):
 
 
 def infer_kind(answers):
-    """The answer kind of a user's rows, from the narrowest that fits all answers."""
+    """The answer kind of a user's rows, from the narrowest that fits all answers: numbers, option letters, yes and no
+    and the like, labels (words or phrases, few of them for many rows), or free text."""
     if all(canonical_number(answer) is not None for answer in answers):
         return "number"
     if all(re.fullmatch("[A-Z]", answer) for answer in answers):
         return "choice"
     if all(answer.lower() in ("yes", "no", "true", "false", "valid", "invalid") for answer in answers):
         return "boolean"
-    return "text"
+    different = len(set(answers))
+    return "label" if 1 < different <= len(answers) // ROWS_PER_LABEL else "text"
 
 
 # --- Reading rows -----------------------------------------------------------------------------------
@@ -419,190 +421,3 @@ def as_text(value):
         value = int(value)
     text = str(value).strip() if isinstance(value, (str, int, float)) else ""
     return text if is_text(text) else ""
-
-
-# --- Reading an answer out of text, and grading it -------------------------------------------------------
-
-
-def canonical_number(text):
-    """A number without sign of currency, thousands separators or idle zeros: "$1,250.00" -> "1250"; None if none."""
-    plain = re.sub(r"[\s,$]", "", text.replace("\N{MINUS SIGN}", "-"))
-    if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", plain):
-        return None
-    try:
-        return format(Decimal(plain).normalize() + 0, "f")
-    except InvalidOperation:
-        return None
-
-
-def canonical(task, answer):
-    """The form in which two answers are compared, or None for no answer."""
-    if answer is None:
-        return None
-    if task.kind == "number":
-        return canonical_number(answer)
-    return " ".join(answer.split()).strip("$ .").casefold() or None
-
-
-def grade(task, gold, answer):
-    """Whether `answer` (None: none was found) is the gold answer."""
-    return answer is not None and canonical(task, answer) == canonical(task, gold)
-
-
-def read_answer(task, text):
-    """The `paper` reading: the first possible answer in what the model writes behind the extractor, or None."""
-    if task.kind == "number":
-        found = re.search(r"[-\N{MINUS SIGN}]?\$?\s?(\d[\d,]*\.?\d*|\.\d+)", text)
-        return canonical_number(found.group().rstrip(".,")) if found else None
-    if task.choices:
-        return first_choice(task, text)
-    line = text.strip().splitlines()[0] if text.strip() else ""
-    return re.split(r"answer is:?\s*", line)[-1].strip("$ .") or None
-
-
-def first_choice(task, text):
-    """The first choice in parentheses, else the first that stands alone, as the task spells it; or None."""
-    longest_first = sorted(task.choices, key=len, reverse=True)
-    words = "|".join(map(re.escape, longest_first))
-    in_parentheses = rf"\(({words})\)"
-    alone = rf"(?<![\w'])({words})(?![\w'])"
-    patterns = (in_parentheses, alone)
-    if task.kind == "choice":  # "I think", "A man": such letters name an option only if no other does
-        patterns = (in_parentheses, rf"{alone}(?! [a-z])", alone)
-    for pattern in patterns:
-        if found := re.search(pattern, text, word_case(task)):
-            return as_choice(task, found.group(1))
-    return None
-
-
-def word_case(task):
-    """Words are read in any case; letters as written, since "a" is a word."""
-    return 0 if task.kind == "choice" else re.I
-
-
-def as_choice(task, word):
-    """The choice that is this word, whatever its case."""
-    return next(choice for choice in task.choices if choice.casefold() == word.casefold())
-
-
-def grade_harness(gold, answer):
-    """lm-evaluation-harness's exact match: strings, whatever their case, so that 1250.00 is not 1250."""
-    return answer is not None and answer.casefold() == gold.casefold().replace(",", "")
-
-
-# --- The answer as lm-evaluation-harness reads it ----------------------------------------------------------
-#
-# The `harness` reading: the flexible extraction of lm-evaluation-harness (commit 4e7e0d47f), from the reasoning
-# itself, so that numbers can be compared with published ones. Its quirks are kept: see tests/test_tasks.py.
-
-HARNESS_WORDS = {
-    "bbh/sports_understanding": {
-        "yes": r"\byes\b|\bplausible\b",
-        "no": r"\bno\b|\bnot plausible\b|\bimplausible\b",
-    },
-    "bbh/web_of_lies": {
-        "Yes": r"\byes\b|\btells the truth\b|\bis telling the truth\b",
-        "No": r"\bno\b|\blies\b|\bis lying\b|\bdoes not tell the truth\b|\bdoesn't tell the truth\b",
-    },
-}
-NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-
-
-def read_answer_harness(task, question, text):
-    """The last answer that lm-evaluation-harness's flexible rules find in `text`, or None."""
-    if task.kind == "number":
-        return last_bbh_number(text) if task.name.startswith("bbh/") else last_number(text)
-    if task.kind == "boolean":
-        return last_word(task, text)
-    if task.kind == "choice":
-        are_letters = all(len(choice) == 1 for choice in task.choices)
-        return last_option(task, question, text) if are_letters else last_word(task, text)
-    if task.name == "bbh/dyck_languages":
-        return last_brackets(text)
-    if task.name == "bbh/word_sorting":
-        return last_order(question, text)
-    found = re.findall(r"answer is:?\s*(.+)", text)
-    return found[-1].strip("$ .") if found else None
-
-
-def last_number(text):
-    numbers = re.findall(r"(-?[$0-9.,]{2,}|-?[0-9]+)", text)
-    return plain_number(numbers[-1]) if numbers else None
-
-
-def last_bbh_number(text):
-    """The last number in digits, else the last in words."""
-    numbers = re.findall(r"([-0-9]+)", text)
-    if numbers:
-        return plain_number(numbers[-1])
-    words = re.findall(rf"\b({'|'.join(NUMBER_WORDS)})\b", text.lower())
-    return str(NUMBER_WORDS.index(words[-1])) if words else None
-
-
-def plain_number(text):
-    return re.sub(r"[,$]", "", text).removesuffix(".")
-
-
-def last_brackets(text):
-    """dyck_languages: the last run of brackets, with one space between them."""
-    runs = re.findall(r"[()\[\]{}<>](?:\s*[()\[\]{}<>])*", text)
-    return " ".join(re.sub(r"\s", "", runs[-1])) if runs else None
-
-
-def word_pattern(word):
-    if word in ("Yes", "No"):
-        return rf"\b(?:{word}|{word.lower()})\b"
-    return rf"(?<!\w){re.escape(word)}(?!\w)"  # \b where the word ends in letters, as all known tasks' do
-
-
-def last_word(task, text):
-    """The choice whose pattern matches last; of matches that end together the longest ("not plausible")."""
-    if task.name in HARNESS_WORDS:
-        patterns = HARNESS_WORDS[task.name]
-        text = text.lower()
-    else:
-        patterns = {choice: word_pattern(choice) for choice in task.choices}
-    matches = []
-    for choice, pattern in patterns.items():
-        for match in re.finditer(pattern, text):
-            matches.append((match.end(), len(match.group()), choice))
-    return max(matches)[-1] if matches else None
-
-
-def last_option(task, question, text):
-    """`(B)` anywhere, else the text of an option, else `: B`; the last one found."""
-    letters = re.findall(r"\(([A-Z])\)", text)
-    if letters:
-        return letters[-1]
-    if letter := last_option_text(question, text):
-        return letter
-    letters = re.findall(rf":\s*({'|'.join(map(re.escape, task.choices))})\b", text)
-    return letters[-1] if letters else None
-
-
-def last_option_text(question, text):
-    """The letter of the question's option whose text comes last, or None."""
-    places = []
-    for letter, option in re.findall(r"^\(([A-Z])\) (.*)$", question, re.M):
-        words = without_punctuation(option).strip()
-        place = without_punctuation(text).rfind(words)
-        if words and place >= 0:
-            places.append((place, letter))
-    return max(places)[-1] if places else None
-
-
-def without_punctuation(text):
-    """The text in lower case, without punctuation."""
-    return text.lower().translate(str.maketrans("", "", string.punctuation))
-
-
-def last_order(question, text):
-    """word_sorting: the listed words in the order of their last occurrences in the text."""
-    words = question.rpartition("List:")[2].split()
-    last_places = {}
-    for word in words:
-        starts = [match.start() for match in re.finditer(rf"(?<!\S){re.escape(word)}(?![\w&'])", text)]
-        if not starts:
-            return None
-        last_places[word] = starts[-1]
-    return " ".join(sorted(words, key=last_places.get))

@@ -17,7 +17,7 @@ from support import evaluation
 from support.answerers import Answerer
 from support.evaluation import Evaluation, Generation, compare, evaluate, evaluate_once, mcnemar, regrade
 from support.files import UserError, read_jsonl, text_hash, write_jsonl
-from support.tasks import GRADER_VERSION
+from support.reading import GRADER_VERSION
 
 
 def test_the_standard_error_is_that_of_the_sample():
@@ -228,13 +228,13 @@ RECORDED_ROWS = [{"id": str(i), "question": f"{i} + 1", "answer": str(i + 1)} fo
 RECORDED_PREDICTIONS = """\
 {"split": "dev", "prompt_hash": "4aa75daec0028960", "evaluation": "dfbdfc41e0793446", "id": "0", "text": "it is 1", \
 "reply": "1", "tokens": 3, "truncated": false, "gold": "1", "answer": "1", "correct": true, "harness_answer": "1", \
-"harness_correct": true, "grader_version": 2}
+"harness_correct": true, "grader_version": 3}
 {"split": "dev", "prompt_hash": "4aa75daec0028960", "evaluation": "dfbdfc41e0793446", "id": "1", "text": "it is 0", \
 "reply": "none", "tokens": 3, "truncated": true, "gold": "2", "answer": null, "correct": false, \
-"harness_answer": "0", "harness_correct": false, "grader_version": 2}
+"harness_answer": "0", "harness_correct": false, "grader_version": 3}
 {"split": "dev", "prompt_hash": "4aa75daec0028960", "evaluation": "dfbdfc41e0793446", "id": "2", "text": "so 3", \
 "reply": "3", "tokens": 4, "truncated": false, "gold": "3", "answer": "3", "correct": true, "harness_answer": "3", \
-"harness_correct": true, "grader_version": 2}
+"harness_correct": true, "grader_version": 3}
 """
 RECORDED_RESULT = """\
 {"role": "best", "task": "own", "model": "m", "endpoint": "", "split": "dev", "prompt_hash": "4aa75daec0028960", \
@@ -244,7 +244,7 @@ RECORDED_RESULT = """\
 "low": 0.20765960080204782, "high": 0.9385080552796038, "harness_accuracy": 0.6666666666666666, \
 "harness_stderr": 0.33333333333333337, "harness_low": 0.20765960080204782, "harness_high": 0.9385080552796038, \
 "unread": 0.3333333333333333, \
-"harness_unread": 0.0, "truncated": 0.3333333333333333, "mean_tokens": 3.3333333333333335, "grader_version": 2, \
+"harness_unread": 0.0, "truncated": 0.3333333333333333, "mean_tokens": 3.3333333333333335, "grader_version": 3, \
 "minutes": 0.5}
 """
 

@@ -37,7 +37,9 @@ def test_the_released_preset_is_what_the_scripts_say():
     assert PRESETS == {"default": {}, "paper": paper, "released": paper | released | more}
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("number", 12), ("choice", 8), ("boolean", 8), ("text", 128)])
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [("number", 12), ("choice", 8), ("boolean", 8), ("label", 24), ("text", 128)]
+)
 def test_an_answer_may_take_as_many_tokens_as_its_kind_needs(kind, tokens):
     assert settings().answer_tokens(own_task(kind, choices=("A", "B"))) == tokens
 

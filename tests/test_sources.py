@@ -11,8 +11,10 @@ from conftest import ROOT
 
 from support import sources, tasks
 from support.files import UserError, write_jsonl
+from support.harness import read_answer_harness
+from support.reading import GRADER_VERSION
 from support.settings import SearchSettings, TaskFlags
-from support.tasks import TASKS, get_task, read_answer_harness
+from support.tasks import TASKS, get_task
 
 
 def bbh_file(folder, name, count, target="(A)", question="Which?\nOptions:\n(A) a\n(B) b"):
@@ -338,7 +340,7 @@ def test_prepared_files_have_the_same_bytes_every_time_and_task_json_comes_last(
     assert set(first) == {"train.jsonl", "dev.jsonl", "test.jsonl", "task.json"}
     record = json.loads(first["task.json"])
     assert record["counts"] == {"train": 200, "dev": 100, "test": 400}
-    assert record["grader_version"] == tasks.GRADER_VERSION
+    assert record["grader_version"] == GRADER_VERSION
 
     def fail(path, rows):
         raise OSError("disk full")
@@ -420,13 +422,13 @@ def test_task_json_is_byte_for_byte_the_same_for_every_known_task(tmp_path, monk
     monkeypatch.setattr(sources, "split_rows", lambda task, source: rows)
     written = [(sources.prepare(task, tmp_path) / "task.json").read_bytes() for task in TASKS.values()]
     assert len(written) == 90
-    digest = "c2a866a788f5986d140e8afcad583fab7d8fb24bc595a0285fd901a79778b5df"
+    digest = "c3a9af1af5c9d190589b528ab3b461f0d46f7f062c37232f244c9ae0fe93e975"
     assert hashlib.sha256(b"".join(written)).hexdigest() == digest
 
 
 def test_task_json_of_the_demo_is_byte_for_byte_the_same(tmp_path):
     written = (sources.prepare(get_task("demo"), tmp_path) / "task.json").read_bytes()
-    assert hashlib.sha256(written).hexdigest() == "5ed8a37cfa56239a18fc700e934619a1d4be76a5dca1c126cdfe2d51f06d9fa6"
+    assert hashlib.sha256(written).hexdigest() == "81efc23913e36e895322a234dd28feafeab19678a46733082747a30d0d90ee66"
 
 
 OWN_TASK_JSON = """{
@@ -458,7 +460,7 @@ OWN_TASK_JSON = """{
     "dev": "faec4c0d99e31673b095a19315ffeab14ad45a6fa2a0e07d6a1dd955f6a9a69f",
     "test": "f765c72628cf4ff0011a76515444ff6b06fd4b9f131e569288843cb083ab3ffd"
   },
-  "grader_version": 2
+  "grader_version": 3
 }
 """
 
