@@ -18,6 +18,7 @@ A folder with evaluations holds two files, whose fields are those of `Prediction
 import json
 import math
 import statistics
+import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -111,6 +112,12 @@ def reference_of(record):
     """The `Reference` of a `Prediction` or a `Result`."""
     return Reference(record["split"], record["prompt_hash"], record["evaluation"])
 
+
+MANY = 8  # reasonings from which on it is said that all of them are cut
+ALL_CUT = (
+    "note: the first {made} reasonings are all cut at --max-new-tokens {limit}: raise it, or ask for shorter ones; "
+    "or the model's end token never comes (generation_config.json names it: eos_token_id)"
+)
 
 # --- Generating and grading ---------------------------------------------------------------------------------
 
@@ -294,10 +301,16 @@ def add_missing(evaluation, path, kept):
     progress = evaluation.answerer.progress or Progress()
     # The time that remains follows from all rows alike (smoothing 0), since they end many at once.
     look = {"unit": "row", "desc": evaluation.split, "leave": False, "smoothing": 0}
+    enough, made, cut = min(MANY, len(rows) - len(kept)), 0, 0
     with open_bar(progress, total=len(rows), initial=len(kept), **look) as bar:
         for group in groups:
             predictions = [reference | graded(task, generation) for generation in group]
             append_jsonl(path, *predictions)
+            before, made = made, made + len(predictions)
+            cut += sum(prediction["truncated"] for prediction in predictions)
+            if before < enough <= made == cut:  # those that end by themselves come first
+                limit = evaluation.settings.max_new_tokens
+                bar.write(ALL_CUT.format(made=made, limit=limit), file=sys.stderr)
             for prediction in predictions:
                 found[prediction["id"]] = prediction
             if evaluation.answerer.progress is None:  # a server's tokens are known when its reply has come

@@ -223,6 +223,23 @@ def test_the_key_of_an_evaluation_depends_on_all_that_its_texts_depend_on(many):
     assert replace(same, settings=settings(batch_size=3)).key == same.key
 
 
+@pytest.mark.parametrize(("cut", "said"), [(9, True), (8, True), (7, False), (0, False)])
+def test_reasonings_that_are_all_cut_are_said_after_the_first_of_them_and_once(many, tmp_path, capsys, cut, said):
+    """The rows that come first decide: in a batch those that end by themselves do."""
+    rows = [many[0] | {"id": str(n)} for n in range(20)]
+
+    def generate(task, rows, prompt, settings, done):
+        for n, row in enumerate(rows):
+            if row["id"] not in done:
+                if n == 9:  # behind it, it is too late
+                    assert ("eos_token_id" in capsys.readouterr().err) is said
+                yield [Generation(row, "1", "1", 1, n < cut or n > 9)]
+
+    answerer = Answerer("m", ("m", "float32"), generate)
+    evaluate_once(Evaluation(answerer, own_task(), "dev", rows, "find this .", settings()), tmp_path, "best")
+    assert "eos_token_id" not in capsys.readouterr().err
+
+
 # What the first version of the records holds: an evaluation that is on a user's disk must stay valid.
 RECORDED_ROWS = [{"id": str(i), "question": f"{i} + 1", "answer": str(i + 1)} for i in range(3)]
 RECORDED_PREDICTIONS = """\
