@@ -20,12 +20,12 @@ from support.tasks import GROUPS, SPLITS, get_task
 
 def main():
     flags = parse_flags(TaskFlags, __doc__.splitlines()[0])
-    given = flags.extractor or flags.kind or flags.template or flags.answer_space
+    given = flags.extractor or flags.kind or flags.template or flags.system or flags.answer_space
     own = flags.own_rows or not given
     require(own, "--extractor, --kind, --template and --answer-space change no row: give them to stages 2 and 3")
     names = GROUPS.get(flags.task, [flags.task])
     for name in names:
-        task = get_task(name, flags.extractor, flags.kind, flags.template, flags.answer_space)
+        task = get_task(name, flags.extractor, flags.kind, flags.template, flags.answer_space, flags.system)
         folder = prepare(task, flags.data_dir, flags.source, flags.own_rows)
         prepared = json.loads((folder / "task.json").read_text(encoding="utf-8"))
         counts = prepared["counts"]

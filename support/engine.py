@@ -138,6 +138,18 @@ class Context:
         mask = self.mask[index].gather(1, source.clamp(min=0)) * (source >= 0)
         return Context([Borrowed(layer, index, source.clamp(min=0)) for layer in self.layers], mask)
 
+    def aligned(self, rows, read, unread):
+        """(a copy of these rows, ids [b, S], mask [b, S]) of unread lists of ids, which end in the same column: of rows
+        with fewer the last tokens of what was read, a list of ids each, are read again, lest padding stand between."""
+        longest = max(map(len, unread))
+        again = [longest - len(ids) for ids in unread]
+        ends = [[*before, *ids][-longest:] for before, ids in zip(read, unread)]
+        ids, mask = pad(ends, self.mask.device, left=True)
+        if not any(again):
+            return self.select(rows), ids, mask
+        index, columns = (torch.tensor(numbers, device=self.mask.device) for numbers in (rows, again))
+        return self.rewind(index, columns).own(), ids, mask
+
     def own(self):
         """A context of its own, of one that `rewind` gave."""
         layers = []
@@ -331,8 +343,13 @@ class Engine:
         self.require_positions(longest)
         self.compare_longest(sequences)
         size = batch_size or self.rows_that_fit(longest)
-        parts = self.over_rows(run, sequences, "reading questions", size, cost=len)
-        return join([context for context, _ in parts]), torch.stack([logits for _, logits in parts])
+        distinct = list({tuple(ids): ids for ids in sequences}.values())  # all alike where the prompt comes first
+        parts = self.over_rows(run, distinct, "reading questions", size, cost=len)
+        context, logits = join([context for context, _ in parts]), torch.stack([logits for _, logits in parts])
+        if len(distinct) == len(sequences):
+            return context, logits
+        numbers = [distinct.index(ids) for ids in sequences]
+        return context.select(numbers), logits[numbers]
 
     def forward(self, context, tokens, mask=None, columns=None):
         """Logits [B, L, V], float32 or better, at some of the new tokens, which are appended to the context.

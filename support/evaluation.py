@@ -201,6 +201,7 @@ class Evaluation:
             rows_hash(self.rows),
             self.settings.max_new_tokens,
         ]
+        parts += [self.task.system] if self.task.system else []
         parts += ["ranked"] if self.ranked else []  # what was written is kept under the key it always had
         return text_hash(json.dumps(parts + list(self.answerer.identity)))
 

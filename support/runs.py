@@ -207,6 +207,7 @@ def read_run(folder, **kinds):
 def with_answer_space(record):
     """The record of a run; one from before there were answer spaces gets what was used then."""
     config, task = record["config"], record["task"]
+    config.setdefault("system", "")  # as it was before there were system messages
     if "answer_space" not in config:
         known = TASKS.get(task.get("name"))
         config |= {"answer_space": "vocabulary", "extractor": task["extractor"], "template": task["template"]}

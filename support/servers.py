@@ -117,7 +117,7 @@ class Server:
 
     async def answered(self, session, task, row, prompt, settings):
         """The `Generation` of one row. Errors: ServerError."""
-        turns = [{"role": "user", "content": task.user_turn(row["question"], prompt)}]
+        turns = task.messages(row["question"], prompt)
         reasoning = await chat(session, self, turns, settings.max_new_tokens)
         choices = None
         if task.ranks_choices and self.gives_log_probs:

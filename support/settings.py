@@ -131,7 +131,10 @@ class TaskFlags:
     task: str = flag("demo", "a task of tasks.py, such as gsm8k or bbh/navigate, or your own rows.jsonl")
     extractor: str = flag("", "the text behind which the answer is read; empty: the task's own")
     kind: str = flag("", "number, choice, boolean, label or text; empty: the task's own, or inferred from your rows")
-    template: str = flag("", "how question and prompt are joined, ending in ' {prompt}'; empty: the task's own")
+    template: str = flag(
+        "", "what the user says, with {question} and {prompt} in their places; \\n: a new line; empty: the task's own"
+    )
+    system: str = flag("", "a system message, which may hold {prompt} instead of the template; empty: the task's own")
     answer_space: str = flag(
         "",
         "choices (the answer is the likeliest of the possible ones) or vocabulary (it is what the model writes, as in "

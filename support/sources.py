@@ -419,7 +419,7 @@ def open_task(flags):
 
     Errors: UserError for a task, a file or a row that cannot be used.
     """
-    task = get_task(flags.task, flags.extractor, flags.kind, flags.template, flags.answer_space)
+    task = get_task(flags.task, flags.extractor, flags.kind, flags.template, flags.answer_space, flags.system)
     # Own rows and the demo's lie here and may have changed; preparing them takes no time.
     if flags.own_rows or task.name == "demo" or not is_prepared(task, flags.data_dir):
         # A known task is prepared as the table has it: what the user sets otherwise changes no row.

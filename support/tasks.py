@@ -26,14 +26,16 @@ SPLITS = ("train", "dev", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """One task. `template` holds the question and, at its end, the place of the searched prompt."""
+    """One task. The places of the question and of the searched prompt are in `template`, or that of the prompt is in
+    `system`; the words around them are fixed."""
 
     name: str
     kind: str  # number, choice, boolean, label or text: how an answer is read and compared
     extractor: str  # follows the reasoning; the answer is read right behind it (Sec. 3.2)
     choices: tuple[str, ...] = ()  # the only possible answers of a closed kind
     answer_space: str = ""  # choices, vocabulary, or "" for the former where there are any: see `ranks_choices`
-    template: str = "{question}\nUse {prompt}"  # "Use" is fixed; the searched tokens start after it
+    template: str = "{question}\nUse {prompt}"  # what the user says; the searched tokens start after "Use"
+    system: str = ""  # a system message before it; empty: none
     initial_prompt: str = "proper logical reasoning and think step by step. Finally give the actual correct answer."
     chain_of_thought: str = "Let's think step by step."  # the standard baseline, a sentence of its own
     paper_extractor: str = ""  # the paper's form, for --preset paper; empty: the same
@@ -60,7 +62,12 @@ class Task:
     @property
     def bare(self):
         """The task without the fixed words before the prompt: for prompts that are sentences of their own, or empty."""
-        head, between = self.template.removesuffix("{prompt}").split("{question}")
+        if "{prompt}" in self.system:
+            return replace(self, system="{prompt}")
+        before, _, behind = self.template.partition("{prompt}")
+        head, question, between = before.partition("{question}")
+        if not question:  # the prompt stands before it
+            return replace(self, template="{prompt} {question}" + behind.partition("{question}")[2])
         lines, line_end, _ = between.rpartition("\n")  # words on lines of their own belong to the question
         space = lines + line_end or " "
         return replace(self, template=f"{head}{{question}}{space}{{prompt}}")
@@ -68,13 +75,27 @@ class Task:
     @property
     def parts(self):
         """What a user may set otherwise, as a run keeps it: {the flag's name: value}."""
-        shown = {name: getattr(self, name) for name in ("extractor", "template", "kind")}
+        shown = {name: getattr(self, name) for name in ("extractor", "template", "system", "kind")}
         return shown | {"answer_space": self.used_answer_space}
 
-    def user_turn(self, question, prompt):
-        """What the user says: the question with the prompt's text in its place."""
-        before = self.template.removesuffix("{prompt}").replace("{question}", question)
-        return (before + prompt.strip()).rstrip()
+    def messages(self, question, prompt):
+        """What the model is told, as a chat's messages: the question and the prompt's text in their places."""
+        turns = [("system", self.system), ("user", self.template)]
+        texts = [(role, filled(template, question, prompt.strip())) for role, template in turns]
+        return [{"role": role, "content": text} for role, text in texts if text]
+
+    def before_prompt(self, question):
+        """The text before the prompt in the message that holds it, which is the first or the last of `messages`."""
+        template = self.system if "{prompt}" in self.system else self.template
+        return filled(template.partition("{prompt}")[0], question, "", trimmed=False)
+
+
+def filled(template, question, prompt, trimmed=True):
+    """The template with question and prompt in their places, without the white space that an empty prompt leaves."""
+    texts = {"{question}": question, "{prompt}": prompt}
+    pieces = re.split("({question}|{prompt})", template)
+    text = "".join(texts.get(piece, piece) for piece in pieces)
+    return text if prompt or not trimmed else text.strip()
 
 
 # Behind these small models go on with an answer, behind the paper's form with none (docs/extractors.md).
@@ -293,14 +314,15 @@ PAPER_BBH = [task.name for task in bbh_tasks() if task.name.removeprefix("bbh/")
 GROUPS = {"bbh": PAPER_BBH, "mmlu": [f"mmlu/{subject}" for subject in MMLU_SIZES]}
 
 
-def get_task(name, extractor="", kind="", template="", answer_space=""):
+def get_task(name, extractor="", kind="", template="", answer_space="", system=""):
     """The task called `name`, or a user's own: the path of a JSONL file of rows. What is not empty replaces the task's.
 
     Errors: UserError for an unknown name (with the nearest known one), an own task without extractor, or parts that do
     not fit each other.
     """
     task = own_task(name, extractor, kind) if name.endswith(".jsonl") else known_task(name)
-    changes = {"extractor": extractor, "kind": kind, "template": template, "answer_space": answer_space}
+    changes = {"extractor": extractor, "kind": kind, "answer_space": answer_space}
+    changes |= {"template": template.replace("\\n", "\n"), "system": system.replace("\\n", "\n")}
     return checked_task(replace(task, **{name: text for name, text in changes.items() if text}))
 
 
@@ -373,12 +395,14 @@ def suggestion(name):
 
 
 def check_template(task):
-    """The task, if the prompt comes last in its template, behind the question."""
-    template = task.template
-    once_each = template.count("{question}") == template.count("{prompt}") == 1
-    require(once_each, "--template must hold {question} and {prompt} once each")
-    comes_last = template.endswith(" {prompt}") and template.index("{question}") < template.index("{prompt}")
-    require(comes_last, "--template must end with a space and {prompt}, after {question}: the prompt comes last")
+    """The task, if question and prompt have a place each."""
+    both = task.system + task.template
+    once = task.template.count("{question}") == both.count("{question}") == both.count("{prompt}") == 1
+    places = "--template must hold {question}, and --template or --system {prompt}, once each"
+    require(once, places)
+    before, prompt, behind = task.template.partition("{prompt}")
+    apart = not prompt or (not before or before[-1].isspace()) and (not behind or not behind[0].isalnum())
+    require(apart, "--template: {prompt} must stand at its beginning or behind white space, and no word may touch it")
     return task
 
 

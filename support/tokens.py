@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -30,30 +31,42 @@ class Choices:
     read_of: tuple[int, ...]  # for each answer the number of that read
 
 
+class Piece(NamedTuple):
+    """A part of a chat's text."""
+
+    text: str
+    of_template: bool  # the chat template's own, which may hold control tokens
+
+
 @dataclass(frozen=True)
-class Turn:
+class Place:
     """The text around a prompt, as the model's chat template puts it."""
 
-    header: str  # the template's own
-    asked: str  # the user's text before the prompt
-    footer: str  # the template's own
+    before: tuple[Piece, ...]
+    space: str  # before the prompt's first word, part of its first token: " proper"; or none
+    behind: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
 class Row:
     """One training row as token ids; prompt and reasoning, which change, are not in it."""
 
-    question: list[int]  # the chat's header, the question, the fixed opening word
-    turn_end: list[int]  # the end of the user's turn, the header of the assistant's
+    question: list[int]  # what stands before the prompt: the chat's header, the question, the fixed opening word
+    turn_end: list[int]  # what stands behind it: the end of the user's turn, the header of the assistant's
     extractor: list[int]  # "Therefore, the final answer ... is $"
     answer: list[int]  # the gold answer
     choices: Choices | None = None  # None: the answer may be any text
-    turn: Turn | None = None  # the text of question and turn_end; None: no prompt is proposed for this row
+    place: Place | None = None  # the text of question and turn_end; None: no prompt is proposed for this row
 
     @property
     def gold(self):
         """The number of the gold answer among the choices."""
         return self.choices.answers.index(tuple(self.answer))
+
+    @property
+    def length(self):
+        """How many tokens stand around the prompt, before the model's reasoning."""
+        return len(self.question) + len(self.turn_end)
 
     @property
     def reads(self):
@@ -67,12 +80,18 @@ class Row:
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
-def encode(tokenizer, text, header="", footer=""):
-    """Ids of header + text + footer. Header and footer are the chat template's own and may hold control tokens; in the
-    text their names are text. Errors: UserError if the tokenizer cannot keep them apart."""
-    ids = tokenizer.encode(header + text + footer, add_special_tokens=False)
+def encode(tokenizer, text):
+    """Ids of a text. Errors: as `encode_pieces`."""
+    return encode_pieces(tokenizer, [Piece(text, False)])
+
+
+def encode_pieces(tokenizer, pieces):
+    """Ids of the pieces' text as a whole. What is not the chat template's is text, also where it spells a control
+    token. Errors: UserError if the tokenizer cannot keep them apart."""
+    ids = tokenizer.encode("".join(piece.text for piece in pieces), add_special_tokens=False)
     names = control_tokens(tokenizer)
-    of_template = control_count(tokenizer, header) + control_count(tokenizer, footer)
+    of_template = sum(control_count(tokenizer, piece.text) for piece in pieces if piece.of_template)
+    text = "".join(piece.text for piece in pieces if not piece.of_template)
     # An unknown word is one, too, which no text spells.
     harmless = set() if tokenizer.unk_token and tokenizer.unk_token in text else {tokenizer.unk_token_id}
     control = names.keys() - harmless
@@ -83,10 +102,13 @@ def encode(tokenizer, text, header="", footer=""):
     mark = next((mark for mark in MARKS if mark not in text), "")
     require(mark and hasattr(tokenizer, "backend_tokenizer"), unable)
     marked, original = marked_tokenizer(tokenizer, mark)
-    spelled = [re.escape(name) for name in sorted(names.values(), key=len, reverse=True) if name in header + footer]
+    own = "".join(piece.text for piece in pieces if piece.of_template)
+    spelled = [re.escape(name) for name in sorted(names.values(), key=len, reverse=True) if name in own]
     pattern = re.compile("|".join(spelled) or "(?!)")
-    header, footer = (pattern.sub(lambda found: mark + found.group(), part) for part in (header, footer))
-    ids = [original.get(token, token) for token in marked.encode(header + text + footer, add_special_tokens=False).ids]
+    whole = ""
+    for piece in pieces:
+        whole += pattern.sub(lambda found: mark + found.group(), piece.text) if piece.of_template else piece.text
+    ids = [original.get(token, token) for token in marked.encode(whole, add_special_tokens=False).ids]
     require(sum(token in control for token in ids) <= of_template, unable)
     return ids
 
@@ -123,22 +145,28 @@ def decode(tokenizer, ids):
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def ids_behind(tokenizer, before, text, header="", footer=""):
-    """Ids of `text`, then of the footer, as they are behind header and `before`.
+def ids_behind(tokenizer, before, behind):
+    """Ids of the pieces `behind` as they are behind the pieces `before`.
 
     Errors: UserError if the tokenizer merges across the boundary.
     """
-    start = encode(tokenizer, before, header)
-    whole = encode(tokenizer, before + text, header, footer)
+    start = encode_pieces(tokenizer, before)
+    whole = encode_pieces(tokenizer, [*before, *behind])
     if whole[: len(start)] != start:
         near = max(0, len(start) - 3)
         was = tokenizer.convert_ids_to_tokens(start[near:][:6])
         becomes = tokenizer.convert_ids_to_tokens(whole[near:][:6])
+        end = "".join(piece.text for piece in before)[-12:]
         raise UserError(
-            f"the tokenizer merges {(header + before)[-12:]!r} with what follows it: tokens {was} become {becomes}. "
+            f"the tokenizer merges {end!r} with what follows it: tokens {was} become {becomes}. "
             "End the text before the boundary differently, for instance without its last space"
         )
     return whole[len(start) :]
+
+
+def text_behind(tokenizer, before, text):
+    """Ids of a text as they are behind another. Errors: as `ids_behind`."""
+    return ids_behind(tokenizer, [Piece(before, False)], [Piece(text, False)])
 
 
 # --- The chat template -----------------------------------------------------------------------------
@@ -154,24 +182,36 @@ PINNED_DATE = (
 )
 
 
-def chat_parts(tokenizer, task, question, prompt):
-    """(header, the user's text, footer) of a turn, as the tokenizer's chat template writes it.
+def chat_text(tokenizer, messages):
+    """The messages as the tokenizer's chat template writes them, up to where the model's answer begins.
 
-    Errors: UserError if the template fails, or changes or drops the user's text.
+    Errors: UserError if the template fails.
     """
-    content = task.user_turn(question, prompt)
-    turn = [{"role": "user", "content": content}]
     try:
         template = tokenizer.get_chat_template()
         template = PINNED_DATE + template if asks_for_date(template) else template
-        chat = tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=True)
+        options = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
+        return tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # whatever a template raises
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the model's chat template fails ({type(error).__name__}: {reason}): mend it") from None
-    start = chat.rfind(content)
-    changed = f"the model's chat template changes the user's text or leaves it out: it gives {chat[:300]!r}"
-    require(start >= 0, changed)
-    return chat[:start], content, chat[start + len(content) :]
+
+
+def chat_pieces(tokenizer, messages):
+    """(pieces of the chat's text, by turns the template's own and a message's).
+
+    Errors: UserError if the template fails, or changes or drops a message.
+    """
+    chat = chat_text(tokenizer, messages)
+    pieces, end = [], len(chat)
+    for message in reversed(messages):  # a template may write more than one message before the first
+        start = chat.rfind(message["content"], 0, end)
+        whose = f"the model's chat template changes the {message['role']}'s text or leaves it out"
+        require(start >= 0, f"{whose}: it gives {chat[:300]!r}")
+        behind = start + len(message["content"])
+        pieces = [Piece(chat[start:behind], False), Piece(chat[behind:end], True), *pieces]
+        end = start
+    return [Piece(chat[:end], True), *pieces]
 
 
 def asks_for_date(template):
@@ -179,41 +219,58 @@ def asks_for_date(template):
 
 
 def encode_chat(tokenizer, task, question, prompt):
-    """Ids of the whole user's turn and the assistant's header, for a prompt that is not searched and may be empty.
+    """Ids of all that the model is told and the assistant's header, for a prompt that is not searched and may be empty.
 
-    Errors: as `chat_parts`.
+    Errors: as `chat_pieces`.
     """
-    header, content, footer = chat_parts(tokenizer, task, question, prompt)
-    return encode(tokenizer, content, header, footer)
+    return encode_pieces(tokenizer, chat_pieces(tokenizer, task.messages(question, prompt)))
 
 
 @dataclass(frozen=True)
 class Parts:
     """A question with a prompt in its place, as token ids."""
 
-    turn: Turn
+    place: Place
     question: list[int]
     prompt: list[int]
     turn_end: list[int]
 
 
+def place_of(tokenizer, task, question, prompt):
+    """The `Place` of a prompt's text. Errors: as `chat_pieces`."""
+    messages = task.messages(question, prompt)
+    pieces = chat_pieces(tokenizer, messages)
+    number = 1 if "{prompt}" in task.system else len(pieces) - 2  # of the piece that holds the prompt
+    before = task.before_prompt(question)
+    space = before[len(before.removesuffix(" ")) :]
+    content = pieces[number].text
+    start = len(before) - len(space)
+    end = len(before) + len(prompt)
+    return Place(
+        (*pieces[:number], Piece(content[:start], False)), space, (Piece(content[end:], False), *pieces[number + 1 :])
+    )
+
+
 def encode_parts(tokenizer, task, question, prompt):
     """The `Parts` of a question with the prompt's text in its place, which the chat template gives.
 
-    Errors: UserError as `chat_parts`, if the tokenizer merges across a boundary or does not know a word of the prompt,
-    if the prompt has no tokens, or if its text does not give the same ids again.
+    Errors: UserError as `chat_pieces`, if the tokenizer merges across a boundary or does not know a word of the prompt,
+    if the prompt has no tokens, or if nothing stands before it.
     """
     prompt = prompt.strip()
     require(prompt, "the prompt has no tokens: give --initial-prompt at least one word")
-    header, content, footer = chat_parts(tokenizer, task, question, prompt)
-    start = len(content) - len(prompt) - 1  # the space before the prompt belongs to it: " proper" is one token
-    turn = Turn(header, content[:start], footer)
-    question_ids = encode(tokenizer, turn.asked, header)
-    prompt_ids = ids_behind(tokenizer, turn.asked, content[start:], header)
-    turn_end_ids = ids_behind(tokenizer, content, "", header, footer)
+    place = place_of(tokenizer, task, question, prompt)
+    own = Piece(place.space + prompt, False)
+    question_ids = encode_pieces(tokenizer, place.before)
+    require(question_ids, "the chat template puts no token before the prompt: begin --template with a word")
+    prompt_ids = ids_behind(tokenizer, place.before, [own])
+    turn_end_ids = ids_behind(tokenizer, [*place.before, own], place.behind)
     unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt_ids
     require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: give another")
-    return Parts(turn, question_ids, prompt_ids, turn_end_ids)
+    parts = Parts(place, question_ids, prompt_ids, turn_end_ids)
+    changed = f"the tokens of the prompt {prompt!r} read otherwise than its text: give another --initial-prompt"
+    require(survives_encoding(tokenizer, parts, prompt_ids), changed)
+    return parts
 
 
 def encode_prompt(tokenizer, task, question, prompt):
@@ -227,12 +284,12 @@ def encode_prompt(tokenizer, task, question, prompt):
 
 def extractor_ids(tokenizer, task):
     # Reasoning ends in some token that we do not know yet; the full stop stands for it.
-    return ids_behind(tokenizer, ".", " " + task.extractor)
+    return text_behind(tokenizer, ".", " " + task.extractor)
 
 
 def answer_ids(tokenizer, task, answer):
     """Ids of an answer behind the extractor. Errors: UserError if there are none, or at a merged boundary."""
-    ids = ids_behind(tokenizer, ". " + task.extractor, task.answer_prefix + answer)
+    ids = text_behind(tokenizer, ". " + task.extractor, task.answer_prefix + answer)
     require(ids, f"the answer {answer!r} adds no token behind the extractor {task.extractor!r}: end it otherwise")
     return ids
 
@@ -281,23 +338,23 @@ def encode_row(tokenizer, task, row):
         extractor, choices = extractor_ids(tokenizer, task), encode_choices(tokenizer, task)
         parts = encode_parts(tokenizer, task, row["question"], task.initial_prompt)
         answer = answer_ids(tokenizer, task, row["answer"])
-        return Row(parts.question, parts.turn_end, extractor, answer, choices, parts.turn)
+        return Row(parts.question, parts.turn_end, extractor, answer, choices, parts.place)
     except UserError as error:
         raise UserError(f"row {row['id']}: {error}") from None
 
 
 def prompt_text(tokenizer, row, prompt_ids):
-    """The text of prompt ids as it stands behind `row.question`, with its leading space."""
+    """The text of prompt ids as it stands behind `row.question`, with its leading space. row: a `Row` or `Parts`."""
     question = decode(tokenizer, row.question)
     return decode(tokenizer, row.question + list(prompt_ids))[len(question) :]
 
 
 def survives_encoding(tokenizer, row, prompt_ids):
     """Whether the prompt's text, encoded afresh in its place, gives the same ids."""
-    text = prompt_text(tokenizer, row, prompt_ids)
-    if text != " " + text.strip():
+    text, place = prompt_text(tokenizer, row, prompt_ids), row.place
+    if text != place.space + text.strip():
         return False
-    whole = encode(tokenizer, row.turn.asked + text, row.turn.header, row.turn.footer)
+    whole = encode_pieces(tokenizer, [*place.before, Piece(text, False), *place.behind])
     return whole == row.question + list(prompt_ids) + row.turn_end
 
 

@@ -286,7 +286,7 @@ def test_the_tickets_are_a_task_whose_splits_hold_all_labels_alike():
 def test_every_prompt_on_the_tickets_the_baselines_too_is_told_the_teams():
     task = get_task(str(ROOT / real_models.TICKETS), **real_models.TASK_FLAGS[real_models.TICKETS])
     for framed in (task, task.bare):
-        turn = framed.user_turn("My card was charged twice.", "")
+        turn = framed.messages("My card was charged twice.", "")[0]["content"]
         assert "My card was charged twice." in turn
         assert all(team in turn for team in task.choices) and len(task.choices) == 3
 

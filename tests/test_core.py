@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ import greater_core as core
 from support.engine import Engine
 from support.files import UserError
 from support.runs import as_step, finalists, scores_of
-from support.tokens import Row, encode, encode_prompt, encode_row, ends_sentence
+from support.tokens import Row, encode, encode_chat, encode_prompt, encode_row, ends_sentence
 
 
 def search_of(engine, rows, prompt=(), **changes):
@@ -57,6 +57,64 @@ def test_a_prefix_read_token_by_token_is_that_of_the_whole_sequence(any_engine, 
         expected = any_engine.model(input_ids=ids).logits[0].log_softmax(-1)
         torch.testing.assert_close(prefix.log_probs[i], expected[-1])
         torch.testing.assert_close(prefix.nll[i], -expected[-4:-1].gather(1, ids[0, -3:, None])[:, 0])
+
+
+def placed(engine, demo_task, demo_data, place):
+    """(rows of different length, prompt ids) with the prompt behind the question, before it, or in a system message."""
+    frames = {
+        "behind": ("{question} please {prompt} now .", ""),
+        "before": ("please {prompt} {question}", ""),
+        "system": ("{question}", "please {prompt} now ."),
+    }
+    template, system = frames[place]
+    task = replace(demo_task, template=template, system=system)
+    data = sorted(random.Random(0).sample(demo_data["train"], 20), key=lambda r: len(r["question"]))[::4]
+    rows = [encode_row(engine.tokenizer, task, row) for row in data]
+    ids = encode_prompt(engine.tokenizer, task, data[0]["question"], task.initial_prompt)[1]
+    return rows, tuple(ids), [encode_chat(engine.tokenizer, task, row["question"], task.initial_prompt) for row in data]
+
+
+@pytest.mark.parametrize("place", ["behind", "before", "system"])
+def test_wherever_the_prompt_stands_scores_and_gradients_are_those_of_whole_sequences(
+    any_engine, demo_task, demo_data, place
+):
+    rows, prompt, chats = placed(any_engine, demo_task, demo_data, place)
+    assert [row.question + list(prompt) + row.turn_end for row in rows] == chats
+    position = 2
+    prompts = [(*prompt[:position], token, *prompt[position + 1 :]) for token in (60, 75)]
+    search = search_of(any_engine, rows, loss_temperature=0.7, max_new_tokens=9)
+    prefix = prefix_of(any_engine, rows, prompt[:position])
+    scored = core.score_prompts(search, prefix, prompts)
+    for (score, reasonings), tried in zip(scored, prompts):
+        expected = []
+        for row, reasoning in zip(rows, reasonings):
+            context = row.question + list(tried) + row.turn_end
+            assert reasoning == greedy_reference(any_engine, context, 9)[0]
+            expected.append(slow_losses(any_engine.model, row, tried, reasoning, 0.7))
+        means = torch.tensor(expected, dtype=torch.float64).mean(0).tolist()
+        assert (score.cross_entropy, score.error, score.nll) == pytest.approx(means)
+    search.reasoning = scored[0][1]
+    gradients, losses = core.candidate_gradients(search, prefix, prompts[0], [60, 75], search.reasoning)
+    for row, reasoning, loss in zip(rows, search.reasoning, losses):
+        cross_entropy, _, nll = slow_losses(any_engine.model, row, prompts[0], reasoning, 0.7)
+        assert loss.item() == pytest.approx(cross_entropy + search.settings.fluency_weight * nll)
+    assert gradients.isfinite().all()
+
+
+def test_a_prompt_before_the_question_is_read_once_for_all_rows(demo_engine, demo_task, demo_data):
+    rows, _, _ = placed(demo_engine, demo_task, demo_data, "before")
+    demo_engine.counts.clear()
+    core.prefill_questions(demo_engine, rows)
+    assert demo_engine.counts["forward_tokens"] == len(rows[0].question)
+
+
+@pytest.mark.parametrize("place", ["before", "system"])
+def test_a_search_resumes_to_the_same_result_wherever_the_prompt_stands(demo_engine, demo_task, demo_data, place):
+    rows, prompt, _ = placed(demo_engine, demo_task, demo_data, place)
+    config = settings(steps=4, max_new_tokens=20, batch_size=3)
+    records = list(core.optimize(demo_engine, rows, prompt, config))
+    rest = list(core.optimize(demo_engine, rows, prompt, config, written_and_read(records[:3])))
+    assert without_seconds(rest) == without_seconds(records[3:])
 
 
 def test_a_known_prefix_is_used_only_if_it_leads_to_the_tokens(llama, few_rows):
@@ -676,7 +734,8 @@ def test_fifty_steps_keep_every_position_s_meaning_with_a_subword_tokenizer(subw
 
 def test_a_loss_that_is_not_finite_stops_the_search(demo_tokenizer, few_rows):
     engine = constant_engine(demo_tokenizer, [0.0] * len(demo_tokenizer))
-    engine.model.lm_head.bias.data[:] = float("nan")  # behind the check at its making
+    engine.model.lm_head.bias.data[:] = float("nan")  # behind the checks at its making and on the first row
+    engine.compared = True
     questions = core.prefill_questions(engine, few_rows[0], 5)
     with pytest.raises(UserError, match="not finite"):
         core.score_prompts(search_of(engine, few_rows[0]), questions, [few_rows[1]])

@@ -132,7 +132,7 @@ def test_an_own_task_needs_an_extractor(tmp_path):
         get_task(str(path), "The answer is $", kind="digits")
     with pytest.raises(UserError, match="must be a .jsonl file"):
         get_task(str(tmp_path))
-    for bad in ("{question} {prompt} now", "{prompt} {question} {prompt}", "{question}"):
+    for bad in ("{question}{prompt}", "{question} {prompt}ly", "{prompt} {question} {prompt}", "{question}"):
         with pytest.raises(UserError, match="--template"):
             get_task(str(path), "The answer is", template=bad)
 
@@ -201,3 +201,47 @@ def test_labels_of_a_user_s_own_rows_are_the_only_possible_answers(tmp_path):
     write_jsonl(path, [{"question": f"{n}?", "answer": label} for n, label in enumerate(labels * 3)])
     task = get_task(str(path), "So it is")
     assert (task.kind, task.choices, task.ranks_choices) == ("label", ("not sure", "positive", "very positive"), True)
+
+
+# --- Where the prompt stands ----------------------------------------------------------------------------
+
+
+def said(task, prompt, question="How many {prompt}?"):
+    return [(message["role"], message["content"]) for message in task.messages(question, prompt)]
+
+
+def test_the_prompt_stands_where_template_or_system_message_say():
+    question = "How many {prompt}?"
+    behind = get_task("gsm8k")
+    assert said(behind, "think.") == [("user", f"{question}\nUse think.")]
+    before = get_task("gsm8k", template="{prompt} Here it is: {question}\\nBe brief.")
+    assert said(before, "Think.") == [("user", f"Think. Here it is: {question}\nBe brief.")]
+    system = get_task("gsm8k", template="{question}", system="You are a clerk. {prompt} Be brief.")
+    assert said(system, "Think.") == [("system", "You are a clerk. Think. Be brief."), ("user", question)]
+    assert [task.before_prompt(question) for task in (behind, before, system)] == [
+        f"{question}\nUse ",
+        "",
+        "You are a clerk. ",
+    ]
+
+
+def test_a_bare_prompt_stands_in_the_same_place_without_the_fixed_words_and_an_empty_one_leaves_no_trace():
+    places = {
+        "{question}\nUse {prompt} now": ("Q\nthink.", "Q"),
+        "Do it. {prompt} Here: {question} End.": ("think. Q End.", "Q End."),
+    }
+    for template, (with_prompt, without) in places.items():
+        bare = get_task("gsm8k", template=template).bare
+        assert said(bare, "think.", "Q") == [("user", with_prompt)] and said(bare, "", "Q") == [("user", without)]
+    bare = get_task("gsm8k", template="Say: {question}", system="Be good. {prompt}").bare
+    assert said(bare, "think.", "Q") == [("system", "think."), ("user", "Say: Q")]
+    assert said(bare, "", "Q") == [("user", "Say: Q")]
+
+
+@pytest.mark.parametrize(
+    ("template", "system"),
+    [("{question}", ""), ("{prompt}", "{question}"), ("{question} {prompt}", "{prompt}")],
+)
+def test_a_place_that_is_missing_or_there_twice_is_one_line(template, system):
+    with pytest.raises(UserError, match="--template must hold"):
+        get_task("gsm8k", template=template, system=system)

@@ -12,7 +12,7 @@ from support.tokens import (
     PUNCTUATION,
     allowed_ids,
     answer_ids,
-    chat_parts,
+    chat_pieces,
     control_tokens,
     encode,
     encode_chat,
@@ -136,14 +136,14 @@ def test_a_template_that_fails_or_loses_the_text_is_one_line(template, reason):
 
 def test_of_several_templates_the_default_is_used():
     tokenizer = with_template(llama3_like(), {"tools": "no", "default": FRAME})
-    header, text, footer = chat_parts(tokenizer, own_task(), "How many?", "think.")
-    assert (header, text, footer) == ("<|begin_of_text|>TEXT", "How many?\nUse think.", "")
+    pieces = chat_pieces(tokenizer, own_task().messages("How many?", "think."))
+    assert pieces == [("<|begin_of_text|>TEXT", True), ("How many?\nUse think.", False), ("", True)]
 
 
 def test_a_template_that_asks_for_the_date_gets_the_same_one_every_day():
     today = FRAME.replace("TEXT", "{{ strftime_now('%d %b %Y') }}, {{ strftime_now(\"%Y-%m-%d\") }}: ")
-    header, _, _ = chat_parts(with_template(llama3_like(), today), own_task(), "How many?", "think.")
-    assert header == f"<|begin_of_text|>{DATE}, 2024-07-26: "
+    pieces = chat_pieces(with_template(llama3_like(), today), own_task().messages("How many?", "think."))
+    assert pieces[0].text == f"<|begin_of_text|>{DATE}, 2024-07-26: "
 
 
 def test_behind_a_turn_marked_by_words_prompts_survive_encoding():
@@ -151,7 +151,7 @@ def test_behind_a_turn_marked_by_words_prompts_survive_encoding():
     tokenizer, task = llama2_like(), own_task()
     row = encode_row(tokenizer, task, {"id": "1", "question": "How many?", "answer": "1"})
     prompt = encode_prompt(tokenizer, task, "How many?", "use proper reasoning.")[1]
-    assert tokenizer.decode(row.turn_end) != row.turn.footer
+    assert tokenizer.decode(row.turn_end) != row.place.behind[-1].text
     assert survives_encoding(tokenizer, row, prompt)
     allowed = allowed_ids(tokenizer, len(tokenizer))
     assert sum(survives_encoding(tokenizer, row, [*prompt[:1], token, *prompt[2:]]) for token in allowed) > 20
