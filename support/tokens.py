@@ -189,7 +189,7 @@ def chat_text(tokenizer, messages):
     """
     try:
         template = tokenizer.get_chat_template()
-        template = PINNED_DATE + template if asks_for_date(template) else template
+        template = pinned_template(template) if asks_for_date(template) else template
         options = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
         return tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # whatever a template raises
@@ -216,6 +216,11 @@ def chat_pieces(tokenizer, messages):
 
 def asks_for_date(template):
     return "strftime_now" in template
+
+
+def pinned_template(template):
+    """The chat template, told `DATE` whatever the day."""
+    return PINNED_DATE + template
 
 
 def encode_chat(tokenizer, task, question, prompt):

@@ -44,6 +44,7 @@ SUPPORT = (
     "pictures",
     "progress",
     "report",
+    "takeaway",
 )
 THERE = [name for name in SUPPORT if (ROOT / "support" / f"{name}.py").exists()]
 FOLDERS = ("support", "demo", "benchmarks", "tests")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT, own_task, settings
+from huggingface_hub import InferenceClient
 
 from support import servers
 from support.answerers import local_answerer, server_answerer
@@ -30,6 +32,7 @@ from support.files import UserError, read_jsonl
 from support.servers import Server
 from support.settings import ServerFlags
 from support.tables import accuracy_table
+from support.takeaway import write_programs
 
 
 @pytest.fixture(autouse=True)
@@ -823,6 +826,20 @@ def test_a_real_server_gives_the_texts_answers_and_scores_of_the_model_loaded_he
     assert {i: [p[key] for key in same] for i, p in far.items()} == {
         i: [p[key] for key in same] for i, p in near.items()
     }
+
+
+@pytest.mark.parametrize("choices", [(), tuple(str(number) for number in range(30))])
+def test_the_program_for_a_server_gives_the_texts_of_stage_3(real_server, tmp_path, demo_task, demo_data, choices):
+    url, name = real_server
+    task = replace(demo_task, kind="label", choices=choices, answer_space="vocabulary") if choices else demo_task
+    rows, asking = demo_data["dev"][:6], flags(request_timeout=60.0)
+    found = evaluate(server_answerer(asking, url, name), task, rows, "show each step .", settings(max_new_tokens=40))
+    path = write_programs(tmp_path, task, "show each step .", name, 40)[1]
+    program = runpy.run_path(str(path))
+    client = InferenceClient(base_url=url, api_key="none")
+    for row, expected in zip(rows, found):
+        answer, reasoning = program["ask"](client, row["question"], {})  # the demo's template goes on by itself
+        assert (answer, reasoning) == (expected["answer"] if choices else expected["reply"], expected["text"])
 
 
 def script(name, *arguments, folder):
