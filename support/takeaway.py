@@ -1,6 +1,6 @@
 """Taking a prompt home: the exact messages in which it was evaluated, and two programs that ask as stage 3 does.
 
-The programs stand alone: one needs transformers, the other a client of an OpenAI-compatible server. Works without torch.
+The programs stand alone: one needs transformers, the other a client of an OpenAI-compatible server. Needs no torch.
 """
 
 import pprint
