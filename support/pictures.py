@@ -10,7 +10,7 @@ What a picture shows is first made as plain data. matplotlib is imported where s
 import itertools
 import math
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +34,7 @@ class GradientPoint(NamedTuple):
     predicted: float  # gradient of a shortlisted candidate minus the incumbent's
     realised: float  # its objective minus the incumbent's
     taken: bool
+    step: int
 
 
 class Cell(NamedTuple):
@@ -140,7 +141,8 @@ def gradient_points(steps):
         for tried in step.shortlist:
             predicted = gradients[tried.token] - incumbent
             realised = tried.objective - before.objective
-            points.append(GradientPoint(predicted, realised, tried.prompt_ids == step.prompt_ids))
+            taken = tried.prompt_ids == step.prompt_ids
+            points.append(GradientPoint(predicted, realised, taken, step.step))
     return points
 
 
@@ -149,6 +151,23 @@ def spearman(xs, ys):
     if len(set(xs)) < 2 or len(set(ys)) < 2:
         return None
     return float(np.corrcoef(mean_ranks(xs), mean_ranks(ys))[0, 1])
+
+
+def within_steps(points):
+    """(mean over the steps of the rank correlation of a step's own points, number of steps); None where none has one.
+
+    Over all points together a step in which everything changes much, like the first, stands against those in which
+    nothing does. But the search compares a step's candidates with each other only.
+    """
+    by_step = defaultdict(list)
+    for point in points:
+        by_step[point.step].append(point)
+    found = []
+    for own in by_step.values():
+        rank = spearman([point.predicted for point in own], [point.realised for point in own])
+        if rank is not None:
+            found.append(rank)
+    return (float(np.mean(found)) if found else None), len(found)
 
 
 def mean_ranks(values):
@@ -223,6 +242,8 @@ def draw_objective(run, path):
         ylabel += " (log scale)"
     top.set(title=run.title, ylabel=ylabel)
     draw_finalists(bottom, finalist_points(run.steps, run.prompts), last=xs[-1])
+    if text := unread_note(run.results):
+        bottom.text(0.5, 0.5, text, transform=bottom.transAxes, color=RED, fontsize=16, ha="center", va="center")
     bottom.set(
         xlabel="step (of a finalist: at which it first appeared)",
         ylabel="accuracy on dev rows, %\n(95 % Wilson interval)",
@@ -236,9 +257,15 @@ def draw_objective(run, path):
     figure.savefig(path)
 
 
+def unread_note(results):
+    """A sentence where no answer of the run was read, so that its accuracies say nothing; else ""."""
+    unread = bool(results) and all(result["unread"] == 1 for result in results)
+    return "no answer was read in any row: these zeros say nothing about the prompts" if unread else ""
+
+
 def draw_finalists(panel, points, last):
     """points: FinalistPoints, the chosen prompt first; last: the run's last step."""
-    drawn = defaultdict(int)  # {step: finalists}
+    in_all, drawn = Counter(point.step for point in points), Counter()  # {step: finalists}
     for rank, point in enumerate(points):
         if rank == 0:
             look = {"label": "chosen prompt", "fmt": "*", "markersize": 17, "color": RED, "zorder": 3}
@@ -246,7 +273,9 @@ def draw_finalists(panel, points, last):
             look = {"label": "initial prompt", "fmt": "s", "markersize": 8, "color": BLUE, "zorder": 2}
         else:
             look = {"label": "other finalist", "fmt": "o", "markersize": 8, "color": GRAY, "zorder": 2}
-        x = point.step + 0.012 * last * drawn[point.step]  # side by side, so that none hides another
+        # Side by side, so that none hides another, and between the steps before and behind it.
+        apart = min(0.012 * last, 0.8 / in_all[point.step])
+        x = point.step + apart * (drawn[point.step] - (in_all[point.step] - 1) / 2)
         drawn[point.step] += 1
         bar = error_bar(point.accuracy, point.low, point.high)
         panel.errorbar(x, 100 * point.accuracy, bar, capsize=4, **look)
@@ -363,7 +392,7 @@ def draw_evolution(run, path):
     unit = kind.removesuffix("s")
     rows = evolution_rows(run.steps, parts)
     layout = evolution_layout(rows)
-    colors = step_colors(run.steps[-1].step or 1)
+    colors = step_colors(run.steps[-1].step or 1, [row.step for row in rows])
     width, height = LEFT + GRID_WIDTH + RIGHT, ABOVE + layout.grid_height + BELOW
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
 
@@ -385,11 +414,13 @@ def draw_evolution(run, path):
     figure.savefig(path)
 
 
-def step_colors(last):
-    """An array (last + 1, 3): the colour of each step, light, for black letters."""
+def step_colors(last, used):
+    """An array (last + 1, 3): the colour of each step, light, for black letters. Those used are spread over the whole
+    map, however many steps lie between them."""
     from matplotlib import colormaps
 
-    return 0.5 + 0.5 * colormaps["cividis"](np.linspace(0, 1, last + 1))[:, :3]
+    places = np.interp(np.arange(last + 1), used, np.linspace(0.05, 0.95, len(used)))
+    return 0.35 + 0.65 * colormaps["turbo"](places)[:, :3]
 
 
 def draw_cells(axes, layout, colors):
@@ -493,11 +524,20 @@ def draw_gradient(run, path):
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.axhline(0, color="0.5", linewidth=1)
     axes.axvline(0, color="0.5", linewidth=1)
-    rank = spearman(predicted, realised)
-    correlation = "is not defined" if rank is None else f"{rank:.2f}"
-    axes.set_title(f"{run.title}\nSpearman rank correlation {correlation}, n = {len(points)} shortlisted candidates")
+    axes.set_title(f"{run.title}\n{correlations(points)}")
     axes.legend()
     figure.savefig(path)
+
+
+def correlations(points):
+    """How well predicted and realised changes agree, in a line."""
+    pooled = spearman([point.predicted for point in points], [point.realised for point in points])
+    within, steps = within_steps(points)
+    numbers = ["not defined" if rank is None else f"{rank:.2f}" for rank in (within, pooled)]
+    return (
+        f"Spearman rank correlation within steps {numbers[0]} (mean of {steps}), "
+        f"over all {len(points)} candidates {numbers[1]}"
+    )
 
 
 def threshold(values):

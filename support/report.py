@@ -15,9 +15,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 from support.evaluation import INTERVALS, READINGS, estimate, tokens_text
+from support.files import read_jsonl
 from support.pictures import draw_accuracy, draw_run, gradient_points, split_of, transfer_groups
 from support.runs import changed_parts, dev_warning, load_runs
 from support.settings import SearchSettings
+from support.tables import comparison_table
 from support.tasks import PAPER_BBH, TASKS
 
 # --- What the paper reports -----------------------------------------------------------------------------------
@@ -263,6 +265,11 @@ prompt is the same in every run and counts once. BBH: the mean over those of the
 were run, ± one standard error, the tasks being given. Columns called paper: Das et al. (ICLR 2025), Table 1, where BBH
 is the mean over all {len(PAPER_BBH)}. How the paper read answers is not published, so its numbers stand beside both
 readings.
+
+Of a single run: unread is the share of rows where no answer was found behind the extractor, truncated that of
+reasonings cut at --max-new-tokens, mean tokens are those of a reasoning. Below its table the best prompt is compared
+with the others row by row: difference of the accuracies with its 95 % paired bootstrap interval, rows that only the
+best prompt has right (gained) and only the other one (lost), and the p-value of the exact McNemar test.
 """
 
 
@@ -279,6 +286,7 @@ def run_section(run, pictures, folder):
         row += [f"{100 * test['unread']:.1f} %", f"{100 * test['truncated']:.1f} %", tokens_text(test["mean_tokens"])]
         table.append(row)
         texts.append(f"{label}:\n\n~~~text\n{test['prompt']}\n~~~\n")
+    compared = paired_test(run)
     links = []
     for path in pictures:
         link = quote(path.relative_to(folder).as_posix())
@@ -287,7 +295,35 @@ def run_section(run, pictures, folder):
         links.append("No gradient.png: no shortlisted candidate has a gradient.\n")
     warning = dev_warning(run.prompts) if run.prompts else ""
     notes = [f"{warning}\n"] if warning else []
-    return "\n".join([f"## {run.title} ({run.folder.name})\n", markdown(table), "", *notes, *texts, *links])
+    return "\n".join([f"## {run.title} ({run.folder.name})\n", markdown(table), "", *notes, *compared, *texts, *links])
+
+
+def paired_test(run):
+    """Paragraphs: the best prompt against each other one, row by row on test; [] where the texts are not there."""
+    found = {}
+    for role, name in run.prompts_tried:
+        result = run.result(role, "test", name)
+        if result is not None:
+            found[name or role] = predictions_of(run.folder, result)
+    best = found.pop("best", {})
+    others = {label: own for label, own in found.items() if own and own.keys() == best.keys()}
+    if not others:
+        return []
+    ids = sorted(best)
+    rows = [[own[row_id] for row_id in ids] for own in (*others.values(), best)]
+    return [f"~~~text\n{comparison_table('best', others, rows)}\n~~~\n"]
+
+
+def predictions_of(folder, result):
+    """{row's id: prediction} of a `Result`, {} where the file is gone. Nothing is mended: another process may write."""
+    path = folder / "predictions.jsonl"
+    records = read_jsonl(path) if path.exists() else []
+    own = (result.get("split"), result.get("prompt_hash"), result.get("evaluation"))
+    kept = {}
+    for record in records:
+        if (record.get("split"), record.get("prompt_hash"), record.get("evaluation")) == own:
+            kept[record["id"]] = record
+    return kept
 
 
 def write_report(folder):

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from made_runs import LLAMA, STEPS, TEXTS, TRANSFERS, WORDS, finalist, long_run, make_run, result, step
@@ -83,10 +84,10 @@ def test_token_texts_come_from_the_records_then_the_tokenizer_and_else_the_words
 def test_a_gradient_point_is_the_candidate_minus_the_incumbent_in_gradient_and_objective():
     # Step 4 grows the prompt, so that it has no incumbent.
     assert pictures.gradient_points(STEPS) == [
-        (-2.5, -3.0, True),
-        (-2.0, 1.0, False),
-        (-0.75, 0.5, False),
-        (-0.25, -0.5, True),
+        (-2.5, -3.0, True, 1),
+        (-2.0, 1.0, False, 1),
+        (-0.75, 0.5, False, 2),
+        (-0.25, -0.5, True, 3),
     ]
     random_shortlist = [STEPS[0], step(1, 0, (4, 2, 3), 5.0, {4: None, 1: None}, [(4, (4, 2, 3), 5.0)])]
     assert pictures.gradient_points(random_shortlist) == []
@@ -99,6 +100,48 @@ def test_the_rank_correlation_is_spearmans():
     assert pictures.spearman([5, 5, 6, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
     assert pictures.spearman([1, 2, 3], [9, 4, -1]) == pytest.approx(-1)
     assert pictures.spearman([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_the_correlation_within_steps_is_the_mean_over_steps_and_not_what_all_points_together_say():
+    # Within each step the order is the other way round, but the second step is all above the first.
+    points = [
+        pictures.GradientPoint(predicted + 100 * step, 100 * step - predicted, False, step)
+        for step in (1, 2)
+        for predicted in (1, 2, 3)
+    ]
+    assert pictures.within_steps(points) == (pytest.approx(-1), 2)
+    assert "within steps -1.00 (mean of 2), over all 6 candidates 0.54" in pictures.correlations(points)
+    alone = [pictures.GradientPoint(1.0, 1.0, True, 1), pictures.GradientPoint(2.0, 1.0, False, 2)]
+    assert pictures.within_steps(alone) == (None, 0) and "within steps not defined" in pictures.correlations(alone)
+
+
+class Panel:
+    """A panel that notes where a point is put."""
+
+    def __init__(self):
+        self.xs = []
+
+    def errorbar(self, x, *_, **__):
+        self.xs.append(x)
+
+
+def test_finalists_stand_at_the_steps_where_they_were_found_however_long_the_run_is():
+    panel = Panel()
+    found_at = [7, 7, 7, 7, 90, 8]
+    pictures.draw_finalists(panel, [pictures.FinalistPoint(step, 0.5, 0.4, 0.6, False) for step in found_at], last=1000)
+    assert [round(x) for x in panel.xs] == found_at and len(set(panel.xs)) == len(found_at)
+
+
+def test_a_run_in_which_no_answer_was_read_says_so_in_its_picture():
+    assert "no answer was read" in pictures.unread_note([{"unread": 1.0}, {"unread": 1}])
+    assert pictures.unread_note([{"unread": 1.0}, {"unread": 0.99}]) == pictures.unread_note([]) == ""
+
+
+def test_the_steps_that_changed_the_prompt_have_colours_that_can_be_told_apart_in_a_run_of_any_length():
+    for used in ([0, 3, 4, 7, 300], list(range(0, 105, 8))):
+        colors = pictures.step_colors(300, used)[used]
+        apart = np.abs(colors[:, None] - colors[None]).sum(-1) + np.eye(len(used))
+        assert apart.min() > 0.1 and colors.mean(1).min() > 0.35  # and black letters can be read on them
 
 
 def test_a_long_token_is_wrapped_then_cut_and_its_space_is_seen():

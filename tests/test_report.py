@@ -237,3 +237,23 @@ def test_a_report_is_written_without_torch(tmp_path):
     make_run(tmp_path / "one")
     code = "import sys; from support import report; report.write_report(sys.argv[1]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
+
+
+def test_the_report_compares_the_best_prompt_with_the_others_row_by_row_where_their_texts_are_there(tmp_path):
+    results = [result("initial", "test", 0.5, 10), result("best", "test", 0.8, 10)]
+    predictions = []
+    for number, own in enumerate(results):
+        own |= {"prompt_hash": str(number), "evaluation": "e"}
+        for row in range(10):
+            right = row < (5, 8)[number]
+            own_row = {"split": "test", "prompt_hash": str(number), "evaluation": "e", "id": f"r{row}"}
+            predictions.append(own_row | {"correct": right, "harness_correct": not right})
+    folder = make_run(tmp_path / "a", results=results)
+    report.write_report(folder)
+    assert "McNemar)" not in (folder / "report.md").read_text()
+    write_jsonl(folder / "predictions.jsonl", predictions)
+    report.write_report(folder)
+    text = (folder / "report.md").read_text()
+    assert re.search(r"initial +paper +\+30\.0 % .* 3 +0  0\.25\n", text)
+    assert re.search(r"initial +harness +-30\.0 % .* 0 +3  0\.25\n", text)
+    assert "mean tokens are those of a reasoning" in text
