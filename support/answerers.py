@@ -38,6 +38,28 @@ class Answerer:
     endpoint: str = ""  # of a server, which is known by its model's name wherever it runs
     gives_log_probs: bool = True  # so that a task's possible answers can be ranked; else what is written is read
     progress: Progress | None = None  # of a model loaded here, whose tokens are counted as it generates them
+    # `write(chats, sampling)` is what an optimizer does: a list of `Written` for each chat, a list of messages.
+    write: Callable | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an optimizer's texts are drawn."""
+
+    samples: int  # texts for each chat
+    temperature: float  # 0: the likeliest token each time
+    max_tokens: int
+    seed: str  # the same seed, chats and machine give the same texts
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that an optimizer wrote."""
+
+    text: str
+    tokens: int
+    prompt_tokens: int  # of the chat, and of a chat's first sample only: it is read once for all
+    truncated: bool = False  # cut at max_tokens
 
 
 def open_answerer(flags, model, endpoint=""):
@@ -55,7 +77,8 @@ def open_answerer(flags, model, endpoint=""):
 def local_answerer(engine, path):
     """The Answerer that is the model of an `Engine`, loaded from `path`."""
     identity = (weights_hash(path), str(engine.model.dtype))
-    return Answerer(short_name(path), identity, LocalModel(engine).generate, progress=engine.progress)
+    model = LocalModel(engine)
+    return Answerer(short_name(path), identity, model.generate, progress=engine.progress, write=model.write)
 
 
 @dataclass(frozen=True)
@@ -86,6 +109,23 @@ class LocalModel:
                 missing = [generation for generation in answered if generation.row["id"] not in done]
                 if missing:
                     yield missing
+
+    def write(self, chats, sampling):
+        """As `Answerer` says."""
+        template = self.engine.tokenizer.apply_chat_template
+        texts = [template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        return self.continue_texts([encode(self.engine.tokenizer, text) for text in texts], sampling)
+
+    def continue_texts(self, sequences, sampling):
+        """A list of `Written` for each sequence of ids: what the model writes behind it."""
+        written = []
+        for ids, samples in zip(sequences, self.engine.sample(sequences, sampling)):
+            texts = []
+            for sampled, stopped in samples:
+                text = self.engine.tokenizer.decode(sampled, skip_special_tokens=True)
+                texts.append(Written(text, len(sampled), 0 if texts else len(ids), not stopped))
+            written.append(texts)
+        return written
 
     def answered(self, task, rows, ended, settings):
         """The `Generation` of each of the rows whose reasoning has `Ended`: the answer stands behind the extractor."""
@@ -195,6 +235,22 @@ class Server:
             raise UserError(f"{error}; what was answered is on disk, and the same command goes on from there") from None
 
 
+    def write(self, chats, sampling):
+        """As `Answerer` says: a request for each sample, with a seed of its own, as not every server knows how to give
+        several. Errors: UserError if one fails for good."""
+
+        async def ask(client, job):
+            number, sample = job
+            seed = random.Random(f"{sampling.seed}/{number}/{sample}").randrange(2**31)
+            fields = {"temperature": sampling.temperature, "top_p": 1.0, "seed": seed}
+            reply = await chat(client, self, chats[number], sampling.max_tokens, fields)
+            return job, Written(reply.text, reply.tokens, 0 if sample else reply.prompt_tokens, reply.truncated)
+
+        jobs = list(itertools.product(range(len(chats)), range(sampling.samples)))
+        written = dict(itertools.chain.from_iterable(in_parallel(self, ask, jobs)))
+        return [[written[number, sample] for sample in range(sampling.samples)] for number in range(len(chats))]
+
+
 def server_answerer(flags, endpoint, model):
     """The Answerer that is the model called `model` on the server at `endpoint`; `flags` are ServerFlags.
 
@@ -204,7 +260,7 @@ def server_answerer(flags, endpoint, model):
     gives_log_probs = check_server(Server(endpoint, model, flags))
     server = Server(endpoint, model, flags, gives_log_probs)
     identity = ("server", model, flags.answer_turn)
-    return Answerer(short_name(model), identity, server.generate, endpoint, gives_log_probs)
+    return Answerer(short_name(model), identity, server.generate, endpoint, gives_log_probs, write=server.write)
 
 
 def answer_turns(answer_turn, turns, reasoning, extractor):
@@ -394,7 +450,7 @@ class Failure:
 
 
 async def chat(client, server, turns, max_tokens, fields=None):
-    """The greedy `Reply` to the messages `turns`. fields: more of the request.
+    """The `Reply` to the messages `turns`, greedy unless `fields`, more of the request, has another temperature.
 
     Errors: ServerError for a refusal, or when all tries have failed.
     """

@@ -1,0 +1,108 @@
+"""What an optimizer wrote -> a prompt, or why it is none. Small models forget tags, talk, copy and repeat themselves.
+
+Works without torch.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+TAGS = re.compile(r"<prompt>(.*?)</prompt>", re.S | re.I)
+THOUGHT = re.compile(r"<think>.*?(</think>|$)", re.S)
+LABEL = re.compile(r"^(?:here is |here's )?(?:the |a |an |my )?(?:new |improved |better |final )*prompt\s*:\s*", re.I)
+RUN = 8  # words in succession that no prompt shares with a question or a meta-prompt by chance
+
+# Why a reply gives no prompt.
+EMPTY = "empty"
+TOO_LONG = "too long"
+TAG_LEFT = "with a tag inside"
+LEAKING = "leaking"  # an answer, a number where answers are numbers, or a piece of a training question
+COPIED = "copied from the meta-prompt"
+UNKNOWN_WORDS = "with words or marks that the task model cannot take"
+REPEATED = "repeated"  # scored before; it is no new prompt, but not refused either
+
+
+def parse(reply):
+    """(the prompt in a reply, on one line, or "", whether it stood between tags).
+
+    Taken is the last text between <prompt> and </prompt>; with one tag missing what is behind or before the other; with
+    none the whole reply without fences, quotes and a label.
+    """
+    reply = THOUGHT.sub("", reply)
+    found = TAGS.findall(reply)
+    if found:
+        return tidy(found[-1]), True
+    before, opened, behind = reply.rpartition("<prompt>")
+    if opened:
+        return tidy(behind), False
+    before, closed, _ = reply.partition("</prompt>")
+    return tidy(before if closed else reply), False
+
+
+def tidy(text):
+    """The text on one line, without fences, bold marks, a label and quotes around it."""
+    text = " ".join(text.replace("```", " ").replace("**", "").split())
+    text = LABEL.sub("", text).strip()
+    while len(text) > 1 and text[0] + text[-1] in ('""', "''", "``", "\u201c\u201d"):
+        text = text[1:-1].strip()
+    return text
+
+
+def word_runs(text):
+    """Each `RUN` words in succession."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1)}
+
+
+@dataclass
+class Judge:
+    """Says why a text cannot be a prompt."""
+
+    task: object  # tasks.Task
+    rows: list[dict]  # the training rows, some of which the optimizer sees
+    longest: int  # characters
+    templates: tuple[str, ...] = ()  # of meta-prompts, which a reply may copy
+    tokenizer: object = None  # the task model's
+    questions: set = field(init=False)
+    meta_prompts: set = field(init=False)
+    echoes: set = field(init=False)
+
+    def __post_init__(self):
+        self.questions = set().union(*[word_runs(row["question"]) for row in self.rows])
+        pieces = [piece for template in self.templates for piece in re.split(r"\{\w+\}", template)]
+        self.meta_prompts = set().union(*map(word_runs, pieces))
+        self.echoes = {parse(template)[0] for template in self.templates}  # what a reply that repeats one is read as
+
+    def refusal(self, prompt):
+        """Why the prompt is refused, "" if it is not."""
+        if not re.search(r"\w", prompt):
+            return EMPTY
+        if len(prompt) > self.longest:
+            return TOO_LONG
+        if "<prompt" in prompt.lower() or "</prompt" in prompt.lower():
+            return TAG_LEFT
+        runs = word_runs(prompt)
+        if runs & self.meta_prompts or prompt in self.echoes:
+            return COPIED
+        if runs & self.questions or self.gives_answer(prompt):
+            return LEAKING
+        return "" if self.is_known(prompt) else UNKNOWN_WORDS
+
+    def gives_answer(self, prompt):
+        """Whether the prompt holds an answer: of a number task any digit, of an open one a training row's answer of some
+        length, of a closed one a choice that it calls the answer."""
+        if self.task.kind == "number":
+            return bool(re.search(r"\d", prompt))
+        if not self.task.choices:
+            answers = {row["answer"].lower() for row in self.rows if len(row["answer"]) >= 8}
+            return any(answer in prompt.lower() for answer in answers)
+        choices = "|".join(sorted(map(re.escape, self.task.choices), key=len, reverse=True))
+        # Not "the answer is A or B", which says what answers look like.
+        stated = rf"answer\s*(?:is|:|=)\s*[(\"'$]?(?:{choices})\b(?!\W*(?:or|and)\b|\s*[,/])"
+        return bool(re.search(stated, prompt, re.I))
+
+    def is_known(self, prompt):
+        """Whether the task model's tokenizer knows all words, and nothing in the prompt is one of its marks."""
+        if self.tokenizer is None:
+            return True
+        ids = self.tokenizer.encode(" " + prompt, add_special_tokens=False)
+        return not set(ids) & {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}

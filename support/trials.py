@@ -1,0 +1,133 @@
+"""What a text optimizer asks and tries: replies of the optimizer, and prompts scored on the training rows.
+
+Each reply and each row is on disk before it is used. A run that was killed begins again from its start: the same
+questions, asked in the same order, get the replies that are there, and no row is generated twice. So it ends as if it
+had never stopped.
+
+    optimizer.jsonl           a line per call: what was asked, and what came back
+    train_predictions.jsonl   an evaluation.Prediction per prompt and training row
+
+Works without torch.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from support.answerers import LocalModel, Sampling, Written
+from support.evaluation import Evaluation, add_missing, read_all_predictions, reference_of
+from support.files import append_jsonl, read_appended, require
+from support.tasks import GRADER_VERSION, Task
+from support.tokens import encode, encode_prompt
+
+
+@dataclass
+class Trials:
+    """The optimizer and the task model at work for one run, and what they did."""
+
+    answerer: object  # answerers.Answerer: the task model
+    optimizer: object  # answerers.Answerer: writes prompts
+    task: Task
+    rows: list[dict]  # training rows
+    settings: object  # the run's flags
+    folder: Path
+    engine: object = None  # engine.Engine of the task model, for what needs more than texts
+    totals: Counter = field(default_factory=Counter)  # see runs.TextStep
+    scored: dict[str, list[dict]] = field(default_factory=dict)  # {prompt: its predictions on all rows}
+
+    def __post_init__(self):
+        self.calls_path, self.rows_path = self.folder / "optimizer.jsonl", self.folder / "train_predictions.jsonl"
+        self.recorded = read_appended(self.calls_path)  # of the run before it was killed
+        self.calls = 0
+        self.kept = defaultdict(dict)  # {evaluation.Reference: {row's id: Prediction}}
+        for prediction in read_all_predictions(self.rows_path):
+            same = prediction.get("grader_version") == GRADER_VERSION
+            require(same, f"{self.rows_path} was graded by another version of the grader: choose another --run-dir")
+            self.kept[reference_of(prediction)][prediction["id"]] = prediction
+
+    # --- The optimizer ---
+
+    def ask(self, chats, samples=1, temperature=0.0, purpose="prompt"):
+        """For each chat, a list of turns (the user's, the model's, the user's ...), so many replies as texts.
+
+        purpose: what the replies are for, as the record of the call says. Errors: UserError if a call of this number is
+        on disk that asked something else.
+        """
+        messages = [as_messages(turns) for turns in chats]
+        asked = {"call": self.calls, "purpose": purpose, "samples": samples, "temperature": temperature, "chats": messages}
+        return self.replies_to(asked)
+
+    def draw_prompts(self, rows, temperature, tokens):
+        """For each data row a text that the task model itself puts where the prompt stands; no optimizer is asked."""
+        heads = [encode_prompt(self.engine.tokenizer, self.task, row["question"], "x")[0] for row in rows]
+        asked = {"call": self.calls, "purpose": "own words", "samples": 1, "temperature": temperature, "tokens": tokens}
+        return self.replies_to(asked | {"rows": [row["id"] for row in rows]}, heads)
+
+    def replies_to(self, asked, heads=None):
+        """The replies to a call, from its record or now. heads: ids that the task model goes on from."""
+        if self.calls < len(self.recorded):
+            call = self.recorded[self.calls]
+            same = all(call.get(name) == value for name, value in asked.items()) and "replies" in call
+            where = f"{self.calls_path}, line {self.calls + 1}"
+            require(same, f"{where}: this call asked something else: the run is of another version; choose another --run-dir")
+            replies = [[Written(**reply) for reply in replies] for replies in call["replies"]]
+        else:
+            limit = asked.get("tokens", self.settings.optimizer_tokens)
+            seed = f"{self.settings.seed}/{self.calls}"
+            sampling = Sampling(asked["samples"], asked["temperature"], limit, seed)
+            if heads is None:
+                replies = self.optimizer.write(asked["chats"], sampling)
+            else:
+                replies = LocalModel(self.engine).continue_texts(heads, sampling)
+            append_jsonl(self.calls_path, asked | {"replies": [[asdict(one) for one in some] for some in replies]})
+        self.calls += 1
+        self.count(replies)
+        return [[reply.text for reply in some] for some in replies]
+
+    def count(self, replies):
+        self.totals["optimizer_requests"] += len(replies)
+        for reply in [reply for some in replies for reply in some]:
+            self.totals["optimizer_samples"] += 1
+            self.totals["optimizer_tokens"] += reply.tokens
+            self.totals["optimizer_prompt_tokens"] += reply.prompt_tokens
+
+    # --- The task model ---
+
+    def affords(self, prompt):
+        """Whether the budget still holds the prompt's generations; those of one that was scored cost nothing."""
+        after = self.totals["scored_generations"] + len(self.rows)
+        return prompt in self.scored or not self.settings.budget or after <= self.settings.budget
+
+    def predictions(self, prompt):
+        """A `Prediction` of each training row under the prompt, each generated once."""
+        if prompt not in self.scored:
+            evaluation = Evaluation(self.answerer, self.task, "train", self.rows, prompt, self.settings)
+            kept = self.kept[evaluation.reference]
+            complete = all(row["id"] in kept for row in self.rows)
+            found = [kept[row["id"]] for row in self.rows] if complete else add_missing(evaluation, self.rows_path, kept)
+            self.scored[prompt] = found
+            self.totals["scored_generations"] += len(self.rows)
+            self.totals["generated_tokens"] += sum(prediction["tokens"] for prediction in found)
+        return self.scored[prompt]
+
+    def accuracy(self, prompt):
+        """The prompt's accuracy on the training rows, `paper` reading."""
+        predictions = self.predictions(prompt)
+        return sum(prediction["correct"] for prediction in predictions) / len(predictions)
+
+    def cases(self, prompt, correct):
+        """[(row, `Prediction`)] of the training rows that are right under the prompt, or wrong."""
+        pairs = zip(self.rows, self.predictions(prompt))
+        return [(row, prediction) for row, prediction in pairs if prediction["correct"] == correct]
+
+    def similarities(self, prompt, others):
+        """Cosine of the prompt and each of the others, as the mean of the task model's last states over their tokens."""
+        texts = [encode(self.engine.tokenizer, " " + text) for text in (prompt, *others)]
+        states = self.engine.mean_states(texts)
+        return (states[1:] @ states[0]).tolist()
+
+
+def as_messages(turns):
+    """The messages of a chat from its turns, the first of which is the user's."""
+    roles = ("user", "assistant")
+    return [{"role": roles[number % 2], "content": text} for number, text in enumerate(turns)]
