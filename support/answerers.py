@@ -234,7 +234,6 @@ class Server:
         except ServerError as error:
             raise UserError(f"{error}; what was answered is on disk, and the same command goes on from there") from None
 
-
     def write(self, chats, sampling):
         """As `Answerer` says: a request for each sample, with a seed of its own, as not every server knows how to give
         several. Errors: UserError if one fails for good."""

@@ -188,8 +188,8 @@ class Ended:
 
 
 class Sampler:
-    """Draws next tokens at a temperature above 0. Each row has a generator of its own, so that what is drawn for it does
-    not depend on the rows beside it."""
+    """Draws next tokens at a temperature above 0. Each row has a generator of its own: which rows stand beside it does
+    not change what is drawn for it."""
 
     def __init__(self, temperature, seeds):
         """seeds: a text for each row of the batch."""
@@ -359,8 +359,8 @@ class Engine:
     def generate(self, context, logits, limits, sampler=None):
         """Decoding behind a context whose next-token logits [B, V] are known; yields `Ended` rows.
 
-        sampler: the `Sampler` that draws the tokens; None: the likeliest are taken. Each row goes to an end token or its limit, one of a list of B. Rows leave the batch soon after they end. The
-        context is used up.
+        sampler: the `Sampler` that draws the tokens; None: the likeliest are taken. Each row goes to an end token or
+        its limit, one of a list of B. Rows leave the batch soon after they end. The context is used up.
         """
         ends = torch.tensor(self.end_ids, device=self.device)
         look_every = LOOK_EVERY.get(self.device.type, 8)

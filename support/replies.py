@@ -88,8 +88,8 @@ class Judge:
         return "" if self.is_known(prompt) else UNKNOWN_WORDS
 
     def gives_answer(self, prompt):
-        """Whether the prompt holds an answer: of a number task any digit, of an open one a training row's answer of some
-        length, of a closed one a choice that it calls the answer."""
+        """Whether the prompt holds an answer: of a number task any digit, of an open one a training row's answer if it
+        is long, of a closed one a choice that it calls the answer."""
         if self.task.kind == "number":
             return bool(re.search(r"\d", prompt))
         if not self.task.choices:

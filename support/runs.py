@@ -451,6 +451,18 @@ def finalists(tokenizer, scores, count):
     return sorted(complete, key=lambda score: score.objective)[:count]
 
 
+def text_finalists(steps, initial, count):
+    """Records of the `count` prompts of a text method with the highest training accuracy, of equals the first, and of
+    the initial one. steps: `TextStep`s."""
+    scored = sorted([one for step in steps for one in step.proposed], key=lambda one: -one.accuracy)
+    chosen = scored[:count] + [one for one in scored[count:] if one.prompt == initial]
+    records = []
+    for one in chosen:
+        record = {"prompt": one.prompt, "initial": one.prompt == initial, "train_accuracy": one.accuracy}
+        records.append(record | {"objective": 1 - one.accuracy, "tokens": one.tokens, "step": one.step})
+    return records
+
+
 def rank_prompts(prompts, choose_on):
     """The run's final prompts, best first.
 
@@ -495,4 +507,16 @@ def log_line(step, steps):
         f"step {step.step:3d}/{steps}  position {position}  objective {step.objective:7.3f}  "
         f"ce {step.cross_entropy:7.3f}  error {step.error:.2f}  nll {step.nll:5.2f}  "
         f"best {step.best.objective:7.3f}  {sum(step.seconds.values()):5.1f} s  {step.prompt}"
+    )
+
+
+def text_log_line(step, budget):
+    """One line about a `TextStep`; budget: in generations, 0 for none."""
+    of_budget = f"/{budget}" if budget else ""
+    asked = step.replies.get("all", 0)
+    refused = asked - step.replies.get("new", 0) - step.replies.get("repeated", 0)
+    return (
+        f"round {step.step:3d}  scored {step.totals['scored_generations']:5d}{of_budget}  new {len(step.proposed):3d}  "
+        f"replies {asked:4d}, refused {refused}  optimizer tokens {step.totals.get('optimizer_tokens', 0):6d}  "
+        f"best {100 * step.best.accuracy:5.1f} %  {sum(step.seconds.values()):5.1f} s  {step.best.prompt}"
     )

@@ -154,7 +154,15 @@ TEXT_METHODS = {
     },
     "gpo": GPO | {"retrieval": "relevance", "refinement": "generate"},
     "gpo-sgdm": GPO | {"retrieval": "summary", "refinement": "edit"},
-    "ape": {"rounds": 4, "samples": 4, "beam": 4, "optimizer_temperature": 0.7, "exemplars": 5, "groups": 2, "guesses": 8},
+    "ape": {
+        "rounds": 4,
+        "samples": 4,
+        "beam": 4,
+        "optimizer_temperature": 0.7,
+        "exemplars": 5,
+        "groups": 2,
+        "guesses": 8,
+    },
     "apo": {
         "rounds": 5,
         "beam": 4,
@@ -336,8 +344,8 @@ def check_split_and_counts(flags, **least):
 # --- The command line --------------------------------------------------------------------------------------------
 
 
-def parse_flags(flags_class, description, more_defaults=None):
-    """The dataclass `flags_class` filled from the command line.
+def parse_flags(flags_class, description, more_defaults=None, given=None):
+    """The dataclass `flags_class` filled from the command line, or from the arguments `given`.
 
     The defaults of its fields are replaced by those of the task, then of the preset, then by `more_defaults(early)`,
     a dict, where `early` holds the flags --task and --run-dir as far as they are given. Unknown flags and values of
@@ -358,7 +366,7 @@ def parse_flags(flags_class, description, more_defaults=None):
     defaults |= of_the_run
     parser = HfArgumentParser(flags_class, description=description, allow_abbrev=False)
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in names})
-    return flags_class(**vars(parser.parse_args()))
+    return flags_class(**vars(parser.parse_args(given)))
 
 
 def early_flags():

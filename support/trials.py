@@ -54,12 +54,19 @@ class Trials:
         on disk that asked something else.
         """
         messages = [as_messages(turns) for turns in chats]
-        asked = {"call": self.calls, "purpose": purpose, "samples": samples, "temperature": temperature, "chats": messages}
+        asked = {
+            "call": self.calls,
+            "purpose": purpose,
+            "samples": samples,
+            "temperature": temperature,
+            "chats": messages,
+        }
         return self.replies_to(asked)
 
     def draw_prompts(self, rows, temperature, tokens):
         """For each data row a text that the task model itself puts where the prompt stands; no optimizer is asked."""
-        heads = [encode_prompt(self.engine.tokenizer, self.task, row["question"], "x")[0] for row in rows]
+        place = self.task.initial_prompt  # any words stand where a prompt stands
+        heads = [encode_prompt(self.engine.tokenizer, self.task, row["question"], place)[0] for row in rows]
         asked = {"call": self.calls, "purpose": "own words", "samples": 1, "temperature": temperature, "tokens": tokens}
         return self.replies_to(asked | {"rows": [row["id"] for row in rows]}, heads)
 
@@ -69,7 +76,10 @@ class Trials:
             call = self.recorded[self.calls]
             same = all(call.get(name) == value for name, value in asked.items()) and "replies" in call
             where = f"{self.calls_path}, line {self.calls + 1}"
-            require(same, f"{where}: this call asked something else: the run is of another version; choose another --run-dir")
+            require(
+                same,
+                f"{where}: this call asked something else: the run is of another version; choose another --run-dir",
+            )
             replies = [[Written(**reply) for reply in replies] for replies in call["replies"]]
         else:
             limit = asked.get("tokens", self.settings.optimizer_tokens)
@@ -104,7 +114,9 @@ class Trials:
             evaluation = Evaluation(self.answerer, self.task, "train", self.rows, prompt, self.settings)
             kept = self.kept[evaluation.reference]
             complete = all(row["id"] in kept for row in self.rows)
-            found = [kept[row["id"]] for row in self.rows] if complete else add_missing(evaluation, self.rows_path, kept)
+            found = (
+                [kept[row["id"]] for row in self.rows] if complete else add_missing(evaluation, self.rows_path, kept)
+            )
             self.scored[prompt] = found
             self.totals["scored_generations"] += len(self.rows)
             self.totals["generated_tokens"] += sum(prediction["tokens"] for prediction in found)
@@ -121,7 +133,7 @@ class Trials:
         return [(row, prediction) for row, prediction in pairs if prediction["correct"] == correct]
 
     def similarities(self, prompt, others):
-        """Cosine of the prompt and each of the others, as the mean of the task model's last states over their tokens."""
+        """Cosine of the prompt and each of the others, from the task model's last states, mean over their tokens."""
         texts = [encode(self.engine.tokenizer, " " + text) for text in (prompt, *others)]
         states = self.engine.mean_states(texts)
         return (states[1:] @ states[0]).tolist()
