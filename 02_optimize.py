@@ -308,14 +308,15 @@ def final_prompts(flags, tokenizer, row, steps):
 
 def search_text(job, engine, answerer):
     """A text method: records of its final prompts, as `runs.text_finalists` gives them; None of a dry run."""
-    from support.replies import Judge
-    from support.trials import Trials
-    from text_optimizers import METHODS, Search, optimize, planned, rounds_within, summary
+    from support.plans import planned, rounds_within
+    from support.replies import Judge, summary
+    from support.trials import Search, Trials
+    from text_optimizers import METHODS, optimize
 
     flags, method = job.flags, METHODS[job.flags.method]
     optimizer = open_optimizer(flags, engine, answerer, method.meta_prompts)
-    rounds = flags.rounds or rounds_within(method, flags, len(job.seeds), len(job.train))
-    calls = planned(method, flags, len(job.seeds), rounds)
+    rounds = flags.rounds or rounds_within(flags, len(job.seeds), len(job.train))
+    calls = planned(flags, len(job.seeds), rounds)
     path = job.run_dir / "steps.jsonl"
     steps = read_steps(path, growing=True)
     if flags.dry_run or not steps:
@@ -341,7 +342,7 @@ def search_text(job, engine, answerer):
             bar.write(text_log_line(step, flags.budget))
             sys.stdout.flush()
             bar.update()
-    print("\n".join(summary(steps, flags)))
+    print("\n".join(summary(steps, TITLES[flags.method])))
     return text_finalists(steps, job.seeds[0], flags.finalists)
 
 

@@ -1,109 +1,37 @@
 """Optimizers that work in text: a model reads prompts, scores or mistakes, and writes new prompts.
 
-All of them share one loop, `optimize`: propose prompts, score them on the training rows, keep some. A method is what it
-proposes and what it keeps. A section each, with its whole meta-prompt in our own words:
+All share one loop, `optimize`: propose prompts, score them on the training rows, keep some. A method is what it
+proposes and keeps. Each has a section here, with its whole meta-prompt in our own words: OPRO (Yang et al. 2023), GPO
+(Tang et al. 2024), APE (Zhou et al. 2022), APO or ProTeGi (Pryzant et al. 2023), PE2 (Ye et al. 2023), TextGrad
+(Yuksekgonul et al. 2024), EvoPrompt (Guo et al. 2023), and random prompts, the baseline without feedback.
 
-    OPRO (Yang et al. 2023), GPO (Tang et al. 2024), APE (Zhou et al. 2022), APO or ProTeGi (Pryzant et al. 2023),
-    PE2 (Ye et al. 2023), TextGrad (Yuksekgonul et al. 2024), EvoPrompt (Guo et al. 2023), and random prompts,
-    the baseline without any feedback.
-
-One frame for all, so that they can be compared: the same training rows score (accuracy, `paper` reading, greedy) and
-give examples and mistakes; a prompt stands where the task has it; a reply gives its prompt between the same tags; a
-reply that gives none is lost, and the run goes on. Where that differs from a publication, docs/text_optimizers.md says
-so. What is asked and scored is on disk before it is used (support/trials.py). Works without torch.
+So that they can be compared, one frame holds all: the same training rows score (accuracy, `paper` reading, greedy) and
+give examples and mistakes; a prompt stands where the task has it; a reply gives it between the same tags, and one that
+gives none is lost. docs/text_optimizers.md says where that differs from the publications. `Search`, what is asked and
+what is scored are in support/trials.py. Works without torch.
 """
 
-import random
-from collections import Counter
-from dataclasses import dataclass, field
+import math
+import re
 
-from support.replies import COPIED, REPEATED, Judge, parse
-from support.runs import Scored, TextStep, timed
-from support.settings import TITLES
-from support.trials import Trials
+from support.runs import TextStep, timed
+from support.trials import MARK, best_of, distinct, shortened, show_cases, show_scored
 
-MARK = "<PROMPT HERE>"  # where the prompt stands in a question that is shown
 RULES = "It must suit every question of this task, so it holds no answer and nothing taken from a single question."
 REPLY = "Reply with the prompt alone, in this form: <prompt>text of the prompt</prompt>"
-LONGEST_SHOWN = 600  # characters of a reasoning that is shown
-STALLED = 10  # rounds without a new prompt after which only a budget would end a run
-LEAST_GOOD = 0.5  # share of the replies: below it the optimizer is unfit
-PROMPT_TOKENS = 48  # of a random prompt, at most
+STALLED = 10  # rounds without a new prompt
+FIRST_SENTENCE, PROMPT_TOKENS = re.compile(r"[^\n.!?]*[.!?]?"), 48  # of random prompts
 
 
 # --- The loop: propose, score, keep ------------------------------------------------------------------
 
 
-@dataclass
-class Search:
-    """A search: what it works with, every prompt it has scored, and what it keeps."""
-
-    trials: Trials
-    judge: Judge
-    seeds: list[str]  # prompts to start from, the initial one first
-    rounds: int  # planned
-    archive: dict[str, Scored] = field(default_factory=dict)
-    pool: list[Scored] = field(default_factory=list)
-    step: int = 0
-    replies: Counter = field(default_factory=Counter)  # see runs.TextStep
-    notes: str = ""  # of GPO's summary
-
-    @property
-    def settings(self):
-        return self.trials.settings
-
-    def rng(self, purpose):
-        """A generator for each (seed, step, purpose)."""
-        return random.Random(f"{self.settings.seed}/{self.step}/{purpose}")
-
-    def draw_rows(self, count, purpose):
-        rows = self.trials.rows
-        return self.rng(purpose).sample(rows, min(count, len(rows)))
-
-    def write_prompts(self, chats, samples=1, temperature=None):
-        """The prompts that the optimizer writes to chats, `samples` to each, in order; None for a lost reply."""
-        temperature = self.settings.optimizer_temperature if temperature is None else temperature
-        replies = self.trials.ask(chats, samples, temperature)
-        return self.accept([reply for some in replies for reply in some])
-
-    def accept(self, replies):
-        """The prompt in each reply, None for one that is refused; all are counted."""
-        prompts = []
-        for reply in replies:
-            prompt, in_tags = parse(reply)
-            refusal = self.judge.refusal(prompt)
-            known = prompt in self.archive or prompt in prompts
-            outcome = refusal or (REPEATED if known else "new")
-            self.replies.update(["all", outcome] + ["in tags"] * in_tags)
-            prompts.append(None if refusal else prompt)
-        return prompts
-
-    def score(self, prompt):
-        """The `Scored` prompt, None if the budget does not hold it."""
-        if prompt not in self.archive:
-            if not self.trials.affords(prompt):
-                return None
-            accuracy = self.trials.accuracy(prompt)
-            tokens = sum(prediction["tokens"] for prediction in self.trials.scored[prompt])
-            self.archive[prompt] = Scored(prompt, accuracy, tokens, self.step)
-        return self.archive[prompt]
-
-    def top(self, count):
-        """The best of all prompts so far; of equals the first."""
-        return best_of(self.archive.values(), count)
-
-
-def best_of(scored, count):
-    return sorted(scored, key=lambda one: -one.accuracy)[:count]
-
-
 def optimize(method, search):
     """Run a `Method`: yields a `TextStep` per round; step 0 is the start. Ends behind the last round, when the budget
-    holds no other prompt, or, without a number of rounds, when nothing new has come for long."""
+    holds no other prompt, or, where only a budget ends the run, after `STALLED` rounds."""
     settings, last_new = search.settings, 0
     while True:
-        seconds = {}
-        before = len(search.archive)
+        seconds, before = {}, len(search.archive)
         with timed(seconds, "propose"):
             proposed = method.propose(search) if search.step else search.seeds + method.begin(search)
         with timed(seconds, "score"):
@@ -127,7 +55,8 @@ def optimize(method, search):
 
 
 class Method:
-    """What a method does in the loop. `calls` and `first_calls` say what that takes, so that it is known beforehand."""
+    """What a method does in the loop; support/plans.py says beforehand what that takes. `propose(search)` gives new
+    prompts, None in the place of one that was lost."""
 
     meta_prompts = ()  # templates, which no reply may copy
 
@@ -135,103 +64,9 @@ class Method:
         """Prompts to start from besides the given ones."""
         return []
 
-    def propose(self, search):
-        """New prompts, None in the place of one that was lost."""
-        raise NotImplementedError
-
     def keep(self, search, scored):
         """The pool after a round. scored: a `Scored`, or None, for each proposal; at the start the first pool."""
         return search.top(search.settings.beam)
-
-    def first_calls(self, settings, seeds):
-        """The `Calls` of the start, with so many given prompts."""
-        return Calls(seeds)
-
-    def calls(self, settings, pool):
-        """The `Calls` of a round in which so many prompts are kept, if every prompt is good and new."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Calls:
-    prompts: int = 0  # scored, on all training rows
-    requests: int = 0  # to the optimizer
-    samples: int = 0  # its replies
-
-    def __add__(self, other):
-        return Calls(self.prompts + other.prompts, self.requests + other.requests, self.samples + other.samples)
-
-
-def planned(method, settings, seeds, rounds):
-    """[`Calls` from the start on, with so many given prompts, up to and with round n], n from 0."""
-    total = method.first_calls(settings, seeds)
-    sums, pool = [total], min(settings.beam or 1, total.prompts)
-    for _ in range(rounds):
-        calls = method.calls(settings, pool)
-        total, pool = total + calls, min(settings.beam or 1, pool + calls.prompts)
-        sums.append(total)
-    return sums
-
-
-def rounds_within(method, settings, seeds, rows):
-    """How many rounds the budget holds on so many training rows if every prompt is good and new; at least one."""
-    prompts = settings.budget // rows
-    sums = planned(method, settings, seeds, prompts)
-    return max(1, sum(calls.prompts <= prompts for calls in sums) - 1)
-
-
-def summary(steps, settings):
-    """Lines on how the optimizer did in the whole run, with warnings where that says something about the search."""
-    replies, totals = Counter(steps[-1].replies), steps[-1].totals
-    count = replies["all"]
-    line = f"{TITLES[settings.method]}: {totals['scored_generations']} scored generations"
-    if not count:
-        return [f"{line}, no reply of an optimizer"]
-    good = replies["new"] + replies[REPEATED]
-    lines = [
-        f"{line}, {totals['optimizer_requests']} requests to the optimizer, which read "
-        f"{totals['optimizer_prompt_tokens']} tokens and wrote {totals['optimizer_tokens']}",
-        f"  {good} of {count} replies gave a prompt ({100 * good / count:.0f} %), {replies['in tags']} in tags",
-    ]
-    others = [f"{number} {outcome}" for outcome, number in replies.items() if outcome not in ("all", "new", "in tags")]
-    lines += [f"  not new: {', '.join(others)}"] if others else []
-    if good < LEAST_GOOD * count:
-        lines.append("  warning: most replies gave no prompt, so the result says little about the method")
-    if replies[REPEATED] > LEAST_GOOD * count:
-        lines.append("  warning: the optimizer mostly repeated prompts that were scored before")
-    if replies[COPIED] > LEAST_GOOD * count:
-        lines.append("  warning: the optimizer mostly copied the meta-prompt")
-    if steps[-1].step and not any(step.proposed for step in steps[1:]):
-        lines.append("  warning: no round gave a new prompt")
-    return lines
-
-
-def show_row(search, row):
-    return f"Input:\n{search.trials.task.user_turn(row['question'], MARK)}\nRight answer: {row['answer']}"
-
-
-def show_rows(search, rows):
-    return "\n\n".join(show_row(search, row) for row in rows)
-
-
-def show_cases(search, cases):
-    """(row, prediction) pairs: what was asked, what the model wrote, what is right."""
-    blocks = []
-    for row, prediction in cases:
-        written = f"The model wrote: {shortened(prediction['text'])}\nIts answer: {prediction['answer']}"
-        blocks.append(f"Question: {row['question']}\n{written}\nRight answer: {row['answer']}")
-    return "\n\n".join(blocks)
-
-
-def shortened(text):
-    """Head and tail of a long text."""
-    half = LONGEST_SHOWN // 2
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:half]} [...] {text[-half:]}"
-
-
-def show_scored(scored):
-    """Prompts with their accuracies, the last one last."""
-    return "\n\n".join(f"Prompt: {one.prompt}\nAccuracy: {round(100 * one.accuracy)}" for one in scored)
 
 
 # --- OPRO: a list of the best prompts with their scores, to be continued upwards -----------------------
@@ -258,7 +93,7 @@ class Opro(Method):
 
     def propose(self, search):
         settings = search.settings
-        examples = show_rows(search, search.draw_rows(settings.exemplars, "exemplars"))
+        examples = search.trials.show_rows(search.draw_rows(settings.exemplars, "exemplars"))
         meta = OPRO_META.format(earlier=show_scored(reversed(search.pool)), examples=examples)
         return search.write_prompts([[meta]], settings.samples)
 
@@ -267,8 +102,399 @@ class Opro(Method):
         above = [one for one in shown if one.accuracy >= search.settings.least_accuracy]
         return above or shown  # where all are below the threshold it would hide everything
 
-    def calls(self, settings, pool):
-        return Calls(settings.samples, 1, settings.samples)
+
+# --- GPO: memory like momentum, a bound on the change like a learning rate ------------------------------
+
+GPO_META = f"""A language model works on a task with a prompt that can be improved.
+
+{{memory}}
+
+The current prompt: {{current}}
+
+{MARK} marks the place of the prompt in the questions below. With a good prompt the model's reasoning ends at the \
+right answer.
+
+{{examples}}
+
+{{request}} {{limit}}{RULES}
+{REPLY}"""
+GPO_MEMORY = "Earlier prompts and the accuracy that each reached, from 0 to 100; higher is better:\n\n{earlier}"
+GPO_REQUESTS = {
+    "generate": "Study what is known of the prompts so far and write a new prompt that does better than all of them.",
+    "edit": "Improve the current prompt: change what holds it back and leave the rest as it is.",
+}
+GPO_LIMIT = "Up to {words} words may differ from the current prompt. "
+GPO_SUMMARY = """Prompts for one task are improved step by step, and notes are kept on what helps.
+
+Notes so far: {notes}
+The latest prompt, with an accuracy of {accuracy} in 100: {prompt}
+
+Write the notes anew, in at most three sentences: what seems to raise the accuracy, and what to lower it?"""
+MOST_WORDS, LEAST_WORDS = 50, 10  # that may change, in the first rounds and in the last
 
 
-METHODS = {"opro": Opro()}
+def word_limit(schedule, step, rounds):
+    """How many words may change in round `step`, counted from 1, of so many; None where nothing limits them."""
+    done = min(1.0, step / rounds)
+    left = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "fixed": 1.0, "none": None}[schedule]
+    return None if left is None else int(LEAST_WORDS + (MOST_WORDS - LEAST_WORDS) * left)
+
+
+class Gpo(Method):
+    """The pool is the trajectory: the winner of each round, the current one last. It always moves on, also downhill."""
+
+    meta_prompts = (GPO_META, GPO_SUMMARY, *GPO_REQUESTS.values())
+
+    def propose(self, search):
+        settings, current = search.settings, search.pool[-1]
+        if settings.retrieval == "summary":
+            accuracy, notes = round(100 * current.accuracy), search.notes or "none"
+            asked = GPO_SUMMARY.format(notes=notes, prompt=current.prompt, accuracy=accuracy)
+            [[search.notes]] = search.trials.ask([[asked]], purpose="notes")
+            memory = f"What was learned from the prompts so far: {shortened(search.notes)}"
+        else:
+            memory = GPO_MEMORY.format(earlier=show_scored(self.retrieve(search)))
+        words = word_limit(settings.word_schedule, search.step, search.rounds)
+        meta = GPO_META.format(
+            memory=memory,
+            current=current.prompt,
+            examples=search.trials.show_rows(search.draw_rows(settings.exemplars, "exemplars")),
+            request=GPO_REQUESTS[settings.refinement],
+            limit=GPO_LIMIT.format(words=words) if words else "",
+        )
+        return search.write_prompts([[meta]], settings.samples)
+
+    def retrieve(self, search):
+        """The current prompt, last, behind those of the trajectory that it is to be compared with, the nearest last."""
+        settings, current = search.settings, search.pool[-1]
+        earlier = [one for one in distinct(search.pool) if one != current]
+        count = settings.shown - 1
+        if settings.retrieval == "none" or not count or not earlier:
+            return [current]
+        if settings.retrieval == "importance":
+            chosen = best_of(earlier, count)[::-1]
+        elif settings.retrieval == "recency":
+            chosen = earlier[-count:]
+        else:
+            likeness = dict(zip(earlier, search.trials.similarities(current.prompt, [one.prompt for one in earlier])))
+            chosen = sorted(earlier, key=likeness.get)[-count:]
+        return [*chosen, current]
+
+    def keep(self, search, scored):
+        if not search.step:
+            return best_of(distinct(scored), len(scored))[::-1]
+        candidates = [one for one in distinct(scored) if one not in search.pool] or distinct(scored)
+        return search.pool + best_of(candidates, 1)
+
+
+# --- APE: guess the instruction from its results, then reword the best ---------------------------------
+
+APE_GUESS = f"""A helper was given one instruction and followed it. For each of these inputs, where {MARK} stands for \
+the instruction, the helper came to the answer below it.
+
+{{examples}}
+
+What may the instruction have been? {RULES}
+{REPLY}"""
+REWORD = f"""Say this prompt in other words, so that it still asks for the same: {{prompt}}
+
+{REPLY}"""
+GUESS_TEMPERATURE = 0.9
+
+
+def reword(search, prompts, samples=1):
+    """Rewordings of prompts, `samples` of each in succession; None for a lost one."""
+    return search.write_prompts([[REWORD.format(prompt=prompt)] for prompt in prompts], samples)
+
+
+class Ape(Method):
+    """No scores and no mistakes are shown: guesses at first, then rewordings of the best prompts."""
+
+    meta_prompts = (APE_GUESS, REWORD)
+
+    def begin(self, search):
+        settings, chats = search.settings, []
+        for group in range(settings.groups):
+            rows = search.draw_rows(settings.exemplars, f"examples {group}")
+            chats.append([APE_GUESS.format(examples=search.trials.show_rows(rows))])
+        return search.write_prompts(chats, settings.guesses, GUESS_TEMPERATURE)
+
+    def propose(self, search):
+        return reword(search, [kept.prompt for kept in search.pool], search.settings.samples)
+
+
+# --- APO, also called ProTeGi: a reason for the mistakes is the gradient, an edit the step --------------
+
+APO_CASES = f"""I write a prompt that tells a language model how to work on the questions of a task. {MARK} is the \
+place of the prompt:
+
+{{place}}
+
+My prompt is now: {{prompt}}
+With it the model got these questions wrong:
+
+{{cases}}"""
+APO_REASON = f"""{APO_CASES}
+
+Name one weakness of the prompt that can explain these mistakes, in one or two sentences. Do not write a prompt yet."""
+APO_EDIT = f"""{APO_CASES}
+
+What seems to be wrong with the prompt: {{reason}}
+
+Write a better prompt, with this mended. {RULES}
+{REPLY}"""
+
+
+class Apo(Method):
+    """For each kept prompt: groups of its mistakes, a reason for each group, an edit for each reason, rewordings."""
+
+    meta_prompts = (APO_REASON, APO_EDIT, REWORD)
+
+    def propose(self, search):
+        batch = [row["id"] for row in search.draw_rows(search.settings.minibatch, "minibatch")]
+        children = []
+        for number, kept in enumerate(search.pool):
+            children += self.children_of(search, kept.prompt, batch, search.rng(f"parent {number}"))
+        return children
+
+    def children_of(self, search, prompt, batch, rng):
+        """Some of a prompt's edits and rewordings. batch: ids of the rows whose mistakes count; rng: draws."""
+        settings = search.settings
+        wrong = [case for case in search.trials.cases(prompt, [False]) if case[0]["id"] in batch]
+        groups = []
+        for _ in range(settings.groups if wrong else 0):  # without a mistake there is nothing to explain
+            cases = show_cases(rng.sample(wrong, min(settings.errors, len(wrong))))
+            groups.append({"prompt": prompt, "place": search.trials.place(), "cases": cases})
+        chats = [[APO_REASON.format(**group)] for group in groups]
+        reasons = search.trials.ask(chats, 1, settings.optimizer_temperature, "reason")
+        chats = [[APO_EDIT.format(**group, reason=shortened(reason))] for group, [reason] in zip(groups, reasons)]
+        edits = [edit for edit in search.write_prompts(chats) if edit]
+        new = dict.fromkeys(edits + reword(search, [prompt, *edits], settings.paraphrases))
+        unseen = [child for child in new if child and child not in search.archive]
+        return rng.sample(unseen, min(settings.children, len(unseen)))
+
+
+# --- PE2: the optimizer fills in a form on each case before it writes -----------------------------------
+
+PE2_PLAN = """A prompt is a short text that is given to a language model together with a question, so that the model \
+works on the question as it should. We improve one in two steps. First I show you the prompt, how it is joined to a \
+question, and some cases, and you examine each case. Then I ask you for the refined prompt."""
+PE2_AGREED = "Understood. Show me the prompt and the cases, and I examine them one by one."
+PE2_FORM = """The prompt: {prompt}
+What the model reads, with the prompt in its place: {place}
+
+The cases:
+
+{cases}
+
+The right answers are beyond doubt. For each case say in a few words:
+1. Is the model's answer right? If not, what went wrong?
+2. Does what the model wrote follow the prompt?
+3. Does the prompt say well enough what the task is?
+4. Must the prompt change for this case, and how exactly?"""
+PE2_REFINE = f"""Now refine the prompt by what you found. The current prompt: {{prompt}}
+
+Avoid mistakes as in the cases above. Keep it short, below fifty words. {RULES}
+{REPLY}"""
+EXAMINE_TEMPERATURE = 0.5
+
+
+class Pe2(Method):
+    """Each new prompt has its own two cases and its own conversation of two rounds."""
+
+    meta_prompts = (PE2_PLAN, PE2_FORM, PE2_REFINE)
+
+    def propose(self, search):
+        settings, chats, parents = search.settings, [], []
+        for number, kept in enumerate(search.pool):
+            rng = search.rng(f"mistakes {number}")
+            # Without a mistake cases that are right show what the prompt is good for.
+            cases = search.trials.cases(kept.prompt, [False]) or search.trials.cases(kept.prompt)
+            place = search.trials.place(kept.prompt)
+            for _ in range(settings.samples):
+                shown = show_cases(rng.sample(cases, min(settings.errors, len(cases))))
+                form = PE2_FORM.format(prompt=kept.prompt, place=place, cases=shown)
+                chats.append([PE2_PLAN, PE2_AGREED, form])
+                parents.append(kept.prompt)
+        findings = search.trials.ask(chats, 1, EXAMINE_TEMPERATURE, "examination")
+        requests = [PE2_REFINE.format(prompt=prompt) for prompt in parents]
+        return search.write_prompts([[*chat, found, ask] for chat, [found], ask in zip(chats, findings, requests)])
+
+
+# --- TextGrad: criticism of the answer, from it criticism of the prompt, then one update -----------------
+
+TEXTGRAD_ANSWER = """A language model was asked a question and wrote a response. You give feedback on the response; \
+you do not answer the question.
+
+{case}
+The response counts as {outcome}.
+How could it be better? Where it is good already, say so and nothing else."""
+TEXTGRAD_PROMPT = f"""A language model reads questions together with a prompt, whose place is {MARK}:
+
+{{place}}
+
+The prompt: {{prompt}}
+One conversation with it:
+
+{{case}}
+
+Feedback on the response: {{feedback}}
+
+From this, give feedback on the prompt: what in it should change, so that responses get better? Criticise it, but do \
+not write a new one."""
+TEXTGRAD_UPDATE = f"""You improve a text by the feedback on it: a prompt that tells a language model how to work on \
+the questions of a task.
+
+The prompt: {{prompt}}
+Feedback from {{count}} conversations:
+
+{{feedback}}
+
+Write the improved prompt. {RULES}
+{REPLY}"""
+
+
+class Textgrad(Method):
+    """One prompt. A new one replaces it if its accuracy is not lower."""
+
+    meta_prompts = (TEXTGRAD_ANSWER, TEXTGRAD_PROMPT, TEXTGRAD_UPDATE)
+
+    def propose(self, search):
+        settings, prompt = search.settings, search.pool[0].prompt
+        batch = [row["id"] for row in search.draw_rows(settings.errors, "batch")]
+        cases = [case for case in search.trials.cases(prompt) if case[0]["id"] in batch]
+        shown = [show_cases([case]) for case in cases]
+        outcomes = ["right" if prediction["correct"] else "wrong" for _, prediction in cases]
+        chats = [[TEXTGRAD_ANSWER.format(case=case, outcome=outcome)] for case, outcome in zip(shown, outcomes)]
+        on_answers = search.trials.ask(chats, purpose="feedback on a response")
+        chats = []
+        for case, [feedback] in zip(shown, on_answers):
+            parts = {"place": search.trials.place(), "prompt": prompt, "case": case, "feedback": shortened(feedback)}
+            chats.append([TEXTGRAD_PROMPT.format(**parts)])
+        on_prompt = search.trials.ask(chats, purpose="feedback on the prompt")
+        feedback = "\n\n".join(shortened(criticism) for [criticism] in on_prompt)
+        return search.write_prompts([[TEXTGRAD_UPDATE.format(prompt=prompt, count=len(cases), feedback=feedback)]])
+
+    def keep(self, search, scored):
+        (child,) = scored if search.step else search.top(1)
+        parent = search.pool[0] if search.pool else child
+        return [child if child and child.accuracy >= parent.accuracy else parent]
+
+
+# --- EvoPrompt: crossover and mutation by the optimizer, selection by accuracy ---------------------------
+
+GA_META = f"""Two prompts for one task are to have a child. Follow the two steps; here they are done for another task.
+
+Prompt 1: Sum up the article in simple words.
+Prompt 2: Give the main points of the text as a list.
+Step 1, cross the prompts: Give the main points of the article in simple words.
+Step 2, change the result: State what matters most in the article, in words that a child knows.
+<prompt>State what matters most in the article, in words that a child knows.</prompt>
+
+Now the same with these.
+Prompt 1: {{first}}
+Prompt 2: {{second}}
+Step 1, cross the prompts. Step 2, change the result. {RULES}
+{REPLY}"""
+DE_META = f"""A new prompt comes from four others. Follow the four steps; here they are done for another task.
+
+Prompt A: Sum up the article in simple words.
+Prompt B: Sum up the text as a short list.
+Prompt C: Tell a friend what the article says.
+Prompt D: Give the main points of the text.
+Step 1, find where A and B differ: "in simple words" against "as a short list".
+Step 2, change these parts: "in everyday language", "in three lines".
+Step 3, work them into C: Tell a friend in three lines and everyday language what the article says.
+Step 4, cross that with D: Give a friend the main points of the text in three lines and everyday language.
+<prompt>Give a friend the main points of the text in three lines and everyday language.</prompt>
+
+Now the same with these.
+Prompt A: {{first}}
+Prompt B: {{second}}
+Prompt C: {{best}}
+Prompt D: {{base}}
+Step 1, find where A and B differ. Step 2, change these parts. Step 3, work them into C. Step 4, cross that with D. \
+{RULES}
+{REPLY}"""
+
+
+class EvoPromptGa(Method):
+    """Parents are drawn in proportion to accuracy; the best of parents and children live on."""
+
+    meta_prompts = (GA_META, REWORD)
+
+    def begin(self, search):
+        """Rewordings of the best given prompts, as many as the population lacks."""
+        best = self.best_given(search)
+        missing = search.settings.beam - len(best)
+        return reword(search, [best[number % len(best)].prompt for number in range(missing)])
+
+    def best_given(self, search):
+        """At most half a population."""
+        return best_of(distinct(map(search.score, search.seeds)), max(1, search.settings.beam // 2))
+
+    def propose(self, search):
+        rng, pool = search.rng("parents"), search.pool
+        weights = [one.accuracy + 1e-9 for one in pool]  # so that they may all be zero
+        wheel = rng.choices(pool, weights, k=len(pool))
+        chats = []
+        for _ in range(search.settings.beam):
+            first = rng.choice(wheel)
+            second = rng.choice([one for one in wheel if one != first] or pool)
+            chats.append([GA_META.format(first=first.prompt, second=second.prompt)])
+        return search.write_prompts(chats)
+
+    def keep(self, search, scored):
+        if not search.step:
+            return distinct(self.best_given(search) + scored[len(search.seeds) :])
+        return best_of(distinct(search.pool + scored), search.settings.beam)
+
+
+class EvoPromptDe(EvoPromptGa):
+    """Each slot of the population has its own line: a child takes it if it is better than the one there."""
+
+    meta_prompts = (DE_META, REWORD)
+
+    def propose(self, search):
+        rng, best, chats = search.rng("donors"), search.top(1)[0], []
+        for base in search.pool:
+            others = [one for one in search.pool if one != base]
+            first, second = rng.sample(others, 2) if len(others) > 1 else (others or [base]) * 2
+            donors = {"first": first.prompt, "second": second.prompt, "best": best.prompt}
+            chats.append([DE_META.format(**donors, base=base.prompt)])
+        return search.write_prompts(chats)
+
+    def keep(self, search, scored):
+        if not search.step:
+            return super().keep(search, scored)
+        slots = zip(search.pool, scored)
+        return [child if child and child.accuracy > base.accuracy else base for base, child in slots]
+
+
+# --- Random prompts: no feedback at all, the baseline to beat -------------------------------------------
+
+
+class RandomPrompts(Method):
+    """What the task model itself would write in the prompt's place behind a question, up to the end of a sentence."""
+
+    def propose(self, search):
+        rows = search.rng("rows").choices(search.trials.rows, k=search.settings.samples)
+        texts = search.trials.draw_prompts(rows, search.settings.optimizer_temperature, PROMPT_TOKENS)
+        return search.accept([FIRST_SENTENCE.match(text.strip()).group() for text in texts])
+
+    def keep(self, search, scored):
+        return search.top(1)
+
+
+METHODS = {
+    "opro": Opro(),
+    "gpo": Gpo(),
+    "gpo-sgdm": Gpo(),
+    "ape": Ape(),
+    "apo": Apo(),
+    "pe2": Pe2(),
+    "textgrad": Textgrad(),
+    "evoprompt-ga": EvoPromptGa(),
+    "evoprompt-de": EvoPromptDe(),
+    "random": RandomPrompts(),
+}

@@ -33,7 +33,7 @@ def reply_to(messages, seed):
     rng = random.Random(f"{seed}/{json.dumps(messages)}")
     asked = messages[-1]["content"]
     if "<prompt>" not in asked:
-        return "the instruction may not make the model work out each value ."
+        return "I have nothing to add to what the model did."
     found = [text.split() for message in messages for text in INSTRUCTION.findall(message["content"])]
     if not found:
         return f"<prompt>{' '.join([*make_clause(rng, 0.0), '.'])}</prompt>"

@@ -4,6 +4,7 @@ Works without torch.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 TAGS = re.compile(r"<prompt>(.*?)</prompt>", re.S | re.I)
@@ -106,3 +107,34 @@ class Judge:
             return True
         ids = self.tokenizer.encode(" " + prompt, add_special_tokens=False)
         return not set(ids) & {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+
+
+# --- What became of the replies of a run ---------------------------------------------------------------------
+
+HALF = 0.5  # of the replies: beyond it the optimizer is unfit
+
+
+def summary(steps, title):
+    """Lines on how the optimizer did in the whole run, with warnings where that says something about the search."""
+    replies, totals = Counter(steps[-1].replies), steps[-1].totals
+    count = replies["all"]
+    line = f"{title}: {totals['scored_generations']} scored generations"
+    if not count:
+        return [f"{line}, no reply of an optimizer"]
+    good = replies["new"] + replies[REPEATED]
+    lines = [
+        f"{line}, {totals['optimizer_requests']} requests to the optimizer, which read "
+        f"{totals['optimizer_prompt_tokens']} tokens and wrote {totals['optimizer_tokens']}",
+        f"  {good} of {count} replies gave a prompt ({100 * good / count:.0f} %), {replies['in tags']} in tags",
+    ]
+    others = [f"{number} {outcome}" for outcome, number in replies.items() if outcome not in ("all", "new", "in tags")]
+    lines += [f"  not new: {', '.join(others)}"] if others else []
+    if good < HALF * count:
+        lines.append("  warning: most replies gave no prompt, so the result says little about the method")
+    if replies[REPEATED] > HALF * count:
+        lines.append("  warning: the optimizer mostly repeated prompts that were scored before")
+    if replies[COPIED] > HALF * count:
+        lines.append("  warning: the optimizer mostly copied the meta-prompt")
+    if steps[-1].step and not any(step.proposed for step in steps[1:]):
+        lines.append("  warning: no round gave a new prompt")
+    return lines

@@ -297,7 +297,9 @@ def differences(run_dir, record):
         path = Path(run_dir) / "run.json"
         raise UserError(f"{path} is not the record of a run: choose another --run-dir") from None
     now = settings_of(record)
-    names = (recorded.keys() | now.keys()) - {"run_dir", "data_dir", "source"}
+    # The optimizer is known by its hash.
+    places = {"run_dir", "data_dir", "source", "optimizer_model", "optimizer_endpoint"}
+    names = (recorded.keys() | now.keys()) - places
     return sorted(name for name in names if recorded.get(name) != now.get(name))
 
 

@@ -244,6 +244,8 @@ class TextSettings:
             require(fits, f"{as_flag(name)} must be one of {', '.join(values)}, not {value!r}")
         for name in ("optimizer_temperature", "least_accuracy"):
             require((getattr(self, name) or 0) >= 0, f"{as_flag(name)} must not be negative")
+        asks = self.method not in (GREATER, "random") or not (self.optimizer_model or self.optimizer_endpoint)
+        require(asks, f"--method {self.method} asks no optimizer: leave out --optimizer-model and --optimizer-endpoint")
         named = self.optimizer_model or not self.optimizer_endpoint
         require(named, "--optimizer-endpoint needs --optimizer-model, the model's name on the server")
 

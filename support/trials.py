@@ -10,6 +10,7 @@ had never stopped.
 Works without torch.
 """
 
+import random
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,8 +18,13 @@ from pathlib import Path
 from support.answerers import LocalModel, Sampling, Written
 from support.evaluation import Evaluation, add_missing, read_all_predictions, reference_of
 from support.files import append_jsonl, read_appended, require
+from support.replies import REPEATED, Judge, parse
+from support.runs import Scored
 from support.tasks import GRADER_VERSION, Task
 from support.tokens import encode, encode_prompt
+
+MARK = "<PROMPT HERE>"  # where the prompt stands in what an optimizer is shown
+LONGEST_SHOWN = 600  # characters of a text that is shown
 
 
 @dataclass
@@ -53,6 +59,8 @@ class Trials:
         purpose: what the replies are for, as the record of the call says. Errors: UserError if a call of this number is
         on disk that asked something else.
         """
+        if not (chats and samples):
+            return []
         messages = [as_messages(turns) for turns in chats]
         asked = {
             "call": self.calls,
@@ -91,11 +99,11 @@ class Trials:
                 replies = LocalModel(self.engine).continue_texts(heads, sampling)
             append_jsonl(self.calls_path, asked | {"replies": [[asdict(one) for one in some] for some in replies]})
         self.calls += 1
+        self.totals["optimizer_requests"] += len(replies) if heads is None else 0
         self.count(replies)
         return [[reply.text for reply in some] for some in replies]
 
     def count(self, replies):
-        self.totals["optimizer_requests"] += len(replies)
         for reply in [reply for some in replies for reply in some]:
             self.totals["optimizer_samples"] += 1
             self.totals["optimizer_tokens"] += reply.tokens
@@ -127,16 +135,119 @@ class Trials:
         predictions = self.predictions(prompt)
         return sum(prediction["correct"] for prediction in predictions) / len(predictions)
 
-    def cases(self, prompt, correct):
-        """[(row, `Prediction`)] of the training rows that are right under the prompt, or wrong."""
+    def cases(self, prompt, outcomes=(True, False)):
+        """[(row, `Prediction`)] of the training rows that are right (True) or wrong (False) under the prompt."""
         pairs = zip(self.rows, self.predictions(prompt))
-        return [(row, prediction) for row, prediction in pairs if prediction["correct"] == correct]
+        return [(row, prediction) for row, prediction in pairs if prediction["correct"] in outcomes]
+
+    def place(self, prompt=MARK):
+        """What the task model reads, for any question, with the prompt in its place."""
+        return self.task.user_turn("<question>", prompt)
+
+    def show_rows(self, rows):
+        """Training rows with the place of the prompt and the right answer."""
+        shown = [f"Input:\n{self.task.user_turn(row['question'], MARK)}\nRight answer: {row['answer']}" for row in rows]
+        return "\n\n".join(shown)
 
     def similarities(self, prompt, others):
         """Cosine of the prompt and each of the others, from the task model's last states, mean over their tokens."""
         texts = [encode(self.engine.tokenizer, " " + text) for text in (prompt, *others)]
         states = self.engine.mean_states(texts)
         return (states[1:] @ states[0]).tolist()
+
+
+# --- What methods share ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Search:
+    """A search: what it works with, every prompt it has scored, and what it keeps."""
+
+    trials: Trials
+    judge: Judge
+    seeds: list[str]  # prompts to start from, the initial one first
+    rounds: int  # planned
+    archive: dict[str, Scored] = field(default_factory=dict)
+    pool: list[Scored] = field(default_factory=list)
+    step: int = 0
+    replies: Counter = field(default_factory=Counter)  # see runs.TextStep
+    notes: str = ""  # of GPO's summary
+
+    @property
+    def settings(self):
+        return self.trials.settings
+
+    def rng(self, purpose):
+        """A generator for each (seed, step, purpose)."""
+        return random.Random(f"{self.settings.seed}/{self.step}/{purpose}")
+
+    def draw_rows(self, count, purpose):
+        rows = self.trials.rows
+        return self.rng(purpose).sample(rows, min(count, len(rows)))
+
+    def write_prompts(self, chats, samples=1, temperature=None):
+        """The prompts that the optimizer writes to chats, `samples` to each, in order; None for a lost reply."""
+        temperature = self.settings.optimizer_temperature if temperature is None else temperature
+        replies = self.trials.ask(chats, samples, temperature)
+        return self.accept([reply for some in replies for reply in some])
+
+    def accept(self, replies):
+        """The prompt in each reply, None for one that is refused; all are counted."""
+        prompts = []
+        for reply in replies:
+            prompt, in_tags = parse(reply)
+            refusal = self.judge.refusal(prompt)
+            known = prompt in self.archive or prompt in prompts
+            outcome = refusal or (REPEATED if known else "new")
+            self.replies.update(["all", outcome] + ["in tags"] * in_tags)
+            prompts.append(None if refusal else prompt)
+        return prompts
+
+    def score(self, prompt):
+        """The `Scored` prompt, None if the budget does not hold it."""
+        if prompt not in self.archive:
+            if not self.trials.affords(prompt):
+                return None
+            accuracy = self.trials.accuracy(prompt)
+            tokens = sum(prediction["tokens"] for prediction in self.trials.scored[prompt])
+            self.archive[prompt] = Scored(prompt, accuracy, tokens, self.step)
+        return self.archive[prompt]
+
+    def top(self, count):
+        """The best of all prompts so far; of equals the first."""
+        return best_of(self.archive.values(), count)
+
+
+def best_of(scored, count):
+    return sorted(scored, key=lambda one: -one.accuracy)[:count]
+
+
+def distinct(scored):
+    """The `Scored` of a list that may hold None, each once."""
+    return list(dict.fromkeys(one for one in scored if one))
+
+
+# --- What an optimizer is shown ---------------------------------------------------------------------------
+
+
+def shortened(text):
+    """Head and tail of a long text."""
+    half = LONGEST_SHOWN // 2
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:half]} [...] {text[-half:]}"
+
+
+def show_scored(scored):
+    """Prompts with their accuracies in percent, in the order given."""
+    return "\n\n".join(f"Prompt: {one.prompt}\nAccuracy: {round(100 * one.accuracy)}" for one in scored)
+
+
+def show_cases(cases):
+    """(row, `Prediction`) pairs: what was asked, what the model wrote, what is right."""
+    blocks = []
+    for row, prediction in cases:
+        written = f"The model wrote: {shortened(prediction['text'])}\nIts answer: {prediction['answer']}"
+        blocks.append(f"Question: {row['question']}\n{written}\nRight answer: {row['answer']}")
+    return "\n\n".join(blocks)
 
 
 def as_messages(turns):

@@ -37,6 +37,7 @@ SUPPORT = (
     "answerers",
     "answers",
     "replies",
+    "plans",
     "trials",
     "check",
     "pictures",
