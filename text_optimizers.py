@@ -480,7 +480,7 @@ class RandomPrompts(Method):
     def propose(self, search):
         rows = search.rng("rows").choices(search.trials.rows, k=search.settings.samples)
         texts = search.trials.draw_prompts(rows, search.settings.optimizer_temperature, PROMPT_TOKENS)
-        return search.accept([FIRST_SENTENCE.match(text.strip()).group() for text in texts])
+        return search.accept([FIRST_SENTENCE.match(text.strip()).group() for [text] in texts])
 
     def keep(self, search, scored):
         return search.top(1)

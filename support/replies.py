@@ -19,7 +19,7 @@ TAG_LEFT = "with a tag inside"
 LEAKING = "leaking"  # an answer, a number where answers are numbers, or a piece of a training question
 COPIED = "copied from the meta-prompt"
 UNKNOWN_WORDS = "with words or marks that the task model cannot take"
-REPEATED = "repeated"  # scored before; it is no new prompt, but not refused either
+REPEATED = "repeated"  # written before: no new prompt, but not refused either
 
 
 def parse(reply):
@@ -132,7 +132,7 @@ def summary(steps, title):
     if good < HALF * count:
         lines.append("  warning: most replies gave no prompt, so the result says little about the method")
     if replies[REPEATED] > HALF * count:
-        lines.append("  warning: the optimizer mostly repeated prompts that were scored before")
+        lines.append("  warning: the optimizer mostly repeated itself")
     if replies[COPIED] > HALF * count:
         lines.append("  warning: the optimizer mostly copied the meta-prompt")
     if steps[-1].step and not any(step.proposed for step in steps[1:]):

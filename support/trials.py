@@ -171,6 +171,7 @@ class Search:
     pool: list[Scored] = field(default_factory=list)
     step: int = 0
     replies: Counter = field(default_factory=Counter)  # see runs.TextStep
+    accepted: set[str] = field(default_factory=set)  # every prompt that a reply gave
     notes: str = ""  # of GPO's summary
 
     @property
@@ -197,8 +198,8 @@ class Search:
         for reply in replies:
             prompt, in_tags = parse(reply)
             refusal = self.judge.refusal(prompt)
-            known = prompt in self.archive or prompt in prompts
-            outcome = refusal or (REPEATED if known else "new")
+            outcome = refusal or (REPEATED if prompt in self.accepted or prompt in self.archive else "new")
+            self.accepted.add(prompt)
             self.replies.update(["all", outcome] + ["in tags"] * in_tags)
             prompts.append(None if refusal else prompt)
         return prompts

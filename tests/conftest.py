@@ -6,7 +6,7 @@ Run all tests with `python -m pytest -n2 --dist loadfile`, or without the flags 
 import os
 import random
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from support.engine import Engine, load_engine  # noqa: E402
-from support.settings import SearchSettings  # noqa: E402
+from support.settings import SearchSettings, TextSettings  # noqa: E402
 from support.sources import split_rows  # noqa: E402
 from support.tasks import Task, get_task  # noqa: E402
 from support.tokens import choices_of, encode_prompt, encode_row  # noqa: E402
@@ -282,3 +282,18 @@ def subword_tokenizer(request):
 
 def own_task(kind="number", extractor="The answer is $", choices=(), **more):
     return Task("own", kind, extractor, tuple(choices), **more)
+
+
+# --- Text optimizers ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextFlags(SearchSettings, TextSettings):
+    """The settings of stage 2, as far as the text methods have them."""
+
+
+def text_settings(method, **changes):
+    """The settings of a text method, those that are not given resolved."""
+    chosen = TextFlags(**({"method": method, "max_new_tokens": 40, "batch_size": 200} | changes))
+    chosen.resolve()
+    return chosen
