@@ -25,12 +25,12 @@ import torch
 from conftest import ROOT, greedy_reference, own_task, plain_logits, settings, slow_log_probs
 
 from support import answerers
-from support.answerers import LocalModel, Server, batches_of_like_length, local_answerer, server_answerer
+from support.answerers import LocalModel, Sampling, Server, batches_of_like_length, local_answerer, server_answerer
 from support.engine import Engine
 from support.evaluation import Evaluation, evaluate, evaluate_once
 from support.files import UserError, read_jsonl, write_jsonl
 from support.settings import ServerFlags
-from support.tokens import encode_chat, encode_choices, encode_prompt, extractor_ids
+from support.tokens import encode, encode_chat, encode_choices, encode_prompt, extractor_ids
 
 
 @pytest.fixture(autouse=True)
@@ -871,3 +871,38 @@ def test_stage_3_says_in_one_line_that_no_server_is_there(tmp_path):
         and done.stderr.count("\n") == 1
         and "error: --endpoint http://127.0.0.1:9/v1" in done.stderr
     )
+
+
+# --- Writing at a temperature ---------------------------------------------------------------------------------------
+
+CHATS = [[{"role": "user", "content": "find this ."}], [{"role": "user", "content": "check each step ."}]]
+
+
+def test_a_server_is_asked_once_for_each_sample_with_a_seed_of_its_own():
+    def behave(handler, body, before):
+        handler.say(200, completion(f"{body['messages'][0]['content']} {body.get('seed', '-')}"))
+
+    with serving(behave) as web:
+        answerer = server_answerer(flags(answer_turn="ask"), web.url, "m")
+        drawn = answerer.write(CHATS, Sampling(3, 0.7, 20, "5/2"))
+        again = answerer.write(CHATS, Sampling(3, 0.7, 20, "5/2"))
+        other = answerer.write(CHATS, Sampling(3, 0.7, 20, "5/3"))
+    bodies = [body for body, _ in web.requests if "seed" in body]
+    assert len(bodies) == 18 and {body["temperature"] for body in bodies} == {0.7}
+    assert {body["max_tokens"] for body in bodies} == {20} and {body["top_p"] for body in bodies} == {1.0}
+    texts = [written.text for samples in drawn for written in samples]
+    assert again == drawn != other and len(set(texts)) == 6
+    assert all(text.startswith("find this .") for text in texts[:3])
+    assert [written.prompt_tokens for written in drawn[0]] == [9, 0, 0]
+
+
+def test_a_model_loaded_here_writes_several_texts_to_each_chat(demo_engine):
+    drawn = LocalModel(demo_engine).write(CHATS, Sampling(4, 1.0, 6, "0"))
+    assert [len(samples) for samples in drawn] == [4, 4]
+    assert all(written.tokens <= 6 for samples in drawn for written in samples)
+    ids = encode(
+        demo_engine.tokenizer,
+        demo_engine.tokenizer.apply_chat_template(CHATS[0], tokenize=False, add_generation_prompt=True),
+    )
+    assert [written.prompt_tokens for written in drawn[0]] == [len(ids), 0, 0, 0]
+    assert LocalModel(demo_engine).write(CHATS, Sampling(4, 1.0, 6, "0")) == drawn
