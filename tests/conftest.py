@@ -3,6 +3,7 @@
 Run all tests with `python -m pytest -n2 --dist loadfile`, or without the flags in one process.
 """
 
+import importlib.util
 import os
 import random
 import sys
@@ -70,6 +71,10 @@ class TorchInDouble:
 
     def __getattr__(self, name):
         return getattr(torch, name)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes and needs a model that does not lie here")
 
 
 @pytest.fixture
@@ -282,6 +287,16 @@ def subword_tokenizer(request):
 
 def own_task(kind="number", extractor="The answer is $", choices=(), **more):
     return Task("own", kind, extractor, tuple(choices), **more)
+
+
+@pytest.fixture(scope="session")
+def demo_server():
+    """The URL of the optimizer in the demo's language."""
+    spec = importlib.util.spec_from_file_location("demo_optimizer", ROOT / "demo" / "optimizer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.serving() as url:
+        yield url
 
 
 # --- Text optimizers ---------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The text optimizers: their schedules, what each asks and keeps, how many calls it takes, and each on the demo."""
 
-import importlib.util
 import itertools
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, own_task, text_settings
 
 from support.answerers import Answerer, Written, local_answerer, server_answerer
+from support.engine import load_engine
 from support.evaluation import Generation, evaluate
 from support.files import text_hash
 from support.plans import planned
@@ -349,19 +350,6 @@ def test_evoprompt_draws_parents_by_accuracy_and_no_prompt_with_itself(tmp_path)
 # --- On the demo, with an optimizer behind a server -----------------------------------------------------------------
 
 
-def demo_optimizer():
-    spec = importlib.util.spec_from_file_location("demo_optimizer", ROOT / "demo" / "optimizer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def demo_server():
-    with demo_optimizer().serving() as url:
-        yield url
-
-
 @pytest.mark.parametrize("method", TEXT_METHODS)
 def test_every_method_improves_the_demo_s_prompt(method, demo_engine, demo_task, demo_data, demo_server, tmp_path):
     settings = text_settings(method, budget=16 * 36)
@@ -377,3 +365,31 @@ def test_every_method_improves_the_demo_s_prompt(method, demo_engine, demo_task,
         accuracy[prompt] = sum(prediction["correct"] for prediction in found) / 40
     assert accuracy[last.best.prompt] > accuracy[demo_task.initial_prompt] + 0.1
     assert last.replies["new"] + last.replies.get("repeated", 0) == last.replies["all"]
+
+
+# --- With a real model as optimizer --------------------------------------------------------------------------------
+
+# The folder of an instruction-tuned model: GREATER_OPTIMIZER=path/to/Qwen2.5-0.5B-Instruct pytest -m slow
+REAL_MODEL = os.environ.get("GREATER_OPTIMIZER", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_MODEL, reason="GREATER_OPTIMIZER names no model")
+@pytest.mark.parametrize("method", ["opro", "gpo"])
+def test_a_real_small_model_is_an_optimizer_whose_replies_can_be_read(method, tmp_path):
+    engine = load_engine(REAL_MODEL, "cpu", "float32")
+    rows = [{"id": f"{n}", "question": f"Is {n} an even number?", "answer": "no" if n % 2 else "yes"} for n in range(6)]
+    task = own_task("boolean", "So the answer is", ("yes", "no"))
+    settings = text_settings(method, rounds=3, samples=4, max_new_tokens=48, optimizer_tokens=128)
+    answerer = local_answerer(engine, REAL_MODEL)
+    results = []
+    for folder in ("first", "again"):
+        (tmp_path / folder).mkdir()
+        trials = Trials(answerer, answerer, task, rows, settings, tmp_path / folder, engine)
+        judge = Judge(task, rows, settings.longest_prompt, METHODS[method].meta_prompts, engine.tokenizer)
+        steps = list(optimize(METHODS[method], Search(trials, judge, ["think step by step."], 3)))
+        results.append([replace(step, seconds={}) for step in steps])
+    assert results[0] == results[1]  # the same seed draws the same texts
+    replies = results[0][-1].replies
+    assert replies["all"] == 12 and replies["new"] >= 4
+    assert results[0][-1].totals["optimizer_requests"] == 3
