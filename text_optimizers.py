@@ -14,11 +14,12 @@ what is scored are in support/trials.py. Works without torch.
 import math
 import re
 
+from support.replies import MARK
 from support.runs import TextStep, timed
-from support.trials import MARK, best_of, distinct, shortened, show_cases, show_scored
+from support.trials import best_of, distinct, shortened, show_cases, show_scored
 
-RULES = "It must suit every question of this task, so it holds no answer and nothing taken from a single question."
-REPLY = "Reply with the prompt alone, in this form: <prompt>text of the prompt</prompt>"
+RULES = "It must suit every question of this task, so do not repeat a question or an answer in it."
+REPLY = "Reply with the instruction alone, in this form: <prompt>text of the instruction</prompt>"
 STALLED = 10  # rounds without a new prompt
 FIRST_SENTENCE, PROMPT_TOKENS = re.compile(r"[^\n.!?]*[.!?]?"), 48  # of random prompts
 
@@ -71,18 +72,18 @@ class Method:
 
 # --- OPRO: a list of the best prompts with their scores, to be continued upwards -----------------------
 
-OPRO_META = f"""Here are prompts that were tried for one task, with the accuracy, from 0 to 100, that a language model \
-reached with each. They stand in rising order, so the last are the best.
+OPRO_META = f"""Here are instructions that were tried for one task, with the accuracy, from 0 to 100, that a language \
+model reached with each. They stand in rising order, so the last are the best.
 
 {{earlier}}
 
-Some questions of the task follow. {MARK} marks the place of the prompt. The model reads all of it, reasons, and is \
-counted as right if it arrives at the right answer.
+Some questions of the task follow. {MARK} marks the place of the instruction. The model reads all of it, reasons, and \
+is counted as right if it arrives at the right answer.
 
 {{examples}}
 
-Think of one new prompt. It shall be different from every prompt above and reach a higher accuracy than all of them. \
-{RULES}
+Write one new instruction that tells the model how to work on such questions. It shall be different from those above \
+and lead to a higher accuracy. {RULES}
 {REPLY}"""
 
 
@@ -105,29 +106,28 @@ class Opro(Method):
 
 # --- GPO: memory like momentum, a bound on the change like a learning rate ------------------------------
 
-GPO_META = f"""A language model works on a task with a prompt that can be improved.
+GPO_META = f"""A language model works on a task with an instruction that can be improved.
 
 {{memory}}
 
-The current prompt: {{current}}
+The current instruction: {{current}}
 
-{MARK} marks the place of the prompt in the questions below. With a good prompt the model's reasoning ends at the \
+{MARK} marks the place of the instruction in the questions below. With a good one the model's reasoning ends at the \
 right answer.
 
 {{examples}}
 
 {{request}} {{limit}}{RULES}
 {REPLY}"""
-GPO_MEMORY = "Earlier prompts and the accuracy that each reached, from 0 to 100; higher is better:\n\n{earlier}"
+GPO_MEMORY = "Earlier instructions and the accuracy that each reached, from 0 to 100; higher is better:\n\n{earlier}"
 GPO_REQUESTS = {
-    "generate": "Study what is known of the prompts so far and write a new prompt that does better than all of them.",
-    "edit": "Improve the current prompt: change what holds it back and leave the rest as it is.",
+    "generate": "Study what is known of the instructions so far and write a new one that does better than all of them.",
+    "edit": "Improve the current instruction: change what holds it back and leave the rest as it is.",
 }
-GPO_LIMIT = "Up to {words} words may differ from the current prompt. "
-GPO_SUMMARY = """Prompts for one task are improved step by step, and notes are kept on what helps.
+GPO_SUMMARY = """Instructions for one task are improved step by step, and notes are kept on what helps.
 
 Notes so far: {notes}
-The latest prompt, with an accuracy of {accuracy} in 100: {prompt}
+The latest instruction, with an accuracy of {accuracy} in 100: {prompt}
 
 Write the notes anew, in at most three sentences: what seems to raise the accuracy, and what to lower it?"""
 MOST_WORDS, LEAST_WORDS = 50, 10  # that may change, in the first rounds and in the last
@@ -160,7 +160,7 @@ class Gpo(Method):
             current=current.prompt,
             examples=search.trials.show_rows(search.draw_rows(settings.exemplars, "exemplars")),
             request=GPO_REQUESTS[settings.refinement],
-            limit=GPO_LIMIT.format(words=words) if words else "",
+            limit=f"Up to {words} words may differ from the current instruction. " if words else "",
         )
         return search.write_prompts([[meta]], settings.samples)
 
@@ -196,7 +196,7 @@ the instruction, the helper came to the answer below it.
 
 What may the instruction have been? {RULES}
 {REPLY}"""
-REWORD = f"""Say this prompt in other words, so that it still asks for the same: {{prompt}}
+REWORD = f"""Say this instruction in other words, so that it still asks for the same: {{prompt}}
 
 {REPLY}"""
 GUESS_TEMPERATURE = 0.9
@@ -225,23 +225,23 @@ class Ape(Method):
 
 # --- APO, also called ProTeGi: a reason for the mistakes is the gradient, an edit the step --------------
 
-APO_CASES = f"""I write a prompt that tells a language model how to work on the questions of a task. {MARK} is the \
-place of the prompt:
+APO_CASES = f"""I write an instruction that tells a language model how to work on the questions of a task. {MARK} is \
+its place:
 
 {{place}}
 
-My prompt is now: {{prompt}}
+My instruction is now: {{prompt}}
 With it the model got these questions wrong:
 
 {{cases}}"""
 APO_REASON = f"""{APO_CASES}
 
-Name one weakness of the prompt that can explain these mistakes, in one or two sentences. Do not write a prompt yet."""
+Name one weakness of the instruction that can explain these mistakes, in one or two sentences. Do not write one yet."""
 APO_EDIT = f"""{APO_CASES}
 
-What seems to be wrong with the prompt: {{reason}}
+What seems to be wrong with the instruction: {{reason}}
 
-Write a better prompt, with this mended. {RULES}
+Write a better instruction, with this mended. {RULES}
 {REPLY}"""
 
 
@@ -276,12 +276,12 @@ class Apo(Method):
 
 # --- PE2: the optimizer fills in a form on each case before it writes -----------------------------------
 
-PE2_PLAN = """A prompt is a short text that is given to a language model together with a question, so that the model \
-works on the question as it should. We improve one in two steps. First I show you the prompt, how it is joined to a \
-question, and some cases, and you examine each case. Then I ask you for the refined prompt."""
-PE2_AGREED = "Understood. Show me the prompt and the cases, and I examine them one by one."
-PE2_FORM = """The prompt: {prompt}
-What the model reads, with the prompt in its place: {place}
+PE2_PLAN = """An instruction is a short text that is given to a language model together with a question, so that the \
+model works on the question as it should. We improve one in two steps. First I show you the instruction, how it is \
+joined to a question, and some cases, and you examine each case. Then I ask you for the refined instruction."""
+PE2_AGREED = "Understood. Show me the instruction and the cases, and I examine them one by one."
+PE2_FORM = """The instruction: {prompt}
+What the model reads, with the instruction in its place: {place}
 
 The cases:
 
@@ -289,10 +289,10 @@ The cases:
 
 The right answers are beyond doubt. For each case say in a few words:
 1. Is the model's answer right? If not, what went wrong?
-2. Does what the model wrote follow the prompt?
-3. Does the prompt say well enough what the task is?
-4. Must the prompt change for this case, and how exactly?"""
-PE2_REFINE = f"""Now refine the prompt by what you found. The current prompt: {{prompt}}
+2. Does what the model wrote follow the instruction?
+3. Does the instruction say well enough what the task is?
+4. Must the instruction change for this case, and how exactly?"""
+PE2_REFINE = f"""Now refine the instruction by what you found. The current instruction: {{prompt}}
 
 Avoid mistakes as in the cases above. Keep it short, below fifty words. {RULES}
 {REPLY}"""
@@ -329,28 +329,28 @@ you do not answer the question.
 {case}
 The response counts as {outcome}.
 How could it be better? Where it is good already, say so and nothing else."""
-TEXTGRAD_PROMPT = f"""A language model reads questions together with a prompt, whose place is {MARK}:
+TEXTGRAD_PROMPT = f"""A language model reads questions together with an instruction, whose place is {MARK}:
 
 {{place}}
 
-The prompt: {{prompt}}
+The instruction: {{prompt}}
 One conversation with it:
 
 {{case}}
 
 Feedback on the response: {{feedback}}
 
-From this, give feedback on the prompt: what in it should change, so that responses get better? Criticise it, but do \
-not write a new one."""
-TEXTGRAD_UPDATE = f"""You improve a text by the feedback on it: a prompt that tells a language model how to work on \
-the questions of a task.
+From this, give feedback on the instruction: what in it should change, so that responses get better? Criticise it, but \
+do not write a new one."""
+TEXTGRAD_UPDATE = f"""You improve a text by the feedback on it: an instruction that tells a language model how to work \
+on the questions of a task.
 
-The prompt: {{prompt}}
+The instruction: {{prompt}}
 Feedback from {{count}} conversations:
 
 {{feedback}}
 
-Write the improved prompt. {RULES}
+Write the improved instruction. {RULES}
 {REPLY}"""
 
 
@@ -383,25 +383,25 @@ class Textgrad(Method):
 
 # --- EvoPrompt: crossover and mutation by the optimizer, selection by accuracy ---------------------------
 
-GA_META = f"""Two prompts for one task are to have a child. Follow the two steps; here they are done for another task.
+GA_META = f"""Two instructions are to have a child. Follow the two steps; here they are done for another task.
 
-Prompt 1: Sum up the article in simple words.
-Prompt 2: Give the main points of the text as a list.
-Step 1, cross the prompts: Give the main points of the article in simple words.
+Instruction 1: Sum up the article in simple words.
+Instruction 2: Give the main points of the text as a list.
+Step 1, cross the instructions: Give the main points of the article in simple words.
 Step 2, change the result: State what matters most in the article, in words that a child knows.
 <prompt>State what matters most in the article, in words that a child knows.</prompt>
 
 Now the same with these.
-Prompt 1: {{first}}
-Prompt 2: {{second}}
-Step 1, cross the prompts. Step 2, change the result. {RULES}
+Instruction 1: {{first}}
+Instruction 2: {{second}}
+Step 1, cross the instructions. Step 2, change the result. {RULES}
 {REPLY}"""
-DE_META = f"""A new prompt comes from four others. Follow the four steps; here they are done for another task.
+DE_META = f"""A new instruction comes from four others. Follow the four steps; here they are done for another task.
 
-Prompt A: Sum up the article in simple words.
-Prompt B: Sum up the text as a short list.
-Prompt C: Tell a friend what the article says.
-Prompt D: Give the main points of the text.
+Instruction A: Sum up the article in simple words.
+Instruction B: Sum up the text as a short list.
+Instruction C: Tell a friend what the article says.
+Instruction D: Give the main points of the text.
 Step 1, find where A and B differ: "in simple words" against "as a short list".
 Step 2, change these parts: "in everyday language", "in three lines".
 Step 3, work them into C: Tell a friend in three lines and everyday language what the article says.
@@ -409,10 +409,10 @@ Step 4, cross that with D: Give a friend the main points of the text in three li
 <prompt>Give a friend the main points of the text in three lines and everyday language.</prompt>
 
 Now the same with these.
-Prompt A: {{first}}
-Prompt B: {{second}}
-Prompt C: {{best}}
-Prompt D: {{base}}
+Instruction A: {{first}}
+Instruction B: {{second}}
+Instruction C: {{best}}
+Instruction D: {{base}}
 Step 1, find where A and B differ. Step 2, change these parts. Step 3, work them into C. Step 4, cross that with D. \
 {RULES}
 {REPLY}"""

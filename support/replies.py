@@ -8,9 +8,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 TAGS = re.compile(r"<prompt>(.*?)</prompt>", re.S | re.I)
+OTHER_TAGS = re.compile(r"^\s*<([\w ]+)>(.*)</\1>\s*$", re.S)  # around a whole reply
+MARK = "[INSTRUCTION]"  # where the prompt stands in what an optimizer is shown
+ANY_TAG = re.compile(r"<[^<>]+>|</?prompt", re.I)
 THOUGHT = re.compile(r"<think>.*?(</think>|$)", re.S)
 LABEL = re.compile(r"^(?:here is |here's )?(?:the |a |an |my )?(?:new |improved |better |final )*prompt\s*:\s*", re.I)
-RUN = 8  # words in succession that no prompt shares with a question or a meta-prompt by chance
+RUN, SHORTEST = 8, 4  # words in succession that no prompt shares by chance with a longer text, or a whole shorter one
 
 # Why a reply gives no prompt.
 EMPTY = "empty"
@@ -26,7 +29,7 @@ def parse(reply):
     """(the prompt in a reply, on one line, or "", whether it stood between tags).
 
     Taken is the last text between <prompt> and </prompt>; with one tag missing what is behind or before the other; with
-    none the whole reply without fences, quotes and a label.
+    none the whole reply without fences, quotes, a label, and a pair of other tags around it.
     """
     reply = THOUGHT.sub("", reply)
     found = TAGS.findall(reply)
@@ -36,7 +39,7 @@ def parse(reply):
     if opened:
         return tidy(behind), False
     before, closed, _ = reply.partition("</prompt>")
-    return tidy(before if closed else reply), False
+    return tidy(before if closed else OTHER_TAGS.sub(r"\2", reply)), False
 
 
 def tidy(text):
@@ -48,9 +51,13 @@ def tidy(text):
     return text
 
 
+def words_of(text):
+    return re.findall(r"\w+", text.lower())
+
+
 def word_runs(text):
     """Each `RUN` words in succession."""
-    words = re.findall(r"\w+", text.lower())
+    words = words_of(text)
     return {tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1)}
 
 
@@ -64,14 +71,18 @@ class Judge:
     templates: tuple[str, ...] = ()  # of meta-prompts, which a reply may copy
     tokenizer: object = None  # the task model's
     questions: set = field(init=False)
+    short_questions: set = field(init=False)  # as words with spaces around them
     meta_prompts: set = field(init=False)
     echoes: set = field(init=False)
 
     def __post_init__(self):
         self.questions = set().union(*[word_runs(row["question"]) for row in self.rows])
+        words = [words_of(row["question"]) for row in self.rows]
+        self.short_questions = {f" {' '.join(few)} " for few in words if SHORTEST <= len(few) < RUN}
         pieces = [piece for template in self.templates for piece in re.split(r"\{\w+\}", template)]
         self.meta_prompts = set().union(*map(word_runs, pieces))
-        self.echoes = {parse(template)[0] for template in self.templates}  # what a reply that repeats one is read as
+        # What stands between the tags there, as a reply that repeats them is read.
+        self.echoes = {found for template in self.templates for found in TAGS.findall(template)}
 
     def refusal(self, prompt):
         """Why the prompt is refused, "" if it is not."""
@@ -79,12 +90,13 @@ class Judge:
             return EMPTY
         if len(prompt) > self.longest:
             return TOO_LONG
-        if "<prompt" in prompt.lower() or "</prompt" in prompt.lower():
+        if ANY_TAG.search(prompt) or MARK in prompt:
             return TAG_LEFT
         runs = word_runs(prompt)
-        if runs & self.meta_prompts or prompt in self.echoes:
+        if runs & self.meta_prompts or any(echo in prompt for echo in self.echoes):
             return COPIED
-        if runs & self.questions or self.gives_answer(prompt):
+        text = f" {' '.join(words_of(prompt))} "
+        if runs & self.questions or any(few in text for few in self.short_questions) or self.gives_answer(prompt):
             return LEAKING
         return "" if self.is_known(prompt) else UNKNOWN_WORDS
 
@@ -131,6 +143,8 @@ def summary(steps, title):
     lines += [f"  not new: {', '.join(others)}"] if others else []
     if good < HALF * count:
         lines.append("  warning: most replies gave no prompt, so the result says little about the method")
+    elif totals["optimizer_requests"] and replies["in tags"] < HALF * count:
+        lines.append("  warning: most replies lack the tags, so much of what was read as a prompt may be none")
     if replies[REPEATED] > HALF * count:
         lines.append("  warning: the optimizer mostly repeated itself")
     if replies[COPIED] > HALF * count:

@@ -18,12 +18,11 @@ from pathlib import Path
 from support.answerers import LocalModel, Sampling, Written
 from support.evaluation import Evaluation, add_missing, read_all_predictions, reference_of
 from support.files import append_jsonl, read_appended, require
-from support.replies import REPEATED, Judge, parse
+from support.replies import MARK, REPEATED, Judge, parse
 from support.runs import Scored
 from support.tasks import GRADER_VERSION, Task
 from support.tokens import encode, encode_prompt
 
-MARK = "<PROMPT HERE>"  # where the prompt stands in what an optimizer is shown
 LONGEST_SHOWN = 600  # characters of a text that is shown
 
 
@@ -146,7 +145,9 @@ class Trials:
 
     def show_rows(self, rows):
         """Training rows with the place of the prompt and the right answer."""
-        shown = [f"Input:\n{self.task.user_turn(row['question'], MARK)}\nRight answer: {row['answer']}" for row in rows]
+        shown = [
+            f"Question:\n{self.task.user_turn(row['question'], MARK)}\nRight answer: {row['answer']}" for row in rows
+        ]
         return "\n\n".join(shown)
 
     def similarities(self, prompt, others):
@@ -239,7 +240,7 @@ def shortened(text):
 
 def show_scored(scored):
     """Prompts with their accuracies in percent, in the order given."""
-    return "\n\n".join(f"Prompt: {one.prompt}\nAccuracy: {round(100 * one.accuracy)}" for one in scored)
+    return "\n\n".join(f"Instruction: {one.prompt}\nAccuracy: {round(100 * one.accuracy)}" for one in scored)
 
 
 def show_cases(cases):

@@ -15,6 +15,7 @@ ROWS = [
         "answer": "carbon dioxide",
     },
     {"id": "b", "question": "Is it?", "answer": "no"},
+    {"id": "c", "question": "Is it so or not?", "answer": "no"},
 ]
 TEMPLATE = """Here is what was tried for one task so far: {earlier}
 Reply with the prompt alone, in this form: <prompt>text of the prompt</prompt>"""
@@ -32,6 +33,8 @@ Reply with the prompt alone, in this form: <prompt>text of the prompt</prompt>""
         ("Here is the improved prompt: “Think hard.”", "Think hard.", False),
         ("<think>They want <prompt>x</prompt></think><prompt>Think hard.</prompt>", "Think hard.", True),
         ("<think>It goes on and on", "", False),
+        ("<new prompt>Think hard.</new prompt>", "Think hard.", False),
+        ("<b>Think</b> hard.", "<b>Think</b> hard.", False),
         ("", "", False),
         ('"', '"', False),
     ],
@@ -52,11 +55,18 @@ def judge(task, **more):
         ("...", EMPTY),
         ("z" * 101, TOO_LONG),
         ("z" * 100, ""),
-        ("Put it at <PROMPT HERE>.", TAG_LEFT),
+        ("Put it at [INSTRUCTION].", TAG_LEFT),
         ("Here is what was tried for one task so far.", COPIED),
         ("text of the prompt", COPIED),  # the reply repeated what it was asked for
+        ("Sum: text of the prompt", COPIED),
+        ("<b>Think</b> hard.", TAG_LEFT),
+        ("<not (True and False) is>", TAG_LEFT),
+        ("If 3 < 4 and 5 > 2, think.", TAG_LEFT),
+        ("Think of a < b.", ""),
         ("Remember that Tom buys three red apples at the market!", LEAKING),
         ("Tom buys three red apples.", ""),
+        ("Say: is it so or not?", LEAKING),  # a whole question
+        ("Is it so?", ""),
     ],
 )
 def test_what_cannot_be_a_prompt_is_refused_with_the_reason(prompt, reason):
@@ -81,8 +91,21 @@ def test_a_prompt_that_gives_an_answer_is_leaking(kind, choices, leaking, good):
 def test_a_prompt_with_words_or_marks_that_the_task_model_does_not_know_is_refused(demo_tokenizer):
     of_the_demo = judge(own_task(), tokenizer=demo_tokenizer)
     assert of_the_demo.refusal("check each step .") == ""
-    for prompt in ("cheque each step .", "check each step . <|end|> now"):
+    for prompt in ("cheque each step .",):
         assert of_the_demo.refusal(prompt) == UNKNOWN_WORDS
+    assert judge(own_task(), tokenizer=Marks()).refusal("check each [end] step .") == UNKNOWN_WORDS
+
+
+class Marks:
+    """A tokenizer with a special token that is no tag."""
+
+    all_special_ids = (7,)
+
+    def encode(self, text, add_special_tokens):
+        return [7] if "[end]" in text else [1]
+
+    def get_added_vocab(self):
+        return {}
 
 
 def step(replies, number=3, proposed=()):
@@ -99,6 +122,7 @@ def test_the_summary_warns_of_an_optimizer_that_is_unfit():
     for replies, warning in [
         ({"all": 10, "empty": 9, "new": 1}, "most replies gave no prompt"),
         ({"all": 10, "repeated": 9, "new": 1}, "mostly repeated"),
+        ({"all": 10, "new": 10, "in tags": 4}, "most replies lack the tags"),
         ({"all": 10, COPIED: 9, "new": 1}, "mostly copied the meta-prompt"),
         ({"all": 10, "repeated": 10}, "no round gave a new prompt"),
     ]:

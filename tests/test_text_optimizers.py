@@ -139,14 +139,15 @@ def test_in_differential_evolution_no_slot_gets_worse_and_a_tie_keeps_the_old_pr
 
 
 def test_textgrad_keeps_its_prompt_against_a_worse_one_and_takes_an_equal_one(tmp_path):
+    search = search_of("textgrad", tmp_path, Fakes())
+    old, worse, equal = (Scored(prompt, accuracy, 1, 0) for prompt, accuracy in (("a", 0.5), ("b", 0.4), ("c", 0.5)))
+    search.pool, search.step = [old], 1
+    for child, kept in [(worse, old), (None, old), (equal, equal)]:
+        assert METHODS["textgrad"].keep(search, [child]) == [kept]
     steps, search = steps_of("textgrad", tmp_path, Fakes())
-    ties = 0
     for before, after in itertools.pairwise(steps):
         (old,), (new,), (child,) = before.pool, after.pool, after.proposed
-        accuracy = {one: search.archive[one].accuracy for one in (old, child.prompt)}
-        assert new == (child.prompt if accuracy[child.prompt] >= accuracy[old] else old)
-        ties += accuracy[child.prompt] == accuracy[old]
-    assert ties
+        assert new == (child.prompt if child.accuracy >= search.archive[old].accuracy else old)
 
 
 @pytest.mark.parametrize("method", TEXT_METHODS)
@@ -259,10 +260,10 @@ def asked_by(method, folder, round_number=2, **changes):
 
 def test_opro_shows_the_best_prompts_in_rising_order_with_whole_percents_and_the_place_of_the_prompt(tmp_path):
     text, _, step = asked_by("opro", tmp_path, 4, shown=5)
-    blocks = [block for block in text.split("\n\n") if block.startswith("Prompt: ")]
+    blocks = [block for block in text.split("\n\n") if block.startswith("Instruction: ")]
     accuracies = [int(block.rsplit(" ", 1)[1]) for block in blocks]
     assert len(blocks) == 5 and accuracies == sorted(accuracies) and accuracies[-1] > accuracies[0]
-    assert text.count("<PROMPT HERE>\nRight answer: ") == 3 and text.endswith("</prompt>")
+    assert text.count("[INSTRUCTION]\nRight answer: ") == 3 and text.endswith("</prompt>")
 
 
 def test_opro_hides_prompts_below_the_threshold_unless_all_are(tmp_path):
@@ -302,7 +303,7 @@ def test_gpo_shows_the_current_prompt_behind_the_earlier_ones_of_the_retrieval(t
 def test_gpo_tells_how_many_words_may_change_and_its_sgdm_variant_shows_notes_and_edits(tmp_path):
     (tmp_path / "gpo").mkdir()
     text, *_ = asked_by("gpo", tmp_path / "gpo", 5)
-    assert "Up to 30 words may differ" in text and "write a new prompt" in text and "Accuracy: " in text
+    assert "Up to 30 words may differ" in text and "write a new one that does better" in text and "Accuracy: " in text
     (tmp_path / "sgdm").mkdir()
     fakes = Fakes(
         lambda chat, number: "a lesson" if "Notes so far" in chat[-1]["content"] else f"try {in_letters(number)}"
@@ -310,7 +311,7 @@ def test_gpo_tells_how_many_words_may_change_and_its_sgdm_variant_shows_notes_an
     steps_of("gpo-sgdm", tmp_path / "sgdm", fakes, rounds=2)
     notes, first, again, second = [chat[-1]["content"] for chat, _ in fakes.chats]
     assert "Notes so far: none" in notes and "Notes so far: a lesson" in again
-    assert "so far: a lesson" in first and "Improve the current prompt" in second and "Earlier prompts" not in second
+    assert "so far: a lesson" in first and "Improve the current instruction" in second and "Earlier instr" not in second
 
 
 def test_apo_gives_each_edit_its_mistakes_and_the_reason_for_them(tmp_path):
