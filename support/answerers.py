@@ -9,11 +9,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from support.evaluation import Generation
+from support.evaluation import Generation, Written
 from support.files import UserError, require, short_name
 from support.progress import Progress
 from support.servers import Server, check_server
-from support.tokens import encode, encode_chat, encode_choices, extractor_ids
+from support.tokens import chat_pieces, encode, encode_chat, encode_choices, encode_pieces, extractor_ids
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Answerer:
     endpoint: str = ""  # of a server, which is known by its model's name wherever it runs
     gives_log_probs: bool = True  # so that a task's possible answers can be ranked; else what is written is read
     progress: Progress | None = None  # of a model loaded here, whose tokens are counted as it generates them
+    # `write(chats, sampling)` is what an optimizer does: a list of `Written` for each chat, a list of messages.
+    write: Callable | None = None
 
 
 def open_answerer(flags, model, endpoint=""):
@@ -46,7 +48,8 @@ def open_answerer(flags, model, endpoint=""):
 def local_answerer(engine, path):
     """The Answerer that is the model of an `Engine`, loaded from `path`."""
     identity = (engine.identity, str(engine.model.dtype))
-    return Answerer(short_name(path), identity, LocalModel(engine).generate, progress=engine.progress)
+    model = LocalModel(engine)
+    return Answerer(short_name(path), identity, model.generate, progress=engine.progress, write=model.write)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,22 @@ class LocalModel:
                 missing = [generation for generation in answered if generation.row["id"] not in done]
                 if missing:
                     yield missing
+
+    def write(self, chats, sampling):
+        """As `Answerer` says."""
+        tokenizer = self.engine.tokenizer
+        return self.continue_texts([encode_pieces(tokenizer, chat_pieces(tokenizer, chat)) for chat in chats], sampling)
+
+    def continue_texts(self, sequences, sampling):
+        """A list of `Written` for each sequence of ids: what the model writes behind it."""
+        written = []
+        for ids, samples in zip(sequences, self.engine.sample(sequences, sampling)):
+            texts = []
+            for sampled, stopped in samples:
+                text = self.engine.tokenizer.decode(sampled, skip_special_tokens=True)
+                texts.append(Written(text, len(sampled), 0 if texts else len(ids), not stopped))
+            written.append(texts)
+        return written
 
     def answered(self, task, rows, ended, settings):
         """The `Generation` of each of the rows whose reasoning has `Ended`: the answer stands behind the extractor."""
@@ -142,4 +161,4 @@ def server_answerer(flags, endpoint, model):
     server = Server(endpoint, model, flags)
     server = replace(server, gives_log_probs=check_server(server))
     identity = ("server", model, flags.answer_turn)
-    return Answerer(short_name(model), identity, server.generate, endpoint, server.gives_log_probs)
+    return Answerer(short_name(model), identity, server.generate, endpoint, server.gives_log_probs, write=server.write)

@@ -5,6 +5,7 @@ an answer can be read behind the extractor, that the gold answer is not out of r
 of guessing nor 100 %. Estimates come from the tokens and seconds of these rows.
 """
 
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from support.engine import physical_memory
 from support.evaluation import graded
 from support.files import UserError, require
 from support.reading import read_answer
-from support.tokens import decode, encode_chat
+from support.tokens import decode, encode, encode_chat
 
 ROWS = 12
 MOST = 0.75  # a share of rows from which on most of them are meant
@@ -204,6 +205,45 @@ def cost_of(engine, checked, rows, settings, counts):
     weights = sum(weight.numel() * weight.dtype.itemsize for weight in engine.model.parameters())
     memory = weights + engine.column_bytes * columns * (at_once + len(rows))
     return Cost(generations, minutes, sum(generations.values()) * checked.tokens + BACKWARD * read, memory)
+
+
+REPLY_TOKENS = 100  # of an optimizer's reply, about
+
+
+def text_cost(engine, checked, rows, settings, counts):
+    """The `Cost` of a text method. counts: {"finalists", "dev", "test", "prompts", "samples"}, the last two of the
+    search. The optimizer's minutes are those of the task model in its place, unless it is another: then they are left
+    out."""
+    generations = {
+        "search": min(len(rows) * counts["prompts"], settings.budget or len(rows) * counts["prompts"]),
+        "dev": (counts["finalists"] + 1) * counts["dev"],
+        "test": 2 * counts["test"],
+    }
+    minutes = {name: count * checked.row_seconds / 60 for name, count in generations.items()}
+    if not (settings.optimizer_model or settings.optimizer_endpoint):
+        reasoning = sum(prediction["tokens"] for prediction in checked.predictions) / len(checked.predictions)
+        minutes["optimizer"] = counts["samples"] * REPLY_TOKENS * checked.row_seconds / max(1, reasoning) / 60
+    columns = max(len(row.question) for row in rows) + settings.longest_prompt + settings.max_new_tokens
+    at_once = min(settings.batch_size or engine.rows_that_fit(columns), len(rows))
+    weights = sum(weight.numel() * weight.dtype.itemsize for weight in engine.model.parameters())
+    memory = weights + engine.column_bytes * columns * at_once
+    return Cost(generations, minutes, sum(generations.values()) * checked.tokens, memory)
+
+
+UNKNOWN_WORDS = 0.1  # the share of a meta-prompt's words from which on a model cannot follow it
+
+
+def require_words(tokenizer, name, texts):
+    """Errors: UserError if the tokenizer of the model `name` does not know many of the words of meta-prompts."""
+    words = sorted({word for text in texts for word in re.findall(r"[a-z]+", text)})
+    if tokenizer.unk_token_id is None or not words:
+        return
+    unknown = [word for word in words if tokenizer.unk_token_id in encode(tokenizer, " " + word)]
+    require(
+        len(unknown) < UNKNOWN_WORDS * len(words),
+        f"the optimizer {name} does not know {len(unknown)} of the {len(words)} words of the meta-prompt, so it cannot "
+        "follow it: name another with --optimizer-model, or a server with --optimizer-endpoint",
+    )
 
 
 def require_memory(engine, cost):

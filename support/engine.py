@@ -1,11 +1,12 @@
-"""The frozen model as an engine: forward passes behind keys and values that are kept, and greedy decoding.
+"""The frozen model as an engine: forward passes behind keys and values that are kept, and decoding.
 
-Nothing here is particular to the method. Five verbs:
+Nothing here is particular to the method. Six verbs:
 
     load_engine     hub name or folder -> Engine
     prefill         token sequences -> Context, logits of the next token
     forward         new tokens behind a Context -> logits where they are asked for (differentiable in embeddings)
-    generate        greedy decoding behind a Context; rows leave the batch as they end
+    generate        decoding behind a Context, greedy unless a `Sampler` draws; rows leave the batch as they end
+    sample          several texts behind each token sequence, drawn at a temperature
     over_rows       a function over many rows, in batches that fit into memory
 
 A Context is a batch's keys and values. `forward` appends to it; whoever wants to keep the shorter one takes a copy
@@ -20,6 +21,7 @@ E embedding size, V vocabulary.
 
 import logging
 import os
+import random
 from collections import Counter
 from dataclasses import dataclass
 
@@ -198,6 +200,24 @@ class Ended:
     stopped: list[bool]  # by an end token, not by the limit
     finite: list[bool]  # whether the model's logits were numbers all along
     context: Context  # what was read before them, and `ids`: until the next rows are asked for
+
+
+class Sampler:
+    """Draws next tokens at a temperature above 0. Each row has a generator of its own: which rows stand beside it does
+    not change what is drawn for it."""
+
+    def __init__(self, temperature, seeds):
+        """seeds: a text for each row of the batch."""
+        self.temperature = temperature
+        self.rngs = [random.Random(seed) for seed in seeds]
+
+    def draw(self, logits, rows):
+        """A token [b, 1] for each of the rows, a list of numbers, whose logits are [b, V]."""
+        shares = (logits.double() / self.temperature).softmax(-1).cumsum(-1)  # [b, V]
+        drawn = [[self.rngs[row].random()] for row in rows]
+        places = torch.tensor(drawn, dtype=shares.dtype, device=shares.device) * shares[:, -1:]  # [b, 1]
+        # The first token whose share ends behind the place, so never one without a share.
+        return torch.searchsorted(shares, places, right=True).clamp(max=shares.shape[1] - 1)
 
 
 # --- The engine ------------------------------------------------------------------------------------
@@ -390,18 +410,18 @@ class Engine:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.inference_mode()
-    def generate(self, context, logits, limits):
-        """Greedy decoding behind a context whose next-token logits [B, V] are known; yields `Ended` rows.
+    def generate(self, context, logits, limits, sampler=None):
+        """Decoding behind a context whose next-token logits [B, V] are known; yields `Ended` rows.
 
-        Each row goes to an end token or its limit, one of a list of B. Rows leave the batch soon after they end. The
-        context is used up.
+        sampler: the `Sampler` that draws the tokens; None: the likeliest are taken. Each row goes to an end token or
+        its limit, one of a list of B. Rows leave the batch soon after they end. The context is used up.
         """
         ends = torch.tensor(self.end_ids, device=self.device)
         look_every = LOOK_EVERY.get(self.device.type, 8)
         longest = max(limits)
         limits = torch.tensor(limits, device=self.device)
         rows = torch.arange(len(logits), device=self.device)  # those still in the batch
-        ids = logits.argmax(-1, keepdim=True)  # [B, n]
+        ids = next_tokens(logits, rows, sampler)  # [B, n]
         while True:
             logits = self.forward(context, ids[:, -1:])  # [B, 1, V], of id n: all n ids have been read
             n = ids.shape[1]
@@ -431,7 +451,7 @@ class Engine:
                     going = (~over).nonzero()[:, 0]
                     context.keep(going)
                     rows, ids, limits, logits = rows[going], ids[going], limits[going], logits[going]
-            ids = torch.cat([ids, logits[:, 0].argmax(-1, keepdim=True)], 1)
+            ids = torch.cat([ids, next_tokens(logits[:, 0], rows, sampler)], 1)
 
     def complete(self, sequences, max_new_tokens, batch_size=0):
         """For each sequence of ids: (the ids generated behind it, without the end token, whether it stopped by itself).
@@ -486,6 +506,39 @@ class Engine:
                     written[n] = row
         self.progress.done = rows_done  # these rows have ended before
         return written
+
+    def sample(self, sequences, sampling):
+        """For each sequence of ids a list of (the ids drawn behind it, without the end token, whether it stopped).
+
+        sampling: an answerers.Sampling. A sequence is read once for all of its samples. At temperature 0 they are all
+        the likeliest one. Sample k of sequence n is drawn from the seed "<seed>/<n>/<k>".
+        """
+        count, limit = sampling.samples, sampling.max_tokens
+        columns = max(map(len, sequences)) + limit
+        self.require_positions(columns)
+
+        def run(batch):
+            context, logits = self.read([ids for _, ids in batch])
+            places = [place for place in range(len(batch)) for _ in range(count)]
+            seeds = [f"{sampling.seed}/{n}/{k}" for n, _ in batch for k in range(count)]
+            sampler = Sampler(sampling.temperature, seeds) if sampling.temperature else None
+            context, written = context.select(places), [None] * len(places)
+            for ended in self.generate(context, logits[places], [limit] * len(places), sampler):
+                for row, ids, stopped in zip(ended.rows, ended.ids, ended.stopped):
+                    written[row] = ids, stopped
+            return [written[start : start + count] for start in range(0, len(written), count)]
+
+        size = max(1, self.rows_that_fit(columns) // count)
+        return self.over_rows(run, list(enumerate(sequences)), "optimizer", size, cost=lambda job: len(job[1]))
+
+    @torch.inference_mode()
+    def mean_states(self, sequences):
+        """[n, E]: for each sequence of ids the mean of the last layer's states over its tokens, of length 1."""
+        means = []
+        for ids in sequences:
+            states = self.model.get_decoder()(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state
+            means.append(F.normalize(states[0].double().mean(0), dim=0))
+        return torch.stack(means)
 
     # --- Batches ---
 
@@ -556,6 +609,11 @@ def physical_memory():
     if not hasattr(os, "sysconf"):
         return 2**34
     return max(1, round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)) * 2**30
+
+
+def next_tokens(logits, rows, sampler):
+    """The next token [b, 1] of each of the rows [b], from logits [b, V]."""
+    return sampler.draw(logits, rows.tolist()) if sampler else logits.argmax(-1, keepdim=True)
 
 
 def of_like_length(sequences, tokens):

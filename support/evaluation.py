@@ -133,6 +133,26 @@ class Generation(NamedTuple):
     choices: dict[str, float] | None = None  # log-probability of each possible answer; None: they were not ranked
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How an optimizer's texts are drawn."""
+
+    samples: int  # texts for each chat
+    temperature: float  # 0: the likeliest token each time
+    max_tokens: int
+    seed: str  # the same seed, chats and machine give the same texts
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that an optimizer wrote."""
+
+    text: str
+    tokens: int
+    prompt_tokens: int  # of the chat, and of a chat's first sample only: it is read once for all
+    truncated: bool = False  # cut at max_tokens
+
+
 def graded(task, generation):
     """The `Prediction` of one `Generation`, without its reference. A reading that fails is None and counts as wrong."""
     written = generation._asdict()

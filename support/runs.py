@@ -1,7 +1,7 @@
 """A run on disk: what its files hold, opening and resuming it, reading a finished one. Works without torch.
 
     run.json        the settings, the data and the model of the run
-    steps.jsonl     a `Step` per position visited; line 0 is the start
+    steps.jsonl     a `Step` per position visited, or a `TextStep` per round of a text method; line 0 is the start
     prompts.jsonl   the finalists, best first, with their dev accuracy
 
 Results and predictions of prompts belong to evaluation.py.
@@ -88,6 +88,31 @@ class Step(Score):
     batch_sizes: dict[str, int] = field(default_factory=dict)  # {stage: rows at once}, where memory ran out
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A prompt of a text method, and what it is worth on the training rows."""
+
+    prompt: str
+    accuracy: float  # `paper` reading
+    tokens: int  # of all reasonings together
+    step: int  # in which it was scored
+
+
+@dataclass(frozen=True)
+class TextStep:
+    """One round of a text method: the prompts that were scored in it, and what is kept."""
+
+    step: int  # 0 is the start
+    proposed: list[Scored]
+    pool: list[str]  # prompts that the method keeps
+    best: Scored  # of all so far; of equals the first
+    replies: dict[str, int]  # of the optimizer, since the start: how many were read or refused, by reason
+    # Since the start: scored_generations, generated_tokens (of these), optimizer_requests (chats), optimizer_samples
+    # (replies), optimizer_tokens (written), optimizer_prompt_tokens (read).
+    totals: dict[str, int]
+    seconds: dict[str, float]  # propose, score
+
+
 def described(step, engine, row, scores):
     """The `Step` with texts for its ids, the best prompt so far, and what the engine has counted.
 
@@ -125,7 +150,11 @@ def timed(seconds, name):
 
 
 def as_step(record):
-    """The `Step` of one line of steps.jsonl. Errors: as of `as_dataclass`."""
+    """The `Step` or the `TextStep` of one line of steps.jsonl. Errors: as of `as_dataclass`."""
+    if "proposed" in record:
+        step = as_dataclass(TextStep, record)
+        proposed = [as_dataclass(Scored, scored) for scored in step.proposed]
+        return replace(step, proposed=proposed, best=as_dataclass(Scored, step.best))
     step = as_dataclass(Step, record, also=("prompt", "best"))
     return replace(
         step,
@@ -174,6 +203,17 @@ def scores_of(steps):
         for record in (*step.shortlist, step):  # as they were scored, so that equals keep their order
             scores.setdefault(record.prompt_ids, score_of(record))
     return scores
+
+
+def generations_of(steps, rows):
+    """How many generations the scores in the steps of a search took: one for each of so many training rows under each
+    prompt, and once more where a prompt that was scored earlier became the current one."""
+    prompts, current = 0, None
+    for step in steps:
+        new = [tried.prompt_ids for tried in step.shortlist if tried.new]
+        prompts += len(new) + (step.prompt_ids != current and step.prompt_ids not in new)
+        current = step.prompt_ids
+    return prompts * rows
 
 
 def last_job(steps):
@@ -259,7 +299,9 @@ def differences(run_dir, record):
         path = Path(run_dir) / "run.json"
         raise UserError(f"{path} is not the record of a run: choose another --run-dir") from None
     now = settings_of(record)
-    names = (recorded.keys() | now.keys()) - {"run_dir", "data_dir", "source"}
+    # The optimizer is known by its hash.
+    places = {"run_dir", "data_dir", "source", "optimizer_model", "optimizer_endpoint"}
+    names = (recorded.keys() | now.keys()) - places
     return sorted(name for name in names if recorded.get(name) != now.get(name))
 
 
@@ -413,6 +455,18 @@ def finalists(tokenizer, scores, count):
     return sorted(complete, key=lambda score: score.objective)[:count]
 
 
+def text_finalists(steps, initial, count):
+    """Records of the `count` prompts of a text method with the highest training accuracy, of equals the first, and of
+    the initial one. steps: `TextStep`s."""
+    scored = sorted([one for step in steps for one in step.proposed], key=lambda one: -one.accuracy)
+    chosen = scored[:count] + [one for one in scored[count:] if one.prompt == initial]
+    records = []
+    for one in chosen:
+        record = {"prompt": one.prompt, "initial": one.prompt == initial, "train_accuracy": one.accuracy}
+        records.append(record | {"objective": 1 - one.accuracy, "tokens": one.tokens, "step": one.step})
+    return records
+
+
 def rank_prompts(prompts, choose_on):
     """The run's final prompts, best first.
 
@@ -457,4 +511,16 @@ def log_line(step, steps):
         f"step {step.step:3d}/{steps}  position {position}  objective {step.objective:7.3f}  "
         f"ce {step.cross_entropy:7.3f}  error {step.error:.2f}  nll {step.nll:5.2f}  "
         f"best {step.best.objective:7.3f}  {sum(step.seconds.values()):5.1f} s  {step.prompt}"
+    )
+
+
+def text_log_line(step, budget):
+    """One line about a `TextStep`; budget: in generations, 0 for none."""
+    of_budget = f"/{budget}" if budget else ""
+    asked = step.replies.get("all", 0)
+    refused = asked - step.replies.get("new", 0) - step.replies.get("repeated", 0)
+    return (
+        f"round {step.step:3d}  scored {step.totals['scored_generations']:5d}{of_budget}  new {len(step.proposed):3d}  "
+        f"replies {asked:4d}, refused {refused}  optimizer tokens {step.totals.get('optimizer_tokens', 0):6d}  "
+        f"best {100 * step.best.accuracy:5.1f} %  {sum(step.seconds.values()):5.1f} s  {step.best.prompt}"
     )

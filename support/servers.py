@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
-from support.evaluation import Generation
+from support.evaluation import Generation, Written
 from support.files import UserError, is_text, require
 from support.replies import LARGEST_REPLY, BrokenReply, Reply, as_reply
 from support.settings import ServerFlags
@@ -114,6 +114,21 @@ class Server:
             yield from in_parallel(self, ask_row, missing)
         except ServerError as error:
             raise UserError(f"{error}; what was answered is on disk, and the same command goes on from there") from None
+
+    def write(self, chats, sampling):
+        """As `Answerer` says: a request for each sample, with a seed of its own, as not every server knows how to give
+        several. Errors: UserError if one fails for good."""
+
+        async def ask(session, job):
+            number, sample = job
+            seed = random.Random(f"{sampling.seed}/{number}/{sample}").randrange(2**31)
+            fields = {"temperature": sampling.temperature, "top_p": 1.0, "seed": seed}
+            reply = await chat(session, self, chats[number], sampling.max_tokens, fields)
+            return job, Written(reply.text, reply.tokens, 0 if sample else reply.prompt_tokens, reply.truncated)
+
+        jobs = list(itertools.product(range(len(chats)), range(sampling.samples)))
+        written = dict(itertools.chain.from_iterable(in_parallel(self, ask, jobs)))
+        return [[written[number, sample] for sample in range(sampling.samples)] for number in range(len(chats))]
 
     async def answered(self, session, task, row, prompt, settings):
         """The `Generation` of one row. Errors: ServerError."""
@@ -312,7 +327,7 @@ class Failure:
 
 
 async def chat(session, server, turns, max_tokens, fields=None):
-    """The greedy `Reply` to the messages `turns`. fields: more of the request.
+    """The `Reply` to the messages `turns`, greedy unless `fields`, more of the request, has another temperature.
 
     Errors: ServerError for a refusal, or when all tries have failed.
     """

@@ -56,6 +56,7 @@ PRESETS = {
         "force_sentence_end": True,
         "choose_on": "train",
     },
+    "published": {},  # of the text methods: `PUBLISHED` has their values
 }
 AT_LEAST_ONE = (
     "train_rows",
@@ -81,7 +82,9 @@ class SearchSettings(GenerationSettings):
     """The method's settings (Sec. 5.1; where the paper is silent, the released configuration)."""
 
     preset: str = flag(
-        "default", "default; paper: extractor and answer space of the paper; released: all that the released scripts do"
+        "default",
+        "default; paper: extractor and answer space of the paper; released: all that the released scripts do; "
+        "published: a text method's settings in its own publication",
     )
     steps: int = flag(105, "T: positions visited")
     train_rows: int = flag(50, "training rows, drawn by the seed")
@@ -119,6 +122,148 @@ class SearchSettings(GenerationSettings):
         for name, known in KNOWN_VALUES.items():
             value = getattr(self, name)
             require(value in known, f"{as_flag(name)} must be one of {', '.join(known)}, not {value!r}")
+
+
+# --- Optimizers that work in text (text_optimizers.py) -------------------------------------------------------------
+
+GREATER = "greater"
+TITLES = {
+    GREATER: "GReaTer",
+    "opro": "OPRO",
+    "gpo": "GPO",
+    "gpo-sgdm": "GPO-SGDM",
+    "ape": "APE",
+    "apo": "APO",
+    "pe2": "PE2",
+    "textgrad": "TextGrad",
+    "evoprompt-ga": "EvoPrompt-GA",
+    "evoprompt-de": "EvoPrompt-DE",
+    "random": "random prompts",
+}
+GPO = {"rounds": 10, "samples": 8, "optimizer_temperature": 1.0, "exemplars": 3, "shown": 3, "word_schedule": "cosine"}
+EVOPROMPT = {"rounds": 9, "beam": 8, "optimizer_temperature": 0.5}
+# The settings that a text method has, with the values that make each score about 80 prompts.
+TEXT_METHODS = {
+    "opro": {
+        "rounds": 10,
+        "samples": 8,
+        "optimizer_temperature": 1.0,
+        "exemplars": 3,
+        "shown": 20,
+        "least_accuracy": 0.0,
+    },
+    "gpo": GPO | {"retrieval": "relevance", "refinement": "generate"},
+    "gpo-sgdm": GPO | {"retrieval": "summary", "refinement": "edit"},
+    "ape": {
+        "rounds": 4,
+        "samples": 4,
+        "beam": 4,
+        "optimizer_temperature": 0.7,
+        "exemplars": 5,
+        "groups": 2,
+        "guesses": 8,
+    },
+    "apo": {
+        "rounds": 5,
+        "beam": 4,
+        "optimizer_temperature": 0.7,
+        "minibatch": 64,
+        "groups": 4,
+        "errors": 4,
+        "paraphrases": 2,
+        "children": 4,
+    },
+    "pe2": {"rounds": 5, "samples": 4, "beam": 4, "optimizer_temperature": 0.7, "errors": 2},
+    "textgrad": {"rounds": 24, "errors": 3, "optimizer_temperature": 0.0},
+    "evoprompt-ga": EVOPROMPT,
+    "evoprompt-de": EVOPROMPT,
+    "random": {"rounds": 10, "samples": 8, "optimizer_temperature": 1.0},
+}
+# What --preset published changes in them; of GPO see `resolve`.
+PUBLISHED = {
+    "opro": {"rounds": 200},
+    "ape": {"rounds": 3, "groups": 3, "guesses": 30},
+    "apo": {"rounds": 6, "children": 8},
+    "pe2": {"rounds": 3},
+    "textgrad": {"rounds": 12},
+    "evoprompt-ga": {"rounds": 10, "beam": 10},
+    "evoprompt-de": {"rounds": 10, "beam": 10},
+}
+RETRIEVALS = ("relevance", "recency", "importance", "summary", "none")
+WORD_SCHEDULES = ("cosine", "linear", "fixed", "none")
+REFINEMENTS = ("generate", "edit")
+
+
+@dataclass
+class TextSettings:
+    """Settings of the text methods. A flag that is not given has the method's own value; one that the method does not
+    have is refused."""
+
+    method: str = flag(GREATER, f"what searches: {', '.join(TITLES)}")
+    budget: int = flag(0, "stop at so many scored generations, a training row under a prompt each; 0: no limit")
+    init_from: str = flag("", "a prompts.jsonl with prompts to start from")
+    optimizer_model: str = flag("", "the model that writes prompts, or its name on a server; empty: --model")
+    optimizer_endpoint: str = flag("", "URL of an OpenAI-compatible server that writes prompts, with --optimizer-model")
+    optimizer_tokens: int = flag(512, "longest reply of the optimizer, in tokens")
+    longest_prompt: int = flag(500, "a longer prompt of a text method is refused, in characters")
+    rounds: int | None = flag(None, "rounds of a text method; without it, its own number or as many as --budget allows")
+    samples: int | None = flag(None, "prompts asked for in one round; ape, pe2: for each kept prompt")
+    beam: int | None = flag(None, "prompts kept from round to round; evoprompt: the population")
+    optimizer_temperature: float | None = flag(None, "at which prompts are drawn")
+    exemplars: int | None = flag(None, "training rows shown to the optimizer with their answers")
+    shown: int | None = flag(None, "earlier prompts shown to the optimizer, opro and gpo")
+    least_accuracy: float | None = flag(None, "opro: prompts below this training accuracy are not shown")
+    groups: int | None = flag(None, "apo: groups of mistakes for each prompt; ape: sets of rows to guess from")
+    guesses: int | None = flag(None, "ape: instructions guessed from one set of rows")
+    errors: int | None = flag(None, "mistakes shown at once; textgrad: rows of a batch")
+    minibatch: int | None = flag(None, "apo: training rows in which a round looks for mistakes")
+    paraphrases: int | None = flag(None, "apo: rewordings of each edited prompt and of its parent")
+    children: int | None = flag(None, "apo: new prompts of a kept one that are scored, drawn by the seed")
+    retrieval: str | None = flag(None, f"gpo: which earlier prompts are shown: {', '.join(RETRIEVALS)}")
+    refinement: str | None = flag(None, f"gpo: how a new prompt comes from the current one: {', '.join(REFINEMENTS)}")
+    word_schedule: str | None = flag(None, f"gpo: how many words may change: {', '.join(WORD_SCHEDULES)}")
+
+    def check_text_settings(self):
+        """Errors: UserError for an unknown method or value, or a setting that the method does not have."""
+        require(self.method in TITLES, f"--method must be one of {', '.join(TITLES)}, not {self.method!r}")
+        require(self.budget >= 0, "--budget must not be negative")
+        for name in ("optimizer_tokens", "longest_prompt"):
+            require(getattr(self, name) >= 1, f"{as_flag(name)} must be at least 1")
+        for name in sorted({name for own in TEXT_METHODS.values() for name in own}):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            require(name in self.own_settings, f"{as_flag(name)}: --method {self.method} has no such setting")
+            if isinstance(value, int):
+                least = 0 if name in ("paraphrases", "exemplars") else 1
+                require(value >= least, f"{as_flag(name)} must be at least {least}")
+        known = {"retrieval": RETRIEVALS, "refinement": REFINEMENTS, "word_schedule": WORD_SCHEDULES}
+        for name, values in known.items():
+            value = getattr(self, name)
+            fits = value is None or value in values
+            require(fits, f"{as_flag(name)} must be one of {', '.join(values)}, not {value!r}")
+        for name in ("optimizer_temperature", "least_accuracy"):
+            require((getattr(self, name) or 0) >= 0, f"{as_flag(name)} must not be negative")
+        asks = self.method not in (GREATER, "random") or not (self.optimizer_model or self.optimizer_endpoint)
+        require(asks, f"--method {self.method} asks no optimizer: leave out --optimizer-model and --optimizer-endpoint")
+        named = self.optimizer_model or not self.optimizer_endpoint
+        require(named, "--optimizer-endpoint needs --optimizer-model, the model's name on the server")
+
+    @property
+    def own_settings(self):
+        """{name: value} of the settings that the method has, as its preset has them."""
+        published = PUBLISHED.get(self.method, {}) if self.preset == "published" else {}
+        if self.preset == "published" and self.method in ("gpo", "gpo-sgdm"):  # three epochs of batches of 8 rows
+            published = {"rounds": 3 * max(1, int(self.train_rows / 8 + 0.5))}
+        return TEXT_METHODS.get(self.method, {}) | published
+
+    def resolve(self):
+        """Give each setting of the method that was not given its value; `rounds` only where no budget ends the search.
+        Errors: as `check_text_settings`."""
+        self.check_text_settings()
+        for name, value in self.own_settings.items():
+            if getattr(self, name) is None and not (name == "rounds" and self.budget):
+                setattr(self, name, value)
 
 
 # --- Tasks, models, servers ------------------------------------------------------------------------------------
@@ -204,8 +349,8 @@ def check_split_and_counts(flags, **least):
 # --- The command line --------------------------------------------------------------------------------------------
 
 
-def parse_flags(flags_class, description, more_defaults=None):
-    """The dataclass `flags_class` filled from the command line.
+def parse_flags(flags_class, description, more_defaults=None, given=None):
+    """The dataclass `flags_class` filled from the command line, or from the arguments `given`.
 
     The defaults of its fields are replaced by those of the task, then of the preset, then by `more_defaults(early)`,
     a dict, where `early` holds the flags --task and --run-dir as far as they are given. Unknown flags and values of
@@ -226,7 +371,7 @@ def parse_flags(flags_class, description, more_defaults=None):
     defaults |= of_the_run
     parser = HfArgumentParser(flags_class, description=description, allow_abbrev=False)
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in names})
-    return flags_class(**vars(parser.parse_args()))
+    return flags_class(**vars(parser.parse_args(given)))
 
 
 def early_flags():

@@ -3,11 +3,12 @@
 Run all tests with `python -m pytest -n2 --dist loadfile`, or without the flags in one process.
 """
 
+import importlib.util
 import json
 import os
 import random
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from support.engine import Engine, load_engine  # noqa: E402
-from support.settings import SearchSettings  # noqa: E402
+from support.settings import SearchSettings, TextSettings  # noqa: E402
 from support.sources import split_rows  # noqa: E402
 from support.tasks import Task, get_task  # noqa: E402
 from support.tokens import choices_of, encode_prompt, encode_row  # noqa: E402
@@ -71,6 +72,10 @@ class TorchInDouble:
 
     def __getattr__(self, name):
         return getattr(torch, name)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes and needs a model that does not lie here")
 
 
 @pytest.fixture
@@ -301,3 +306,28 @@ def subword_tokenizer(request):
 
 def own_task(kind="number", extractor="The answer is $", choices=(), **more):
     return Task("own", kind, extractor, tuple(choices), **more)
+
+
+@pytest.fixture(scope="session")
+def demo_server():
+    """The URL of the optimizer in the demo's language."""
+    spec = importlib.util.spec_from_file_location("demo_optimizer", ROOT / "demo" / "optimizer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.serving() as url:
+        yield url
+
+
+# --- Text optimizers ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextFlags(SearchSettings, TextSettings):
+    """The settings of stage 2, as far as the text methods have them."""
+
+
+def text_settings(method, **changes):
+    """The settings of a text method, those that are not given resolved."""
+    chosen = TextFlags(**({"method": method, "max_new_tokens": 40, "batch_size": 200} | changes))
+    chosen.resolve()
+    return chosen

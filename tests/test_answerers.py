@@ -11,9 +11,9 @@ from conftest import ROOT, greedy_reference, own_task, plain_logits, settings, s
 
 from support.answerers import LocalModel, batches_of_like_length, local_answerer
 from support.engine import Engine, load_engine
-from support.evaluation import Evaluation, evaluate, evaluate_once
+from support.evaluation import Evaluation, Sampling, evaluate, evaluate_once
 from support.files import UserError, read_jsonl, write_jsonl
-from support.tokens import encode_chat, encode_choices, encode_prompt, extractor_ids
+from support.tokens import chat_pieces, encode_chat, encode_choices, encode_pieces, encode_prompt, extractor_ids
 
 
 class ScriptedEngine:
@@ -279,3 +279,17 @@ def test_a_single_row_without_memory_is_one_line(demo_engine, demo_task, monkeyp
     monkeypatch.setattr(Engine, "read", read)
     with pytest.raises(UserError, match="single row"):
         evaluate(local_answerer(demo_engine, "m"), demo_task, ROWS, "find this .", settings())
+
+
+# --- Writing at a temperature ---------------------------------------------------------------------------------------
+
+CHATS = [[{"role": "user", "content": "find this ."}], [{"role": "user", "content": "check each step ."}]]
+
+
+def test_a_model_loaded_here_writes_several_texts_to_each_chat(demo_engine):
+    drawn = LocalModel(demo_engine).write(CHATS, Sampling(4, 1.0, 6, "0"))
+    assert [len(samples) for samples in drawn] == [4, 4]
+    assert all(written.tokens <= 6 for samples in drawn for written in samples)
+    ids = encode_pieces(demo_engine.tokenizer, chat_pieces(demo_engine.tokenizer, CHATS[0]))
+    assert [written.prompt_tokens for written in drawn[0]] == [len(ids), 0, 0, 0]
+    assert LocalModel(demo_engine).write(CHATS, Sampling(4, 1.0, 6, "0")) == drawn

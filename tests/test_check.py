@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from conftest import greedy_reference, own_task, plain_logits, settings, slow_log_probs
+from conftest import greedy_reference, own_task, plain_logits, settings, slow_log_probs, text_settings
 
 from support import check
-from support.check import Checked, check_rows, cost_of, require_memory, table, warnings
+from support.check import Checked, check_rows, cost_of, require_memory, require_words, table, text_cost, warnings
 from support.files import UserError
 from support.tokens import encode_chat, encode_row, extractor_ids
 
@@ -116,3 +116,24 @@ def test_a_run_that_memory_does_not_hold_is_refused_in_one_line(demo_engine, mon
     monkeypatch.setattr(check, "physical_memory", lambda: 8 * 2**30)
     with pytest.raises(UserError, match="10.0 GiB, this machine has 8: lower --batch-size"):
         require_memory(demo_engine, cost)
+
+
+def test_the_cost_of_a_text_method_counts_prompts_on_rows_up_to_the_budget(demo_engine, demo_task, demo_data):
+    data = demo_data["train"][:4]
+    rows = encoded(demo_engine, demo_task, data)
+    checked = check_rows(demo_engine, demo_task, data, rows, settings(max_new_tokens=40))
+    counts = {"finalists": 3, "dev": 20, "test": 30, "prompts": 81, "requests": 10, "samples": 80}
+    cost = text_cost(demo_engine, checked, rows, text_settings("opro"), counts)
+    assert cost.generations == {"search": 4 * 81, "dev": 4 * 20, "test": 60}
+    assert cost.minutes["search"] == pytest.approx(4 * 81 * checked.row_seconds / 60)
+    assert cost.minutes["optimizer"] > 0 and cost.memory > 0
+    limited = text_cost(demo_engine, checked, rows, text_settings("opro", budget=100, optimizer_model="m"), counts)
+    assert limited.generations["search"] == 100 and "optimizer" not in limited.minutes
+
+
+def test_a_model_without_words_for_a_meta_prompt_is_no_optimizer(demo_tokenizer, subword_tokenizer):
+    with pytest.raises(UserError, match="the optimizer demo/model does not know 3 of the 4 words .* --optimizer-model"):
+        require_words(demo_tokenizer, "demo/model", ("Improve the current prompt",))
+    require_words(demo_tokenizer, "demo/model", ("check each step",))
+    require_words(demo_tokenizer, "demo/model", ())
+    require_words(subword_tokenizer, "m", ("Improve the current prompt",))

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from support import engine as engine_file
-from support.engine import Context, Engine, Growing, join, load_engine, of_like_length, pad
+from support.engine import Context, Engine, Growing, Sampler, join, load_engine, of_like_length, pad
 from support.files import UserError
 
 # --- Loading ----------------------------------------------------------------------------------------
@@ -727,3 +727,51 @@ def test_an_odd_configuration_is_one_line(saved, change):
     with pytest.raises(UserError) as error:
         load_engine(str(folder), "cpu", "float32")
     assert "\n" not in str(error.value)
+
+
+# --- Sampling ------------------------------------------------------------------------------------------------------
+
+
+def sampling(**changes):
+    return SimpleNamespace(**({"samples": 3, "temperature": 1.0, "max_tokens": 8, "seed": "0"} | changes))
+
+
+def test_draws_have_the_frequencies_of_the_softmax_at_the_temperature():
+    logits = torch.tensor([[2.0, 0.0, float("-inf"), 1.0]])
+    for temperature in (0.5, 1.0, 3.0):
+        sampler = Sampler(temperature, ["s"])
+        drawn = torch.stack([sampler.draw(logits, [0])[0, 0] for _ in range(4000)])
+        expected = (logits[0] / temperature).softmax(-1)
+        found = torch.bincount(drawn, minlength=4) / 4000
+        assert (found - expected).abs().max() < 0.03 and found[2] == 0
+
+
+def test_what_is_drawn_for_a_row_does_not_depend_on_the_rows_beside_it(llama):
+    sequences = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [30, 31]]
+    together = llama.sample(sequences, sampling())
+    llama.rows_that_fit = lambda columns: 3  # one sequence at a time
+    assert llama.sample(sequences, sampling()) == together
+    assert len({tuple(ids) for samples in together for ids, _ in samples}) > 6
+    assert llama.sample(sequences, sampling(seed="1")) != together
+
+
+def test_samples_at_temperature_0_are_the_greedy_text(llama):
+    sequences = [[5, 6, 7], [9, 8, 7, 6, 5, 4]]
+    greedy = llama.complete(sequences, 8)
+    assert llama.sample(sequences, sampling(temperature=0.0)) == [[one] * 3 for one in greedy]
+
+
+def test_a_low_temperature_draws_the_greedy_text_and_ends_where_it_ends(llama):
+    llama.end_ids = [-1]  # no token
+    ids, _ = greedy_reference(llama, [5, 6, 7], 8)
+    llama.end_ids = ids[-1:]
+    expected = greedy_reference(llama, [5, 6, 7], 8)
+    assert expected == (ids[: ids.index(ids[-1])], True)
+    assert llama.sample([[5, 6, 7]], sampling(samples=1, temperature=1e-4)) == [[expected]]
+
+
+def test_mean_states_are_the_mean_of_the_last_layer_and_of_length_one(llama):
+    found = llama.mean_states([[5, 6, 7], [9]])
+    states = llama.model.get_decoder()(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state[0].mean(0)
+    torch.testing.assert_close(found[0], states / states.norm())
+    assert found.shape[0] == 2 and found.norm(dim=1) == pytest.approx(1)

@@ -14,7 +14,9 @@ from support.runs import (
     Best,
     Candidate,
     Score,
+    Scored,
     Step,
+    TextStep,
     Tried,
     Unfinished,
     as_step,
@@ -22,6 +24,7 @@ from support.runs import (
     described,
     dev_warning,
     finalists,
+    generations_of,
     last_job,
     load_run,
     load_runs,
@@ -31,6 +34,8 @@ from support.runs import (
     read_steps,
     run_folder,
     scores_of,
+    text_finalists,
+    text_log_line,
 )
 from support.tasks import TASKS
 from support.tokens import Row, encode
@@ -321,3 +326,58 @@ def test_the_last_job_is_the_one_in_which_the_current_prompt_was_generated():
 def test_scores_come_back_in_the_order_in_which_they_were_given():
     steps = [made_step(0, [1]), made_step(1, [2], [([3], True), ([2], True)])]
     assert list(scores_of(steps)) == [(1,), (3,), (2,)]
+
+
+# --- Text methods ------------------------------------------------------------------------------------------------
+
+
+def text_step(number, *scored):
+    """A `TextStep` that scored (prompt, accuracy) pairs."""
+    proposed = [Scored(prompt, accuracy, 12, number) for prompt, accuracy in scored]
+    totals = {"scored_generations": 40 * (number + 1), "optimizer_tokens": 7}
+    replies = {"all": 8, "new": 5, "repeated": 1, "empty": 2} if number else {}
+    return TextStep(number, proposed, ["a"], proposed[0], replies, totals, {"propose": 1.0, "score": 2.5})
+
+
+def test_a_round_of_a_text_method_that_was_written_and_read_again_is_equal(tmp_path):
+    steps = [text_step(0, ("start", 0.5)), text_step(1, ("a", 0.7), ("b", 0.2))]
+    path = written(tmp_path / "steps.jsonl", [asdict(each) for each in steps])
+    assert read_steps(path) == steps
+    written(path, [asdict(steps[0]), {"proposed": []}])
+    with pytest.raises(UserError, match="line 2: no best"):
+        read_steps(path)
+
+
+def test_a_round_s_line_tells_what_was_scored_refused_and_found():
+    line = text_log_line(text_step(1, ("a", 0.75)), 400)
+    for part in ("round   1", "scored    80/400", "new   1", "replies    8, refused 2", "75.0 %", "3.5 s", "  a"):
+        assert part in line
+    assert "/" not in text_log_line(text_step(0, ("a", 0.75)), 0)
+
+
+def test_the_finalists_of_a_text_method_are_the_best_on_training_rows_and_the_initial_prompt():
+    steps = [text_step(0, ("start", 0.5)), text_step(1, ("a", 0.7), ("b", 0.6)), text_step(2, ("c", 0.7), ("d", 0.4))]
+    records = text_finalists(steps, "start", 2)
+    assert [(record["prompt"], record["initial"]) for record in records] == [
+        ("a", False),
+        ("c", False),
+        ("start", True),
+    ]
+    assert records[0] | {"prompt": "", "initial": 0} == {
+        "prompt": "",
+        "initial": 0,
+        "train_accuracy": 0.7,
+        "objective": pytest.approx(0.3),
+        "tokens": 12,
+        "step": 1,
+    }
+    assert [record["prompt"] for record in text_finalists(steps, "start", 9)] == ["a", "c", "b", "start", "d"]
+
+
+def test_generations_of_a_search_are_its_scored_prompts_on_all_rows():
+    start, *more = STEPS
+    assert generations_of([start], 10) == 10
+    # Steps 1 to 4 scored 2, 1, 1 and 1 prompts.
+    assert [generations_of([start, *more[:n]], 10) for n in range(1, 5)] == [30, 40, 50, 60]
+    again = replace(more[0], step=5, shortlist=[replace(more[0].shortlist[0], new=False)])
+    assert generations_of([*STEPS, again], 10) == 70  # an earlier prompt reasons once more

@@ -20,7 +20,9 @@ QUICK = ["--steps", "2", "--train-rows", "6", "--eval-rows", "20", "--finalists"
 
 def run(script, *arguments, folder, **more):
     """The finished process of a script; offline, on one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
+    if "--optimizer-endpoint" not in arguments:  # the client that asks a server would not even ask one here
+        environment["HF_HUB_OFFLINE"] = "1"
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, **more)
 
@@ -499,3 +501,130 @@ assert "torch" not in sys.modules
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert ("--runs" if script == "04_transfer.py" else "--task") in done.stdout
+
+
+# --- Text methods --------------------------------------------------------------------------------------------------
+
+
+def text_flags(url, *more, method="opro"):
+    few = ["--train-rows", "8", "--eval-rows", "20", "--finalists", "2"]
+    asked = ["--optimizer-endpoint", url, "--optimizer-model", "scripted"] if url else []
+    return ["--method", method, *few, *asked, *more]
+
+
+@pytest.fixture(scope="module")
+def by_opro(tmp_path_factory, demo_server):
+    """A folder with a short finished run of OPRO in it, and what the run printed."""
+    folder = tmp_path_factory.mktemp("opro")
+    return folder, good("02_optimize.py", *text_flags(demo_server, "--rounds", "3"), folder=folder)
+
+
+def test_stage_2_runs_a_text_method_and_says_before_and_after_what_it_took(by_opro):
+    folder, printed = by_opro
+    before, _, after = printed.partition("round   0")
+    assert "OPRO, 3 rounds: up to 25 prompts on 8 training rows, 200 scored generations; 3 requests" in before
+    assert "about 300 generations" in before and "24 replies" in before  # with dev and test rows
+    assert "24 of 24 replies gave a prompt (100 %), 24 in tags" in after
+    run_dir = folder / "runs" / "demo-seed0-opro"
+    steps, prompts = read_jsonl(run_dir / "steps.jsonl"), read_jsonl(run_dir / "prompts.jsonl")
+    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    assert prompts[0]["dev_accuracy"] == max(prompt["dev_accuracy"] for prompt in prompts)
+    assert [prompt["initial"] for prompt in prompts].count(True) == 1 and prompts[0]["task"] == "demo"
+    config = json.loads((run_dir / "run.json").read_text())["config"]
+    assert (config["method"], config["samples"], config["rounds"]) == ("OPRO", 8, 3)
+    assert not {"top_k", "steps", "beam", "concurrency"} & config.keys()
+
+
+def test_stages_3_and_4_and_the_report_take_a_text_method_s_run(by_opro):
+    folder = by_opro[0]
+    best = read_jsonl(folder / "runs" / "demo-seed0-opro" / "prompts.jsonl")[0]["prompt"]
+    flags = ["--run-dir", "runs/demo-seed0-opro", "--eval-rows", "10"]
+    assert best in good("03_evaluate.py", *flags, folder=folder)
+    good("03_evaluate.py", "--run-dir", "runs/demo-seed0-opro", "--regrade", folder=folder)
+    good("03_evaluate.py", "--report", "runs", folder=folder)
+    assert "| demo/model | OPRO |" in (folder / "runs" / "report.md").read_text()
+    moved = ["--runs", "runs/demo-seed0-opro", "--targets", ROOT / "demo" / "small", "--eval-rows", "5"]
+    assert "| demo | OPRO | demo/model |" in good("04_transfer.py", *moved, folder=folder)
+
+
+def test_a_killed_text_method_goes_on_to_the_same_result_on_a_server_at_another_address(by_opro, demo_server, tmp_path):
+    rows = tmp_path / "runs" / "demo-seed0-opro" / "train_predictions.jsonl"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    flags = text_flags(demo_server, "--rounds", "3")
+    command = [sys.executable, str(ROOT / "02_optimize.py"), *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.time() + 120
+    while time.time() < deadline and not (rows.exists() and rows.read_text().count("\n") >= 100):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert rows.read_text().count("\n") < 200
+    flags = text_flags(demo_server.replace("127.0.0.1", "localhost"), "--rounds", "3")
+    assert "going on behind round" in good("02_optimize.py", *flags, folder=tmp_path)
+    for name in ("steps.jsonl", "prompts.jsonl", "results.jsonl", "optimizer.jsonl"):
+        whole = by_opro[0] / "runs" / "demo-seed0-opro" / name
+        ours = without_time(tmp_path / "runs" / "demo-seed0-opro" / name)
+        # Another test adds results behind those of the run.
+        assert ours == without_time(whole)[: len(ours)] and len(ours) >= 3, name
+
+
+def test_a_text_method_with_other_settings_needs_another_folder(by_opro, demo_server):
+    flags = text_flags(demo_server, "--rounds", "4", "--run-dir", "runs/demo-seed0-opro")
+    done = run("02_optimize.py", *flags, folder=by_opro[0])
+    assert done.returncode == 2 and "other rounds: choose another --run-dir" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (text_flags(""), "the optimizer demo/model does not know .* words of the meta-prompt"),
+        (text_flags("", "--mu", "2"), "--shortlist-size: only GReaTer has this setting, not --method opro"),
+        (text_flags("", "--preset", "released"), "--preset released is GReaTer's"),
+        (["--preset", "published"], "--preset published is the text methods'"),
+        (text_flags("", "--budget", "15"), "--budget 15: .* on 8 training rows, take 16 generations"),
+        (["--budget", "100"], "--budget 100: the initial prompt and one step, on 40 training rows, take 160"),
+        (["--init-from", "empty.jsonl"], "--init-from empty.jsonl holds no prompts"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_start(tmp_path, flags, message):
+    (tmp_path / "empty.jsonl").touch()
+    done = run("02_optimize.py", *flags, folder=tmp_path)
+    assert done.returncode == 2 and re.search(f"error: .*{message}", done.stderr), done.stderr
+    assert "round   0" not in done.stdout and "step   0" not in done.stdout
+
+
+def test_a_budget_ends_a_search_with_gradients_and_it_goes_on_to_the_same_end(tmp_path):
+    flags = ["--steps", "9", "--train-rows", "6", "--eval-rows", "5", "--finalists", "1", "--budget", "50"]
+    printed = good("02_optimize.py", *flags, folder=tmp_path)
+    steps = read_jsonl(tmp_path / "runs" / "demo-seed0" / "steps.jsonl")
+    scored = 6 * (1 + sum(tried["new"] for step in steps for tried in step["shortlist"]))
+    assert 50 - 3 * 6 < scored <= 50 and f"--budget 50: {scored} generations" in printed
+    good("02_optimize.py", *flags, folder=tmp_path)
+    assert read_jsonl(tmp_path / "runs" / "demo-seed0" / "steps.jsonl") == steps
+
+
+@pytest.mark.parametrize("method", ["greater", "random"])
+def test_a_method_starts_from_the_prompts_of_another_run(by_opro, method, tmp_path):
+    path = by_opro[0] / "runs" / "demo-seed0-opro" / "prompts.jsonl"
+    given = [prompt["prompt"] for prompt in read_jsonl(path)]
+    flags = text_flags("", method=method)[2:] if method == "greater" else text_flags("", "--rounds", "1", method=method)
+    shorter = ["--steps", "1"] if method == "greater" else []
+    good("02_optimize.py", *flags, *shorter, "--init-from", path, "--run-dir", "r", folder=tmp_path)
+    config = json.loads((tmp_path / "r" / "run.json").read_text())["config"]
+    assert config["initial_prompt"] == given[0]
+    steps = read_jsonl(tmp_path / "r" / "steps.jsonl")
+    started = [steps[0]["prompt"]] if method == "greater" else [one["prompt"] for one in steps[0]["proposed"]]
+    assert started == given[: len(started)] and len(started) == (1 if method == "greater" else len(given))
+
+
+def test_a_text_method_s_dry_run_shows_what_it_would_take_and_writes_nothing(demo_server, tmp_path):
+    flags = text_flags(demo_server, "--preset", "published", "--dry-run")
+    printed = good("02_optimize.py", *flags, folder=tmp_path)
+    assert "200 rounds: up to 1601 prompts on 8 training rows, 12808 scored generations; 200 requests" in printed
+    assert "minutes here" in printed and not (tmp_path / "runs").exists()
+
+
+def test_a_budget_below_one_round_is_warned_of(demo_server, tmp_path):
+    flags = text_flags(demo_server, "--budget", "40", "--dry-run")
+    printed = good("02_optimize.py", *flags, folder=tmp_path)
+    assert "warning: the start and one whole round take 72 generations, --budget is 40" in printed

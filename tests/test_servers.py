@@ -27,7 +27,7 @@ from huggingface_hub import InferenceClient
 
 from support import servers
 from support.answerers import local_answerer, server_answerer
-from support.evaluation import Evaluation, evaluate, evaluate_once, read_all_predictions, read_results
+from support.evaluation import Evaluation, Sampling, evaluate, evaluate_once, read_all_predictions, read_results
 from support.files import UserError, read_jsonl
 from support.servers import Server
 from support.settings import ServerFlags
@@ -888,3 +888,26 @@ def test_stage_3_says_in_one_line_that_no_server_is_there(tmp_path):
         and done.stderr.count("\n") == 1
         and "error: --endpoint http://127.0.0.1:9/v1" in done.stderr
     )
+
+
+# --- Writing at a temperature ---------------------------------------------------------------------------------------
+
+CHATS = [[{"role": "user", "content": "find this ."}], [{"role": "user", "content": "check each step ."}]]
+
+
+def test_a_server_is_asked_once_for_each_sample_with_a_seed_of_its_own():
+    def behave(handler, body, before):
+        handler.say(200, completion(f"{body['messages'][0]['content']} {body.get('seed', '-')}"))
+
+    with serving(behave) as web:
+        answerer = server_answerer(flags(answer_turn="ask"), web.url, "m")
+        drawn = answerer.write(CHATS, Sampling(3, 0.7, 20, "5/2"))
+        again = answerer.write(CHATS, Sampling(3, 0.7, 20, "5/2"))
+        other = answerer.write(CHATS, Sampling(3, 0.7, 20, "5/3"))
+    bodies = [body for body, _ in web.requests if "seed" in body]
+    assert len(bodies) == 18 and {body["temperature"] for body in bodies} == {0.7}
+    assert {body["max_tokens"] for body in bodies} == {20} and {body["top_p"] for body in bodies} == {1.0}
+    texts = [written.text for samples in drawn for written in samples]
+    assert again == drawn != other and len(set(texts)) == 6
+    assert all(text.startswith("find this .") for text in texts[:3])
+    assert [written.prompt_tokens for written in drawn[0]] == [9, 0, 0]

@@ -3,13 +3,24 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
-from conftest import ROOT, own_task, settings
+from conftest import ROOT, own_task, settings, text_settings
 
 from support.files import UserError
-from support.settings import PRESETS, GenerationSettings, SearchSettings, TaskFlags, parse_flags, run_script
+from support.settings import (
+    PRESETS,
+    PUBLISHED,
+    TEXT_METHODS,
+    TITLES,
+    GenerationSettings,
+    SearchSettings,
+    TaskFlags,
+    TextSettings,
+    parse_flags,
+    run_script,
+)
 from support.tasks import TASKS
 
 
@@ -34,7 +45,7 @@ def test_the_released_preset_is_what_the_scripts_say():
     released = {"top_k": 40, "intersections": 6, "objective": "error", "ties": "last"}
     paper = {"answer_space": "vocabulary"}
     more = {"force_sentence_end": True, "choose_on": "train"}
-    assert PRESETS == {"default": {}, "paper": paper, "released": paper | released | more}
+    assert PRESETS == {"default": {}, "paper": paper, "released": paper | released | more, "published": {}}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +63,47 @@ def test_the_defaults_are_the_paper_s():
     assert (s.fluency_weight, s.loss_temperature, s.train_rows, s.max_new_tokens) == (0.2, 0.2, 50, 1024)
     assert (s.objective, s.choose_on, s.ties, s.fluency) == ("loss", "dev", "first", "nll")
     assert set().union(*PRESETS.values()) <= set(vars(s)) | {"answer_space"}
+
+
+# --- Text methods --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("oppro", {}, "--method must be one of greater, opro"),
+        ("greater", {"beam": 4}, "--beam: --method greater has no such setting"),
+        ("opro", {"beam": 4}, "--beam: --method opro has no such setting"),
+        ("opro", {"samples": 0}, "--samples must be at least 1"),
+        ("gpo", {"retrieval": "best"}, "--retrieval must be one of relevance, recency"),
+        ("gpo", {"optimizer_temperature": -1.0}, "--optimizer-temperature must not be negative"),
+        ("opro", {"budget": -1}, "--budget must not be negative"),
+        ("opro", {"longest_prompt": 0}, "--longest-prompt must be at least 1"),
+        ("opro", {"optimizer_endpoint": "http://localhost:1/v1"}, "needs --optimizer-model"),
+        ("random", {"optimizer_model": "m"}, "--method random asks no optimizer"),
+        ("greater", {"optimizer_model": "m"}, "--method greater asks no optimizer"),
+    ],
+)
+def test_what_a_method_does_not_have_or_cannot_be_is_refused_with_its_flag(method, change, message):
+    with pytest.raises(UserError, match=message):
+        text_settings(method, **change)
+
+
+def test_settings_that_are_not_given_are_the_method_s_own_and_those_of_others_stay_none():
+    opro = text_settings("opro", exemplars=0)
+    assert (opro.rounds, opro.samples, opro.shown, opro.exemplars, opro.optimizer_temperature) == (10, 8, 20, 0, 1.0)
+    assert opro.beam is None and opro.errors is None
+    assert text_settings("opro", preset="published").rounds == 200
+    assert text_settings("opro", preset="published", rounds=3).rounds == 3
+    assert text_settings("opro", budget=500).rounds is None  # the budget ends it
+    assert text_settings("opro", budget=500, rounds=3).rounds == 3
+
+
+def test_every_method_has_a_title_and_presets_change_only_settings_it_has():
+    names = {f.name for f in fields(TextSettings)}
+    assert TITLES.keys() == {"greater", *TEXT_METHODS}
+    for method, own in TEXT_METHODS.items():
+        assert own.keys() <= names and PUBLISHED.get(method, {}).keys() <= own.keys()
 
 
 # --- The command line ----------------------------------------------------------------------------------
