@@ -50,6 +50,7 @@ from support.settings import (
 )
 from support.sources import open_task
 from support.tables import LEGEND, accuracy_table, compare_reading, comparison_table, prompt_list, verdict
+from support.takeaway import messages_of, sent, write_programs
 from support.tokens import encode_prompt, encode_row, prompt_text
 
 COMMON = ("preset", "train_rows", "choose_on", "seed")  # of SearchSettings, what every method has
@@ -203,7 +204,7 @@ def optimize_task(job):
             dev = evaluate(prompt["prompt"], "candidate", "dev")
             _, low, high, _ = estimate([dev], "paper")
             prompt |= {"task": job.task.name, "dev_accuracy": dev["accuracy"], "dev_stderr": dev["stderr"]}
-            prompt |= {"dev_low": low, "dev_high": high}
+            prompt |= {"dev_low": low, "dev_high": high, "messages": messages_of(job.task, prompt["prompt"])}
             bar.update()
     prompts = rank_prompts(prompts, flags.choose_on)
     write_jsonl(run_dir / "prompts.jsonl", prompts)
@@ -217,7 +218,11 @@ def optimize_task(job):
     # Of a prompt that the training rows chose nobody knows whether it is the best.
     name = "best" if flags.choose_on == "dev" else "best on train"
     report(name, prompts, results, predictions)
+    best = prompts[0]["prompt"]
+    programs = write_programs(run_dir, job.task, best, flags.model, flags.max_new_tokens, engine.tokenizer)
+    print("\n".join(["\nwhat is sent with the best prompt:", *sent(job.task, best)]))
     print_paths(run_dir)
+    print("\n".join(f"  {path}" for path in programs))
 
 
 def search_tokens(job, engine, answerer):

@@ -17,13 +17,10 @@ def messages_of(task, prompt):
     return task.messages(QUESTION, prompt)
 
 
-def shown(task, prompt):
+def sent(task, prompt):
     """Lines that show what is sent with a prompt, for people."""
-    lines = []
-    for message in messages_of(task, prompt):
-        lines.append(f"  {message['role']}: {message['content']!r}")
-    lines.append(f"  assistant: the model's reasoning, then {' ' + task.extractor!r}, then its answer")
-    return lines
+    lines = [f"  {message['role']}: {message['content']!r}" for message in messages_of(task, prompt)]
+    return [*lines, f"  assistant: the model's reasoning, then {' ' + task.extractor!r}, then its answer"]
 
 
 def write_programs(folder, task, prompt, model, max_new_tokens, tokenizer=None):

@@ -11,7 +11,7 @@ from conftest import ROOT, settings
 
 from support.answerers import local_answerer
 from support.evaluation import evaluate
-from support.takeaway import messages_of, shown, write_programs
+from support.takeaway import messages_of, sent, write_programs
 
 MODEL = str(ROOT / "demo" / "model")
 PROMPT = "show each step ."
@@ -70,7 +70,7 @@ def test_the_messages_are_those_that_are_sent_with_a_place_for_the_question(demo
         {"role": "system", "content": "please show each step . now ."},
         {"role": "user", "content": "{question}"},
     ]
-    assert "please show each step . now ." in "\n".join(shown(task, PROMPT))
+    assert "please show each step . now ." in "\n".join(sent(task, PROMPT))
 
 
 def test_a_program_for_a_template_that_asks_for_the_date_says_the_same_date(demo_engine, demo_task, tmp_path):
