@@ -15,11 +15,11 @@ import json
 from support.files import require
 from support.settings import TaskFlags, parse_flags, run_script
 from support.sources import prepare
-from support.tasks import GROUPS, SPLITS, get_task
+from support.tasks import GROUPS, get_task
 
 
 def main():
-    flags = parse_flags(TaskFlags, __doc__.splitlines()[0])
+    flags = parse_flags(TaskFlags, __doc__)
     given = flags.extractor or flags.kind or flags.template or flags.answer_space
     own = flags.own_rows or not given
     require(own, "--extractor, --kind, --template and --answer-space change no row: give them to stages 2 and 3")

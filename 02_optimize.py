@@ -2,14 +2,13 @@
 
     python 02_optimize.py --task demo
     python 02_optimize.py --task gsm8k --model meta-llama/Meta-Llama-3-8B-Instruct
-    python 02_optimize.py --task my.jsonl --extractor "So the answer is" --model path/to/model
+    python 02_optimize.py --task my.csv --question-key message --answer-key team --model path/to/model
 
 Prepares the task's data itself where stage 01 has not been run. A killed run goes on with the same command and
 ends with the same result; a run with other settings needs another --run-dir. The prompt is searched on training
 rows and chosen on dev rows; the test rows are read once, at the end, for the initial and the chosen prompt.
 """
 
-import json
 import random
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ from support.runs import (
     scores_of,
 )
 from support.settings import ModelFlags, SearchSettings, TaskFlags, flag, parse_flags, run_script
-from support.sources import open_task
+from support.sources import open_task, read_prepared
 from support.tables import LEGEND, accuracy_table, compare_reading, comparison_table, prompt_list, verdict
 from support.tokens import encode_prompt, encode_row, prompt_text
 
@@ -45,7 +44,7 @@ class Flags(SearchSettings, ModelFlags, TaskFlags):
 
 
 def main():
-    flags = parse_flags(Flags, __doc__.splitlines()[0])
+    flags = parse_flags(Flags, __doc__)
     require(flags.finalists >= 1 and flags.eval_rows >= 0, "--finalists must be at least 1, --eval-rows at least 0")
     flags.model = flags.model_path()
     task, splits = open_task(flags)
@@ -53,6 +52,9 @@ def main():
     require(start, "--initial-prompt has no tokens: give it at least one word")
     task = replace(task, initial_prompt=start)
     available = len(splits["train"])
+    if flags.own_rows and flags.train_rows > available:
+        print(f"--train-rows {flags.train_rows}: there are {available} training rows, all are used")
+        flags.train_rows = available
     require(
         flags.train_rows <= available, f"--train-rows {flags.train_rows}: {task.name} has {available} training rows"
     )
@@ -62,9 +64,9 @@ def main():
     if flags.dry_run:
         optimize_task(flags, task, splits, train, run_dir)
         return
-    prepared = json.loads((Path(flags.data_dir) / task.name / "task.json").read_text(encoding="utf-8"))
+    prepared = read_prepared(task, flags.data_dir)
     # The task's parts as they are now, also where the flags leave them to it: a later version's task may have others.
-    config = asdict(flags) | task.parts | {"initial_prompt": task.initial_prompt}
+    config = flags.used() | task.parts | {"initial_prompt": task.initial_prompt}
     del config["dry_run"]
     open_run(run_dir, config, prepared, [row["id"] for row in train])
     with alone_in(run_dir):

@@ -66,7 +66,7 @@ class Prompt:
 
 
 def main():
-    flags = parse_flags(Flags, __doc__.splitlines()[0], run_defaults)
+    flags = parse_flags(Flags, __doc__, run_defaults)
     check_split_and_counts(flags, eval_rows=0, mistakes=0, top=1)
     flags.check_server_flags()
     if flags.report:

@@ -19,6 +19,7 @@ TOP = {
     "demo",
     "benchmarks",
     "docs",
+    "examples",
     "tests",
 }
 SUPPORT = (
@@ -29,6 +30,7 @@ SUPPORT = (
     "engine",
     "onednn",
     "tasks",
+    "own",
     "reading",
     "harness",
     "sources",
