@@ -356,6 +356,8 @@ def prepare(task, data_dir, source="", own_rows="", own=DEFAULT):
     splits = own_splits(own_rows, own) if own_rows else split_rows(task, source)
     for split, rows in splits.items():
         require(rows, f"{task.name}: the {split} split is empty; give more rows")
+    for warning in split_warnings(splits, task.choices) if own_rows else ():
+        print(f"warning: {warning}", file=sys.stderr)
     folder = Path(data_dir) / task.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "task.json").unlink(missing_ok=True)  # its presence says that the rows beside it are whole
@@ -428,8 +430,6 @@ def open_task(flags):
     if flags.own_rows:
         sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
         print(f"{sizes} rows; {described(task)}; asked for with {task.extractor!r}")
-        for warning in split_warnings(splits, task.choices):
-            print(f"warning: {warning}", file=sys.stderr)
     return task, splits
 
 
