@@ -13,7 +13,7 @@ from conftest import ROOT
 from support import sources, tasks
 from support.files import UserError, write_jsonl
 from support.harness import read_answer_harness
-from support.own import SPLITS
+from support.own import SPLITS, OwnRows
 from support.reading import GRADER_VERSION
 from support.settings import SearchSettings, TaskFlags
 from support.tasks import TASKS, get_task
@@ -390,6 +390,18 @@ def test_gsm8k_s_answer_is_behind_the_last_marker_and_must_be_a_number(tmp_path)
         sources.split_rows(TASKS["gsm8k"], tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "1", "{}", '{"sha256": 3}', '{"sha256": {"train": "a"}}', "[" * 100_000, '"', "null", '{"name": "demo"}'],
+)
+def test_a_task_json_of_another_shape_is_refused_with_the_command_that_makes_it(tmp_path, content):
+    task = get_task("demo")
+    path = sources.prepare(task, tmp_path) / "task.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="task.json is not what stage 01 writes: run python 01_prepare_data.py"):
+        sources.load_split(task, tmp_path, "dev")
+
+
 def test_a_split_that_changed_since_stage_01_is_refused(tmp_path):
     task = get_task("demo")
     folder = sources.prepare(task, tmp_path)
@@ -448,7 +460,7 @@ OWN_TASK_JSON = """{
     "",
     ""
   ],
-  "split_rule": "shuffled by seed 0, answers spread evenly: dev 0.25, test 0.25 of the rows, the rest train",
+  "split_rule": "in file order: dev 0.25, test 0.25 of the rows, the rest train",
   "defaults": {},
   "answer_prefix": " ",
   "counts": {
@@ -471,7 +483,7 @@ def test_task_json_of_own_rows_is_byte_for_byte_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl("yes.jsonl", [{"question": f"{n}?", "answer": ["Yes", "No"][n % 2]} for n in range(9)])
     task = get_task("yes.jsonl", "So:", "", "{question} and {prompt}")
-    folder = sources.prepare(task, "data", own_rows="yes.jsonl")
+    folder = sources.prepare(task, "data", own_rows="yes.jsonl", own=OwnRows(split_seed=-1))
     assert (folder / "task.json").read_text(encoding="utf-8") == OWN_TASK_JSON
 
 
