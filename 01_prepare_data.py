@@ -20,12 +20,15 @@ from support.tasks import GROUPS, get_task
 def main():
     flags = parse_flags(TaskFlags, __doc__)
     given = flags.extractor or flags.kind or flags.template or flags.answer_space
-    own = flags.own_rows or not given
-    require(own, "--extractor, --kind, --template and --answer-space change no row: give them to stages 2 and 3")
+    require(
+        flags.own_rows or not given,
+        "--extractor, --kind, --template and --answer-space change no row: give them to stages 2 and 3",
+    )
     names = GROUPS.get(flags.task, [flags.task])
     for name in names:
-        task = get_task(name, flags.extractor, flags.kind, flags.template, flags.answer_space, flags.own)
-        folder = prepare(task, flags.data_dir, flags.source, flags.own_rows, flags.own)
+        own = flags.own if flags.own_rows else None
+        task = get_task(own or name, flags.extractor, flags.kind, flags.template, flags.answer_space)
+        folder = prepare(task, flags.data_dir, flags.source, own)
         counts = read_prepared(task, flags.data_dir)["counts"]
         sizes = "  ".join(f"{split} {counts[split]:4d}" for split in SPLITS)
         kind = f"answers: {task.kind:7s}"

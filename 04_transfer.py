@@ -14,7 +14,7 @@ from pathlib import Path
 from support.answerers import open_answerer
 from support.evaluation import Evaluation, evaluate_once, rows_hash
 from support.files import alone_in, read_jsonl, require, require_fields, short_name, write_jsonl
-from support.own import OwnRows
+from support.own import OWN_FLAGS
 from support.progress import open_bar
 from support.runs import read_run
 from support.settings import (
@@ -179,8 +179,7 @@ def jobs_of_run(folder, flags):
     Errors: UserError if the run is not there or not finished, or if its task's data is not what it was searched with.
     """
     task_fields = [f.name for f in fields(TaskFlags)]
-    of_own_rows = {f.name for f in fields(OwnRows)}  # which the run of a known task lacks
-    texts = dict.fromkeys([*(name for name in task_fields if name not in of_own_rows), "model", "initial_prompt"], str)
+    texts = dict.fromkeys([*(name for name in task_fields if name not in OWN_FLAGS), "model", "initial_prompt"], str)
     record = read_run(folder, **texts, max_new_tokens=int, batch_size=int)
     config = record["config"]
     asked = {name: config[name] for name in task_fields if name in config}

@@ -9,7 +9,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from support.files import UserError, is_text, read_jsonl, require
@@ -25,6 +25,7 @@ FEW = 20  # rows of a dev or test split below which its accuracy says little
 class OwnRows:
     """Where a user's own rows are and how they are split."""
 
+    task: str = ""  # --task: the file, the data set, or only a name where each split has a file
     question_key: str = "question"  # of a record; or a form of several: "{subject}: {body}"
     answer_key: str = "answer"
     train_file: str = ""  # files of their own for these splits; the others share the rows of the task's file
@@ -49,6 +50,7 @@ class OwnRows:
 
 
 DEFAULT = OwnRows()
+OWN_FLAGS = tuple(f.name for f in fields(OwnRows) if f.name != "task")  # which the run of a known task lacks
 
 
 # --- Finding the file -------------------------------------------------------------------------------------------
@@ -208,25 +210,29 @@ def value_of(record, key, place, what):
 
 
 def columns_into_key(template):
-    """(question key, template) of a template with names of columns: all up to the last of them is the question.
+    """(question key, template) of a template with names of columns: from the first to the last is the question.
 
-    "Subject: {subject}\\n{body}\\nUse {prompt}" -> ("Subject: {subject}\\n{body}", "{question}\\nUse {prompt}")
+    "From: {sender}\\n{body}\\nUse {prompt}" -> ("{sender}\\n{body}", "From: {question}\\nUse {prompt}")
     """
     columns = [found for found in COLUMN.finditer(template) if found[1] not in ("question", "prompt")]
     if not columns or "{question}" in template:
         return "", template
-    end = columns[-1].end()
-    return template[:end], "{question}" + template[end:]
+    start, end = columns[0].start(), columns[-1].end()
+    require(
+        "{prompt}" not in template[start:end], "--template: {prompt} must not stand between columns of the question"
+    )
+    return template[start:end], template[:start] + "{question}" + template[end:]
 
 
 # --- Splits -----------------------------------------------------------------------------------------------------
 
 
-def own_splits(name, own):
+def own_splits(own):
     """{split: rows} of a user's own rows. Those of --task are shared among the splits that have none of their own.
 
-    name: the file or data set of --task. Errors: UserError for what cannot be read.
+    Errors: UserError for what cannot be read.
     """
+    name = own.task
     own.check()
     given = {}
     for split, path in own.files.items():

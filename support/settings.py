@@ -15,7 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from support.files import ROOT, UserError, require
-from support.own import OwnRows, beside, columns_into_key, is_own
+from support.own import OWN_FLAGS, OwnRows, beside, columns_into_key, is_own
 from support.tasks import ANSWER_SPACES, KINDS, TASKS
 
 # --- Generation and search: the defaults are the paper's -----------------------------------------------------
@@ -203,7 +203,7 @@ class TaskFlags:
 
     def used(self):
         """{name: value} of all flags of the script, without those for own rows where the task is a known one."""
-        idle = set() if self.own_rows else {f.name for f in fields(OwnRows)}
+        idle = () if self.own_rows else OWN_FLAGS
         return {name: value for name, value in asdict(self).items() if name not in idle}
 
 

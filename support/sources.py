@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from support.files import ROOT, UserError, read_jsonl, require, sha256, write_json, write_jsonl
-from support.own import DEFAULT, SPLITS, as_text, own_rule, own_splits, read_json, split_warnings
+from support.own import SPLITS, as_text, own_rule, own_splits, read_json, split_warnings
 from support.reading import GRADER_VERSION, canonical
 from support.tasks import LISTED, MMLU_SIZES, TASKS, get_task, read_rows
 
@@ -347,16 +347,16 @@ def split_rule(task, own):
     return PUBLISHED[task.name].rule if task.name in PUBLISHED else own_rule(own)
 
 
-def prepare(task, data_dir, source="", own_rows="", own=DEFAULT):
+def prepare(task, data_dir, source="", own=None):
     """Write data_dir/<task>/{train,dev,test}.jsonl, then task.json; the same bytes on every run. Returns the folder.
 
-    source: the folder of the authors' files, empty for the hub; own_rows: the file or data set of the user's own, and
-    own: how they are split. Errors: UserError for rows that cannot be used, or an empty split.
+    source: the folder of the authors' files, empty for the hub; own: the `OwnRows` of an own task.
+    Errors: UserError for rows that cannot be used, or an empty split.
     """
-    splits = own_splits(own_rows, own) if own_rows else split_rows(task, source)
+    splits = own_splits(own) if own else split_rows(task, source)
     for split, rows in splits.items():
         require(rows, f"{task.name}: the {split} split is empty; give more rows")
-    for warning in split_warnings(splits, task.choices) if own_rows else ():
+    for warning in split_warnings(splits, task.choices) if own else ():
         print(f"warning: {warning}", file=sys.stderr)
     folder = Path(data_dir) / task.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -370,7 +370,7 @@ def prepare(task, data_dir, source="", own_rows="", own=DEFAULT):
         "defaults": record.pop("defaults"),  # behind the rule, where it has always been: the same bytes
         "answer_prefix": task.answer_prefix,
         "counts": {split: len(rows) for split, rows in splits.items()},
-        "source": own_rows or source or task.hub[0] or "demo/rows.jsonl",
+        "source": (own and own.task) or source or task.hub[0] or "demo/rows.jsonl",
         "sha256": {split: sha256(folder / f"{split}.jsonl") for split in splits},
         "grader_version": GRADER_VERSION,
     }
@@ -415,11 +415,13 @@ def open_task(flags):
 
     Errors: UserError for a task, a file or a row that cannot be used.
     """
-    task = get_task(flags.task, flags.extractor, flags.kind, flags.template, flags.answer_space, flags.own)
+    task = get_task(flags.own, flags.extractor, flags.kind, flags.template, flags.answer_space)
     # Own rows and the demo's lie here and may have changed; preparing them takes no time.
     if flags.own_rows or task.name == "demo" or not is_prepared(task, flags.data_dir):
         # A known task is prepared as the table has it: what the user sets otherwise changes no row.
-        folder = prepare(TASKS.get(task.name, task), flags.data_dir, flags.source, flags.own_rows, flags.own)
+        folder = prepare(
+            TASKS.get(task.name, task), flags.data_dir, flags.source, flags.own if flags.own_rows else None
+        )
         print(f"preparing {task.name} in {folder}")
     splits = {split: load_split(task, flags.data_dir, split) for split in SPLITS}
     for row in [row for rows in splits.values() for row in rows]:

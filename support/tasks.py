@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from support.files import UserError, read_jsonl, require, text_hash
-from support.own import COLUMN, DEFAULT, SUFFIXES, is_own, own_name, own_splits, place_of, rows_of
+from support.own import COLUMN, SUFFIXES, OwnRows, is_own, own_name, own_splits, place_of, rows_of
 from support.reading import canonical, canonical_number
 
 KINDS = ("number", "choice", "boolean", "label", "text")
@@ -300,13 +300,15 @@ PAPER_BBH = [task.name for task in bbh_tasks() if task.name.removeprefix("bbh/")
 GROUPS = {"bbh": PAPER_BBH, "mmlu": [f"mmlu/{subject}" for subject in MMLU_SIZES]}
 
 
-def get_task(name, extractor="", kind="", template="", answer_space="", own=DEFAULT):
-    """The task called `name`, or a user's own: the path of a file of rows. What is not empty replaces the task's.
+def get_task(name, extractor="", kind="", template="", answer_space=""):
+    """The task called `name`, or a user's own: the path of a file of rows, or `OwnRows`. What is not empty replaces the
+    task's.
 
-    own: the flags of a user's own rows. Errors: UserError for an unknown name (with the nearest known one), an own task
-    that needs an extractor, or parts that do not fit each other.
+    Errors: UserError for an unknown name (with the nearest known one), an own task that needs an extractor, or parts
+    that do not fit each other.
     """
-    task = own_task(name, extractor, kind, own) if is_own(name) or own.files else known_task(name)
+    own = name if isinstance(name, OwnRows) else OwnRows(name)
+    task = own_task(own, extractor, kind) if is_own(own.task) or own.files else known_task(own.task)
     changes = {"extractor": extractor, "kind": kind, "template": template, "answer_space": answer_space}
     return checked_task(replace(task, **{name: text for name, text in changes.items() if text}))
 
@@ -320,18 +322,18 @@ def known_task(name):
     return TASKS[name]
 
 
-def own_task(name, extractor, kind, own):
+def own_task(own, extractor, kind):
     """The task of a user's own rows. An empty kind is inferred from the answers, and an empty extractor made of them
     where they are a closed set."""
     require(not kind or kind in KINDS, unknown_kind(kind))
-    answers = [row["answer"] for rows in own_splits(name, own).values() for row in rows]
+    answers = [row["answer"] for rows in own_splits(own).values() for row in rows]
     kind = kind or infer_kind(answers)
     choices = tuple(sorted(set(answers))) if kind in CLOSED_KINDS else ()
     how = 'say how to ask for the answer, --extractor "The answer is $"'
-    require(choices or extractor.strip(), f"--task {name} is your own, its answers are of the kind {kind}: {how}")
-    places = [place_of(path) for path in (name, own.train_file, own.dev_file, own.test_file)]
+    require(choices or extractor.strip(), f"--task {own.task} is your own, its answers are of the kind {kind}: {how}")
+    places = [place_of(path) for path in (own.task, own.train_file, own.dev_file, own.test_file)]
     asked = text_hash(repr((places, asdict(own))))[:8]
-    name = own_name(name)
+    name = own_name(own.task)
     return Task(name, kind, extractor or own_extractor(kind, choices), choices, own_folder=f"{name}-{asked}")
 
 

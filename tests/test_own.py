@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -103,13 +104,19 @@ def test_a_question_may_be_made_of_several_columns(tmp_path):
     ("template", "key", "rest"),
     [
         ("{subject}\n{body}\nUse {prompt}", "{subject}\n{body}", "{question}\nUse {prompt}"),
-        ("Sort this: {body} now. {prompt}", "Sort this: {body}", "{question} now. {prompt}"),
+        ("Sort this: {body} now. {prompt}", "{body}", "Sort this: {question} now. {prompt}"),
+        ("Use {prompt}\nFrom {a} to {b}.", "{a} to {b}", "Use {prompt}\nFrom {question}."),
         ("{question}\nUse {prompt}", "", "{question}\nUse {prompt}"),
         ("", "", ""),
     ],
 )
 def test_a_template_s_columns_are_the_question(template, key, rest):
     assert own.columns_into_key(template) == (key, rest)
+
+
+def test_a_prompt_between_columns_is_refused():
+    with pytest.raises(UserError, match="must not stand between columns"):
+        own.columns_into_key("{subject} {prompt} {body}")
 
 
 # --- Names ------------------------------------------------------------------------------------------------------
@@ -161,7 +168,7 @@ OF_HUB = OwnRows(question_key="text", answer_key="label")
 def test_the_hub_s_splits_are_kept_and_its_classes_named(monkeypatch):
     rows = {split: [(f"{split} {n}", n % 2) for n in range(4)] for split in ("train", "validation", "test")}
     asked = on_hub(monkeypatch, **rows, unsupervised=[("x", 0)])
-    splits = own.own_splits("hub:a/news:en", OF_HUB)
+    splits = own.own_splits(replace(OF_HUB, task="hub:a/news:en"))
     assert asked == [("a/news", "en")] and tuple(splits) == SPLITS
     assert [row["question"] for row in splits["dev"]] == [f"validation {n}" for n in range(4)]
     assert [row["answer"] for row in splits["test"]] == ["World", "Sports"] * 2
@@ -169,17 +176,17 @@ def test_the_hub_s_splits_are_kept_and_its_classes_named(monkeypatch):
 
 def test_splits_that_the_hub_lacks_come_from_its_training_rows(monkeypatch):
     on_hub(monkeypatch, train=[(f"t{n}", n % 2) for n in range(12)], test=[("a", 0), ("b", 1)])
-    splits = own.own_splits("hub:news", OF_HUB)
+    splits = own.own_splits(replace(OF_HUB, task="hub:news"))
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 8, "dev": 4, "test": 2}
 
 
 def test_a_row_of_the_hub_without_its_class_or_a_data_set_without_rows_to_train_on_is_an_error(monkeypatch):
     on_hub(monkeypatch, train=[("a", 0)], test=[("b", -1)])
     with pytest.raises(UserError, match="hub:news, test, record 1: the row has no answer"):
-        own.own_splits("hub:news", OF_HUB)
+        own.own_splits(replace(OF_HUB, task="hub:news"))
     on_hub(monkeypatch, test=[("b", 1)])
     with pytest.raises(UserError, match="no split called train"):
-        own.own_splits("hub:news", OF_HUB)
+        own.own_splits(replace(OF_HUB, task="hub:news"))
 
 
 # --- Splits -----------------------------------------------------------------------------------------------------
@@ -237,7 +244,7 @@ def test_fractions_say_how_many_rows_each_split_has(count, dev, test, sizes):
 )
 def test_flags_that_leave_nothing_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        own.own_splits("none.csv", OwnRows(**flags))
+        own.own_splits(OwnRows("none.csv", **flags))
 
 
 def test_files_of_their_own_are_whole_splits_and_the_others_share_the_rest(tmp_path):
@@ -245,11 +252,11 @@ def test_files_of_their_own_are_whole_splits_and_the_others_share_the_rest(tmp_p
     for name, count in (("main", 9), ("test", 3), ("dev", 2)):
         paths[name] = str(tmp_path / f"{name}.jsonl")
         write_jsonl(paths[name], [{"question": f"{name} {n}", "answer": "x"} for n in range(count)])
-    splits = own.own_splits(paths["main"], OwnRows(test_file=paths["test"]))
+    splits = own.own_splits(OwnRows(paths["main"], test_file=paths["test"]))
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 6, "dev": 3, "test": 3}
     assert [row["question"] for row in splits["test"]] == ["test 0", "test 1", "test 2"]
-    flags = OwnRows(train_file=paths["main"], dev_file=paths["dev"], test_file=paths["test"])
-    splits = own.own_splits("a name alone", flags)
+    flags = OwnRows("a name alone", train_file=paths["main"], dev_file=paths["dev"], test_file=paths["test"])
+    splits = own.own_splits(flags)
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 9, "dev": 2, "test": 3}
     ids = [row["id"] for rows in splits.values() for row in rows]
     assert len(set(ids)) == len(ids)

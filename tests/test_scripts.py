@@ -444,7 +444,7 @@ BAD = [
     ("01_prepare_data.py --task nan.jsonl", "nan.jsonl, line 1: the row has no answer"),
     ("01_prepare_data.py --task deep.json", "cannot read deep.json as a JSON file of records"),
     (
-        "02_optimize.py --task odd.jsonl --initial-prompt 'find the answer now .' --train-rows 4 --extractor so --model demo/model",
+        "02_optimize.py --task odd.jsonl --initial-prompt 'find the answer now .' --extractor so --model demo/model",
         "does not know the answer 'rhubarb",
     ),
     ("02_optimize.py --model ./nothing", "--model ./nothing"),

@@ -418,11 +418,11 @@ def test_own_rows_are_halved_and_quartered_and_an_empty_split_is_an_error(tmp_pa
     path = tmp_path / "mine.jsonl"
     write_jsonl(path, [{"question": f"{n}?", "answer": str(n)} for n in range(8)])
     task = get_task(str(path), "So it is")
-    folder = sources.prepare(task, tmp_path / "data", own_rows=str(path))
+    folder = sources.prepare(task, tmp_path / "data", own=OwnRows(str(path)))
     assert json.loads((folder / "task.json").read_text())["counts"] == {"train": 4, "dev": 2, "test": 2}
     write_jsonl(path, [{"question": "1?", "answer": "1"}])
     with pytest.raises(UserError, match="the train split is empty"):
-        sources.prepare(task, tmp_path / "data", own_rows=str(path))
+        sources.prepare(task, tmp_path / "data", own=OwnRows(str(path)))
 
 
 def test_the_demo_s_rows_are_the_published_700_and_unique():
@@ -483,7 +483,7 @@ def test_task_json_of_own_rows_is_byte_for_byte_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl("yes.jsonl", [{"question": f"{n}?", "answer": ["Yes", "No"][n % 2]} for n in range(9)])
     task = get_task("yes.jsonl", "So:", "", "{question} and {prompt}")
-    folder = sources.prepare(task, "data", own_rows="yes.jsonl", own=OwnRows(split_seed=-1))
+    folder = sources.prepare(task, "data", own=OwnRows("yes.jsonl", split_seed=-1))
     assert (folder / "task.json").read_text(encoding="utf-8") == OWN_TASK_JSON
 
 

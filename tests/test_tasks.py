@@ -231,7 +231,7 @@ def test_two_files_of_one_name_are_one_name_but_two_folders(tmp_path):
     first, second = tasks_of
     assert first.name == second.name == "own/mine" and first.folder != second.folder
     assert first == get_task(str(tmp_path / "a" / "mine.jsonl"), "So")
-    other_split = get_task(str(tmp_path / "a" / "mine.jsonl"), "So", own=OwnRows(split_seed=1))
+    other_split = get_task(OwnRows(str(tmp_path / "a" / "mine.jsonl"), split_seed=1), "So")
     assert other_split.folder != first.folder and TASKS["demo"].folder == "demo"
 
 
