@@ -16,7 +16,7 @@ from pathlib import Path
 
 from support.files import ROOT, UserError, require
 from support.own import OWN_FLAGS, OwnRows, beside, columns_into_key, is_own
-from support.tasks import ANSWER_SPACES, KINDS, TASKS
+from support.tasks import ANSWER_SPACES, GROUPS, KINDS, TASKS
 
 # --- Generation and search: the defaults are the paper's -----------------------------------------------------
 
@@ -192,7 +192,10 @@ class TaskFlags:
         return self.task if is_own(self.task) or self.own.files else ""
 
     def find_own_rows(self):
-        """Put the file for the name of one that lies beside, and a template's columns into the question's key."""
+        """Put the file for the name of one that lies beside, and a template's columns into the question's key.
+
+        Errors: UserError for flags of own rows where the task is a known one.
+        """
         self.task = self.task if self.task in TASKS else beside(self.task)
         self.template = self.template.replace("\\n", "\n")  # as a shell passes it on
         self.question_key = self.question_key.replace("\\n", "\n")
@@ -200,6 +203,12 @@ class TaskFlags:
         asked = not key or self.question_key in (key, OwnRows.question_key)
         require(asked, "--question-key and columns in --template: give one of them")
         self.question_key = key or self.question_key
+        idle = [as_flag(name) for name in OWN_FLAGS if getattr(self, name) != getattr(OwnRows, name)]
+        known = self.task in TASKS or self.task in GROUPS  # another name is refused as such
+        require(
+            not (known and idle and not self.own_rows),
+            f"{', '.join(idle)}: only for your own rows, not for --task {self.task}",
+        )
 
     def used(self):
         """{name: value} of all flags of the script, without those for own rows where the task is a known one."""

@@ -243,6 +243,20 @@ def test_the_command_line_finds_own_rows_and_makes_a_template_s_columns_the_ques
         parse_flags(Flags, "")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--answer-key", "team"], "--answer-key: only for your own rows, not for --task demo"),
+        (["--task", "gsm8k", "--split-seed", "1", "--dev-fraction", "0.1"], "--dev-fraction, --split-seed: only for"),
+        (["--template", "{subject} {prompt}"], "--question-key: only for your own rows"),
+    ],
+)
+def test_a_flag_of_own_rows_is_refused_where_the_task_is_a_known_one(monkeypatch, words, message):
+    monkeypatch.setattr(sys, "argv", ["script", *words])
+    with pytest.raises(UserError, match=message):
+        parse_flags(Flags, "")
+
+
 def test_only_a_task_of_own_rows_keeps_the_flags_for_them():
     assert "split_seed" not in TaskFlags("demo").used()
     assert TaskFlags("mine.csv", split_seed=3).used()["split_seed"] == 3
