@@ -3,14 +3,13 @@
     python 02_optimize.py --task demo
     python 02_optimize.py --task gsm8k --model meta-llama/Meta-Llama-3-8B-Instruct
     python 02_optimize.py --task gsm8k --method opro --budget 4000
-    python 02_optimize.py --task my.jsonl --extractor "So the answer is" --model path/to/model
+    python 02_optimize.py --task my.csv --question-key message --answer-key team --model path/to/model
 
 Prepares the task's data itself where stage 01 has not been run. A killed run goes on with the same command and
 ends with the same result; a run with other settings needs another --run-dir. The prompt is searched on training
 rows and chosen on dev rows; the test rows are read once, at the end, for the initial and the chosen prompt.
 """
 
-import json
 import random
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -48,7 +47,7 @@ from support.settings import (
     parse_flags,
     run_script,
 )
-from support.sources import open_task
+from support.sources import open_task, read_prepared
 from support.tables import LEGEND, accuracy_table, compare_reading, comparison_table, prompt_list, verdict
 from support.takeaway import messages_of, sent, write_programs
 from support.tokens import encode_prompt, encode_row, prompt_text
@@ -83,7 +82,7 @@ class Job:
 
 
 def main():
-    flags = parse_flags(Flags, __doc__.splitlines()[0])
+    flags = parse_flags(Flags, __doc__)
     require(flags.finalists >= 1 and flags.eval_rows >= 0, "--finalists must be at least 1, --eval-rows at least 0")
     flags.check_server_flags()
     flags.resolve()
@@ -95,6 +94,9 @@ def main():
     seeds = starting_prompts(flags, task)
     task = replace(task, initial_prompt=seeds[0])
     available = len(splits["train"])
+    if flags.own_rows and flags.train_rows > available:
+        print(f"--train-rows {flags.train_rows}: there are {available} training rows, all are used")
+        flags.train_rows = available
     require(
         flags.train_rows <= available, f"--train-rows {flags.train_rows}: {task.name} has {available} training rows"
     )
@@ -106,7 +108,7 @@ def main():
     if flags.dry_run:
         optimize_task(job)
         return
-    prepared = json.loads((Path(flags.data_dir) / task.name / "task.json").read_text(encoding="utf-8"))
+    prepared = read_prepared(task, flags.data_dir)
     open_run(run_dir, configuration(job), prepared, [row["id"] for row in train])
     with alone_in(run_dir):
         optimize_task(job)
@@ -154,7 +156,7 @@ def configuration(job):
     """The settings that a run is recorded with: those that its method has."""
     flags = job.flags
     # The task's parts as they are now, also where the flags leave them to it: a later version's task may have others.
-    config = asdict(flags) | job.task.parts | {"initial_prompt": job.task.initial_prompt}
+    config = flags.used() | job.task.parts | {"initial_prompt": job.task.initial_prompt}
     left_out = {"dry_run", *(f.name for f in fields(ServerFlags))}
     if flags.method == GREATER:
         left_out |= {f.name for f in fields(TextSettings)} - ({"budget"} if flags.budget else set())

@@ -3,6 +3,7 @@
     python 03_evaluate.py --run-dir runs/demo-seed0                    # the run's initial and best prompt on test
     python 03_evaluate.py --run-dir runs/demo-seed0 --baselines        # and no prompt, and zero-shot chain of thought
     python 03_evaluate.py --task demo --prompt "check each step carefully ." --split dev
+    python 03_evaluate.py --task my.csv --question-key message --answer-key team --model path/to/model --baselines
     python 03_evaluate.py --task gsm8k --endpoint http://localhost:8000/v1 --model NAME --prompt "..."
     python 03_evaluate.py --run-dir runs/demo-seed0 --regrade          # the kept texts again, without a model
     python 03_evaluate.py --report runs                                # tables and pictures of all runs
@@ -32,7 +33,7 @@ from support.settings import (
     run_script,
 )
 from support.sources import open_task
-from support.tables import LEGEND, accuracy_table, comparison_table, prompt_list
+from support.tables import LEGEND, accuracy_table, comparison_table, confusion_table, prompt_list
 from support.tasks import Task
 
 
@@ -66,7 +67,7 @@ class Prompt:
 
 
 def main():
-    flags = parse_flags(Flags, __doc__.splitlines()[0], run_defaults)
+    flags = parse_flags(Flags, __doc__, run_defaults)
     check_split_and_counts(flags, eval_rows=0, mistakes=0, top=1)
     flags.check_server_flags()
     if flags.report:
@@ -111,7 +112,7 @@ def evaluate_prompts(flags, task, split_rows, run_dir):
                 evaluation = Evaluation(answerer, prompt.task, flags.split, rows, prompt.text, flags)
                 results.append(evaluate_once(evaluation, run_dir, prompt.role, prompt.name))
                 bar.update()
-        print_results(flags, run_dir, results, rows)
+        print_results(flags, run_dir, task, results, rows)
 
 
 # --- Which prompts ---------------------------------------------------------------------------------------
@@ -185,8 +186,9 @@ def regrade_folder(run_dir, task, splits):
         print_paths(run_dir)
 
 
-def print_results(flags, run_dir, results, rows):
-    """The table of prompts, the last against each of the others, and mistakes of the last."""
+def print_results(flags, run_dir, task, results, rows):
+    """The table of prompts, the last against each of the others; of the last its answers by the right one, of a task
+    whose possible answers are known, and mistakes."""
     labels = labels_of(results)
     print(f"\n{prompt_list(labels, [result['prompt'] for result in results])}\n")
     print(accuracy_table(labels, results))
@@ -195,6 +197,8 @@ def print_results(flags, run_dir, results, rows):
     predictions = [read_predictions(run_dir, result, rows) for result in results]
     if len(results) > 1:
         print(f"\n{comparison_table('last', labels[:-1], predictions)}")
+    if task.choices:
+        print(f"\nthe last prompt, paper reading\n{confusion_table(task, predictions[-1])}")
     show_mistakes(predictions[-1], rows, flags)
     print_paths(run_dir)
 

@@ -8,13 +8,13 @@ a model behind an OpenAI-compatible server. Predictions and results of each task
 their own, so a killed transfer goes on where it was and nothing is evaluated twice.
 """
 
-import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from support.answerers import open_answerer
 from support.evaluation import Evaluation, evaluate_once, rows_hash
 from support.files import alone_in, read_jsonl, require, require_fields, short_name, write_jsonl
+from support.own import OWN_FLAGS
 from support.progress import open_bar
 from support.runs import read_run
 from support.settings import (
@@ -27,7 +27,7 @@ from support.settings import (
     parse_flags,
     run_script,
 )
-from support.sources import open_task
+from support.sources import open_task, read_prepared
 from support.tasks import Task
 
 # Fields of a result that stand in transfer.jsonl, too.
@@ -75,7 +75,7 @@ class Job:
 
 
 def main():
-    flags = parse_flags(Flags, __doc__.splitlines()[0])
+    flags = parse_flags(Flags, __doc__)
     check_split_and_counts(flags, eval_rows=0, max_new_tokens=0, batch_size=0)
     flags.check_server_flags()
     require(flags.runs, "say which prompts: --runs with folders of stage 02")
@@ -179,15 +179,14 @@ def jobs_of_run(folder, flags):
     Errors: UserError if the run is not there or not finished, or if its task's data is not what it was searched with.
     """
     task_fields = [f.name for f in fields(TaskFlags)]
-    texts = dict.fromkeys([*task_fields, "model", "initial_prompt"], str)
+    texts = dict.fromkeys([*(name for name in task_fields if name not in OWN_FLAGS), "model", "initial_prompt"], str)
     record = read_run(folder, **texts, max_new_tokens=int, batch_size=int)
     config = record["config"]
-    asked = {name: config[name] for name in task_fields}
+    asked = {name: config[name] for name in task_fields if name in config}
     asked["data_dir"] = flags.data_dir or config["data_dir"]
     asked["source"] = flags.source or config["source"]
     task, splits = open_task(TaskFlags(**asked))
-    now = json.loads((Path(asked["data_dir"]) / task.name / "task.json").read_text(encoding="utf-8"))
-    same = now["sha256"] == record["task"]["sha256"]
+    same = read_prepared(task, asked["data_dir"])["sha256"] == record["task"]["sha256"]
     require(same, f"{folder} was searched with other rows of {task.name} than {asked['data_dir']} holds")
     initial = Job(
         task=replace(task, initial_prompt=config["initial_prompt"]),

@@ -98,7 +98,7 @@ def cells(task, seen):
 
 
 def main():
-    flags = parse_flags(Flags, __doc__.splitlines()[0])
+    flags = parse_flags(Flags, __doc__)
     require(flags.models and flags.tasks, "say which: --models and --tasks")
     models = [ModelFlags(model).model_path() for model in flags.models]
     from support.engine import load_engine

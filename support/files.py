@@ -42,7 +42,7 @@ def read_jsonl(path):
             read = json.loads(line)
             if not isinstance(read, dict):
                 raise ValueError("not an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not a JSON object ({error})") from None
         objects.append(read)
     return objects

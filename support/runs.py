@@ -25,6 +25,7 @@ from support.files import (
     write_json,
 )
 from support.identity import identity_of
+from support.own import is_own, own_name
 from support.tasks import TASKS
 from support.tokens import DATE, ends_sentence, prompt_text
 
@@ -413,8 +414,8 @@ def load_run(folder):
     folder = Path(folder)
     config = read_run(folder, task=str, model=str)["config"]
     task, method = config["task"], config.get("method", "GReaTer")
-    if task.endswith(".jsonl"):
-        task = f"own/{Path(task).stem}"  # as tasks.get_task names a user's own rows
+    if is_own(task) or config.get("test_file"):
+        task = own_name(task)
     if not (folder / "results.jsonl").exists():
         raise Unfinished(f"{folder}: unfinished, no results.jsonl; the command that began the run finishes it")
     results = read_records(folder / "results.jsonl", RESULT_FIELDS)

@@ -4,13 +4,20 @@ Works without torch, so that `--help` and a typo answer at once.
 """
 
 import argparse
+import difflib
+import inspect
+import math
 import os
+import re
 import sys
-from dataclasses import dataclass, field, fields
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 
 from support.files import ROOT, UserError, require
-from support.tasks import TASKS
+from support.own import OWN_FLAGS, OwnRows, beside, columns_into_key, is_own
+from support.tasks import ANSWER_SPACES, GROUPS, KINDS, TASKS
 
 # --- Generation and search: the defaults are the paper's -----------------------------------------------------
 
@@ -24,10 +31,18 @@ def as_flag(name):
     return f"--{name.replace('_', '-')}"
 
 
+def require_known(name, value):
+    """Errors: UserError if the value is none that this flag may have."""
+    known = KNOWN_VALUES[name]
+    shown = ", ".join(one for one in known if one)
+    require(value in known, f"{as_flag(name)} must be one of {shown}, not {value!r}")
+
+
 @dataclass
 class GenerationSettings:
     """What generation needs, in the search and in evaluation."""
 
+    GROUP = "generation"  # in --help
     max_new_tokens: int = flag(1024, "longest reasoning, in tokens")
     batch_size: int = flag(0, "rows generated at once; 0: as many as fit; halved when CUDA memory runs out")
 
@@ -67,13 +82,18 @@ AT_LEAST_ONE = (
     "shortlist_size",
     "max_prompt_tokens",
 )
-KNOWN_VALUES = {
+KNOWN_VALUES = {  # of flags; an empty one leaves it to the task
     "preset": tuple(PRESETS),
     "shortlist": ("gradient", "random", "all"),
     "fluency": ("nll", "perplexity"),
     "objective": ("loss", "error"),
     "ties": ("first", "last"),
     "choose_on": ("dev", "train"),
+    "kind": ("", *KINDS),
+    "answer_space": ("", *ANSWER_SPACES),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "answer_turn": ("continue", "prefill", "ask"),
+    "split": ("dev", "test"),
 }
 
 
@@ -81,9 +101,10 @@ KNOWN_VALUES = {
 class SearchSettings(GenerationSettings):
     """The method's settings (Sec. 5.1; where the paper is silent, the released configuration)."""
 
+    GROUP = "the search"
     preset: str = flag(
         "default",
-        "default; paper: extractor and answer space of the paper; released: all that the released scripts do; "
+        "paper: extractor and answer space of the paper; released: all that the released scripts do; "
         "published: a text method's settings in its own publication",
     )
     steps: int = flag(105, "T: positions visited")
@@ -92,16 +113,16 @@ class SearchSettings(GenerationSettings):
     sampled_rows: int = flag(5, "q: rows whose top-k are intersected")
     intersections: int = flag(1, "intersections whose union is proposed")
     min_candidates: int = flag(6, "k grows by 2 until so many proposals are found")
-    shortlist: str = flag("gradient", "how proposals are shortlisted: gradient, random, or all (no shortlist)")
+    shortlist: str = flag("gradient", "how proposals are shortlisted; all: no shortlist")
     shortlist_size: int = flag(3, "mu: proposals tried for real at each position", "--mu")
     gradient_without_reasoning: bool = flag(False, "take the gradient over question, prompt and extractor only")
     fluency_weight: float = flag(0.2, "lambda: weight of the prompt's fluency term in the loss", "--lambda")
-    fluency: str = flag("nll", "the fluency term: mean nll of the prompt, or its exponential, perplexity")
+    fluency: str = flag("nll", "the fluency term: mean nll of the prompt, or its exponential")
     loss_temperature: float = flag(0.2, "divides the answer's logits in the loss, or the choices' log-probabilities")
-    objective: str = flag("loss", "what selection minimizes: loss, or error (error rate + lambda / 10 * fluency)")
-    ties: str = flag("first", "of equal objectives take the first (incumbent, then by gradient) or the last")
+    objective: str = flag("loss", "what selection minimizes; error: error rate + lambda / 10 * fluency")
+    ties: str = flag("first", "which of equal objectives is taken; first: the incumbent, then by gradient")
     force_sentence_end: bool = flag(False, "take a shortlisted full stop at once in the prompt's second half")
-    choose_on: str = flag("dev", "rows that choose the final prompt among the best of the run: dev or train")
+    choose_on: str = flag("dev", "rows that choose the final prompt among the best of the run")
     max_prompt_tokens: int = flag(64, "a prompt stops growing at this length")
     gradient_batch_size: int = flag(0, "rows in one forward and backward pass; 0: by the model's size")
     seed: int = flag(0, "draws the training rows and the sampled rows of each step")
@@ -117,11 +138,11 @@ class SearchSettings(GenerationSettings):
             require(getattr(self, name) >= 1, f"{as_flag(name)} must be at least 1")
         require(self.gradient_batch_size >= 0, "--gradient-batch-size must not be negative")
         require(self.steps >= 0, "--steps must not be negative")
-        require(self.fluency_weight >= 0, "--lambda must be a number not below 0")
-        require(self.loss_temperature > 0, "--loss-temperature must be above 0")
-        for name, known in KNOWN_VALUES.items():
-            value = getattr(self, name)
-            require(value in known, f"{as_flag(name)} must be one of {', '.join(known)}, not {value!r}")
+        require(0 <= self.fluency_weight < math.inf, "--lambda must be a number not below 0")
+        require(0 < self.loss_temperature < math.inf, "--loss-temperature must be a number above 0")
+        for name in KNOWN_VALUES:
+            if hasattr(self, name):
+                require_known(name, getattr(self, name))
 
 
 # --- Optimizers that work in text (text_optimizers.py) -------------------------------------------------------------
@@ -199,6 +220,7 @@ class TextSettings:
     """Settings of the text methods. A flag that is not given has the method's own value; one that the method does not
     have is refused."""
 
+    GROUP = "methods that work in text"
     method: str = flag(GREATER, f"what searches: {', '.join(TITLES)}")
     budget: int = flag(0, "stop at so many scored generations, a training row under a prompt each; 0: no limit")
     init_from: str = flag("", "a prompts.jsonl with prompts to start from")
@@ -273,11 +295,20 @@ class TextSettings:
 class TaskFlags:
     """Flags of every script that reads a task's rows."""
 
-    task: str = flag("demo", "a task of tasks.py, such as gsm8k or bbh/navigate, or your own rows.jsonl")
-    extractor: str = flag("", "the text behind which the answer is read; empty: the task's own")
-    kind: str = flag("", "number, choice, boolean, label or text; empty: the task's own, or inferred from your rows")
+    GROUP = "the task and its rows"
+    task: str = flag(
+        "demo",
+        "a task of the table, such as gsm8k or bbh/navigate; or your own rows: a .jsonl, .json, .csv or .tsv file, "
+        "or hub:NAME, a data set on the hub",
+    )
+    extractor: str = flag(
+        "", "the text behind which the answer is read; empty: the task's own, or one made of your rows' labels"
+    )
+    kind: str = flag("", "what answers are; empty: the task's own, or inferred from your rows")
     template: str = flag(
-        "", "what the user says, with {question} and {prompt} in their places; \\n: a new line; empty: the task's own"
+        "",
+        "what the user says, with {question} and {prompt} in their places; \\n: a new line; may name columns of your "
+        "rows: '{subject}'; empty: the task's own",
     )
     system: str = flag("", "a system message, which may hold {prompt} instead of the template; empty: the task's own")
     answer_space: str = flag(
@@ -287,27 +318,73 @@ class TaskFlags:
     )
     data_dir: str = flag("data", "where stage 01 writes the prepared tasks")
     source: str = flag("", "folder of the data files as their authors publish them; empty: the hub")
+    question_key: str = flag(
+        OwnRows.question_key, "your rows: the column of the question, or a text of several: '{subject}: {body}'"
+    )
+    answer_key: str = flag(OwnRows.answer_key, "your rows: the column of the right answer")
+    train_file: str = flag(OwnRows.train_file, "your rows: a file of its own for the training rows")
+    dev_file: str = flag(OwnRows.dev_file, "your rows: a file of its own for the dev rows")
+    test_file: str = flag(OwnRows.test_file, "your rows: a file of its own for the test rows")
+    dev_fraction: float = flag(OwnRows.dev_fraction, "your rows: share of the dev rows")
+    test_fraction: float = flag(OwnRows.test_fraction, "your rows: share of the test rows; the rest is to train")
+    split_seed: int = flag(
+        OwnRows.split_seed, "your rows: shuffled by it, each answer shared alike; -1: split in the file's order"
+    )
+
+    @property
+    def own(self):
+        """Where the user's own rows are and how they are split."""
+        return OwnRows(**{f.name: getattr(self, f.name) for f in fields(OwnRows)})
 
     @property
     def own_rows(self):
-        """The path of the user's own rows, "" if the task is a known one."""
-        return self.task if self.task.endswith(".jsonl") else ""
+        """The file or data set of the user's own rows, "" if the task is a known one."""
+        return self.task if is_own(self.task) or self.own.files else ""
+
+    def find_own_rows(self):
+        """Put the file for the name of one that lies beside, and a template's columns into the question's key.
+
+        Errors: UserError for flags of own rows where the task is a known one.
+        """
+        self.task = self.task if self.task in TASKS else beside(self.task)
+        for name in ("template", "system"):
+            setattr(self, name, getattr(self, name).replace("\\n", "\n"))  # as a shell passes it on
+        self.question_key = self.question_key.replace("\\n", "\n")
+        key, self.template = columns_into_key(self.template)
+        asked = not key or self.question_key in (key, OwnRows.question_key)
+        require(asked, "--question-key and columns in --template: give one of them")
+        self.question_key = key or self.question_key
+        idle = [as_flag(name) for name in OWN_FLAGS if getattr(self, name) != getattr(OwnRows, name)]
+        known = self.task in TASKS or self.task in GROUPS  # another name is refused as such
+        require(
+            not (known and idle and not self.own_rows),
+            f"{', '.join(idle)}: only for your own rows, not for --task {self.task}",
+        )
+
+    def used(self):
+        """{name: value} of all flags of the script, without those for own rows where the task is a known one."""
+        idle = () if self.own_rows else OWN_FLAGS
+        return {name: value for name, value in asdict(self).items() if name not in idle}
 
 
 @dataclass
 class ModelFlags:
     """Flags of every script that loads a model."""
 
+    GROUP = "the model"
     model: str = flag("meta-llama/Meta-Llama-3-8B-Instruct", "a hub name or a local folder")
-    device: str = flag("auto", "cpu, cuda or cuda:N")
-    dtype: str = flag("auto", "auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16 or float16")
+    device: str = flag("auto", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:N or mps")
+    dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on the CPU")
 
     def model_path(self):
         """The model's name; the demo's own folders wherever the script is called from.
 
-        Errors: UserError for an unknown dtype or a folder without a model, as far as that shows without torch.
+        Errors: UserError for an unknown device or dtype or a folder without a model, as far as that shows without
+        torch.
         """
-        require(self.dtype in ("auto", "float32", "bfloat16", "float16"), f"--dtype {self.dtype!r} is unknown")
+        require_known("dtype", self.dtype)
+        known = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device)
+        require(known, f"--device must be auto, cpu, cuda, cuda:N or mps, not {self.device!r}")
         of_the_demo = self.model in ("demo/model", "demo/small")
         path = ROOT / self.model if of_the_demo else Path(self.model)
         looks_local = path.is_absolute() or self.model.startswith((".", "~")) or self.model.count("/") > 1
@@ -321,13 +398,14 @@ class ModelFlags:
 class ServerFlags:
     """Flags of every script that can ask a server instead of a model loaded here."""
 
-    concurrency: int = flag(32, "server: requests under way at once")
-    request_timeout: float = flag(600.0, "server: seconds until a request counts as lost and is sent again")
-    tries: int = flag(6, "server: how often a request is sent before the script ends")
-    key_variable: str = flag("OPENAI_API_KEY", "server: the environment variable that holds its key, if it wants one")
+    GROUP = "a server instead of a model loaded here"
+    concurrency: int = flag(32, "requests under way at once")
+    request_timeout: float = flag(600.0, "seconds until a request counts as lost and is sent again")
+    tries: int = flag(6, "how often a request is sent before the script ends")
+    key_variable: str = flag("OPENAI_API_KEY", "the environment variable that holds its key, if it wants one")
     answer_turn: str = flag(
         "continue",
-        "server: how the answer is asked for: continue (fields that make vLLM and SGLang go on behind the extractor), "
+        "how the answer is asked for: continue (fields that make vLLM and SGLang go on behind the extractor), "
         "prefill (for servers that go on by themselves), ask (the extractor as a turn of its own)",
     )
 
@@ -335,13 +413,12 @@ class ServerFlags:
         for name in ("concurrency", "tries"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         require(self.request_timeout > 0, "--request-timeout must be above 0")
-        known = ("continue", "prefill", "ask")
-        require(self.answer_turn in known, f"--answer-turn must be one of {', '.join(known)}, not {self.answer_turn!r}")
+        require_known("answer_turn", self.answer_turn)
 
 
 def check_split_and_counts(flags, **least):
     """Errors: UserError if --split is neither dev nor test, or if one of these flags is below its least number."""
-    require(flags.split in ("dev", "test"), f"--split must be dev or test, not {flags.split!r}")
+    require_known("split", flags.split)
     for name, number in least.items():
         require(getattr(flags, name) >= number, f"--{name.replace('_', '-')} must be at least {number}")
 
@@ -349,15 +426,14 @@ def check_split_and_counts(flags, **least):
 # --- The command line --------------------------------------------------------------------------------------------
 
 
-def parse_flags(flags_class, description, more_defaults=None, given=None):
-    """The dataclass `flags_class` filled from the command line, or from the arguments `given`.
+def parse_flags(flags_class, text, more_defaults=None, given=None):
+    """The dataclass `flags_class` filled from the command line, or from the words `given`.
 
-    The defaults of its fields are replaced by those of the task, then of the preset, then by `more_defaults(early)`,
-    a dict, where `early` holds the flags --task and --run-dir as far as they are given. Unknown flags and values of
-    the wrong type end the script with argparse's message and exit code 2.
+    text: the script's docstring: its first line and its examples are shown by --help. The defaults of the fields are
+    replaced by those of the task, then of the preset, then by `more_defaults(early)`, a dict, where `early` holds the
+    flags --task and --run-dir as far as they are given. Unknown flags and values of the wrong type end the script with
+    one line and exit code 2.
     """
-    from transformers import HfArgumentParser  # imports no torch
-
     early = early_flags()
     names = {f.name for f in fields(flags_class)}
     of_the_run = more_defaults(early) if more_defaults else {}
@@ -369,9 +445,111 @@ def parse_flags(flags_class, description, more_defaults=None, given=None):
             defaults["extractor"] = task.paper_extractor if task else ""
     defaults |= PRESETS.get(early.preset, {})
     defaults |= of_the_run
-    parser = HfArgumentParser(flags_class, description=description, allow_abbrev=False)
-    parser.set_defaults(**{name: value for name, value in defaults.items() if name in names})
-    return flags_class(**vars(parser.parse_args(given)))
+    parser = make_parser(flags_class, text, {name: value for name, value in defaults.items() if name in names})
+    values, unknown = parser.parse_known_args(dashed(sys.argv[1:] if given is None else given))
+    if unknown:
+        parser.error(unknown_words(unknown, parser))
+    flags = flags_class(**vars(values))
+    if "task" in names:
+        flags.find_own_rows()
+    return flags
+
+
+def dashed(words):
+    """The words of a command line; a flag may be written with underscores, too."""
+    flags = [word.partition("=")[0] if word.startswith("--") else "" for word in words]
+    return [flag.replace("_", "-") + word[len(flag) :] for flag, word in zip(flags, words)]
+
+
+def unknown_words(words, parser):
+    """A line on what the parser does not know: the first flag, with the nearest known one, or the first other word."""
+    name = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
+    if name is None:
+        return f"{words[0]!r} belongs to no flag: put a text of several words in quotation marks"
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"no flag {name}" + (f": did you mean {near[0]}?" if near else "; --help lists them")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, like every other error of the scripts."""
+
+    def error(self, message):
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help in 100 columns, a flag's values beside it."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32, width=100)
+
+
+def make_parser(flags_class, text, defaults):
+    """The parser of a dataclass: a group of flags for each class in which fields are, the script's own first."""
+    first, *lines = text.splitlines() or [""]
+    examples = [line for line in lines if line.startswith("    python ")]
+    parser = Parser(
+        description=first,
+        epilog="\n".join(["examples:", *examples]) if examples else None,
+        usage="python %(prog)s [--FLAG VALUE ...]",
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    kinds = typing.get_type_hints(flags_class)
+    by_name = {f.name: f for f in fields(flags_class)}
+    for group_class in grouped(flags_class):
+        group = parser.add_argument_group(vars(group_class).get("GROUP", "this stage"))
+        for name in inspect.get_annotations(group_class):
+            if name in by_name:  # no constant of the class
+                add_flag(group, by_name.pop(name), kinds[name], defaults)
+    return parser
+
+
+def grouped(flags_class):
+    """The classes that fields come from, in the order of --help: what is searched before how."""
+    first, *bases = [one for one in inspect.getmro(flags_class) if inspect.get_annotations(one)]
+    return [first, *reversed(bases)]
+
+
+def add_flag(group, field_, kind, defaults):
+    """Add a field's flag to a group of a parser. kind: its type."""
+    default = field_.default if field_.default_factory is MISSING else field_.default_factory()
+    default = defaults.get(field_.name, default)
+    known = [value for value in KNOWN_VALUES.get(field_.name, ()) if value]
+    kind = next((part for part in typing.get_args(kind) if part is not NoneType), kind) if is_optional(kind) else kind
+    options = {"default": default, "help": help_of(field_, default), "dest": field_.name}
+    if kind is bool:
+        options |= {"nargs": "?", "const": True, "type": yes_or_no, "metavar": "yes|no"}
+    elif typing.get_origin(kind) is list:
+        options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": field_.name.upper()}
+        options["action"] = field_.metadata.get("action", "store")
+    else:
+        options["type"] = kind if kind in (int, float) else str
+        options["metavar"] = "|".join(known) or {int: "N", float: "X"}.get(kind, field_.name.upper())
+    group.add_argument(as_flag(field_.name), *field_.metadata.get("aliases", ()), **options)
+
+
+def is_optional(kind):
+    """Whether a type is another one or None."""
+    return NoneType in typing.get_args(kind)
+
+
+def yes_or_no(text):
+    known = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"yes or no, not {text!r}")
+    return known[text.lower()]
+
+
+def help_of(field_, default):
+    """A flag's help with its default, where that says something."""
+    text = field_.metadata.get("help", "")
+    explained = default == 0 and re.search(r"\b0:", text)
+    says = default not in ("", None, False) and default != [] and not explained
+    shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    return (text + (f" (default: {shown})" if says else "")).replace("%", "%%")
 
 
 def early_flags():

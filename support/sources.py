@@ -7,26 +7,17 @@ row of a record, the table of what is published, splits, and the prepared task t
 import csv
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from support.files import ROOT, UserError, read_jsonl, require, sha256, write_json, write_jsonl
+from support.own import SPLITS, as_text, own_rule, own_splits, read_json, split_warnings
 from support.reading import GRADER_VERSION, canonical
-from support.tasks import MMLU_SIZES, SPLITS, TASKS, as_text, get_task, read_rows
+from support.tasks import LISTED, MMLU_SIZES, TASKS, get_task, read_rows
 
 # --- Reading what is published ----------------------------------------------------------------------------
-
-
-def read_json(path):
-    """The records of one JSON file: a list, or BBH's object with the list in "examples"."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        records = content["examples"] if isinstance(content, dict) else content
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read {path} as a JSON file of records: {error!r}") from None
-    require(isinstance(records, list), f"{path}: not a list of records")
-    return records
 
 
 def read_mmlu(path):
@@ -349,44 +340,37 @@ def split_demo_rows():
     return {"train": rows[:200], "dev": rows[200:300], "test": rows[300:]}
 
 
-OWN_RULE = "rows in file order: half train, a quarter dev, the rest test"
-
-
-def split_own_rows(path):
-    rows = read_rows(path)
-    half, three_quarters = len(rows) // 2, len(rows) * 3 // 4
-    return {"train": rows[:half], "dev": rows[half:three_quarters], "test": rows[three_quarters:]}
-
-
-def split_rule(task):
+def split_rule(task, own):
     """How the rows of a task are split, in words."""
     if task.name == "demo":
         return DEMO_RULE
-    return PUBLISHED[task.name].rule if task.name in PUBLISHED else OWN_RULE
+    return PUBLISHED[task.name].rule if task.name in PUBLISHED else own_rule(own)
 
 
-def prepare(task, data_dir, source="", own_rows=""):
+def prepare(task, data_dir, source="", own=None):
     """Write data_dir/<task>/{train,dev,test}.jsonl, then task.json; the same bytes on every run. Returns the folder.
 
-    source: the folder of the authors' files, empty for the hub; own_rows: the path of the user's own.
+    source: the folder of the authors' files, empty for the hub; own: the `OwnRows` of an own task.
     Errors: UserError for rows that cannot be used, or an empty split.
     """
-    splits = split_own_rows(own_rows) if own_rows else split_rows(task, source)
+    splits = own_splits(own) if own else split_rows(task, source)
     for split, rows in splits.items():
         require(rows, f"{task.name}: the {split} split is empty; give more rows")
-    folder = Path(data_dir) / task.name
+    for warning in split_warnings(splits, task.choices) if own else ():
+        print(f"warning: {warning}", file=sys.stderr)
+    folder = Path(data_dir) / task.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "task.json").unlink(missing_ok=True)  # its presence says that the rows beside it are whole
     for split, rows in splits.items():
         write_jsonl(folder / f"{split}.jsonl", rows)
-    record = asdict(task)
-    del record["answer_space"], record["paper_extractor"]  # which change nothing in the rows
+    changing_no_row = ("answer_space", "paper_extractor", "own_folder", "system")
+    record = {name: value for name, value in asdict(task).items() if name not in changing_no_row}
     record |= {
-        "split_rule": split_rule(task),
+        "split_rule": split_rule(task, own),
         "defaults": record.pop("defaults"),  # behind the rule, where it has always been: the same bytes
         "answer_prefix": task.answer_prefix,
         "counts": {split: len(rows) for split, rows in splits.items()},
-        "source": own_rows or source or task.hub[0] or "demo/rows.jsonl",
+        "source": (own and own.task) or source or task.hub[0] or "demo/rows.jsonl",
         "sha256": {split: sha256(folder / f"{split}.jsonl") for split in splits},
         "grader_version": GRADER_VERSION,
     }
@@ -394,24 +378,36 @@ def prepare(task, data_dir, source="", own_rows=""):
     return folder
 
 
-def load_split(task, data_dir, split):
-    """Rows of a prepared split. Errors: UserError if its bytes are not those that stage 01 wrote."""
-    folder = Path(data_dir) / task.name
-    path = folder / f"{split}.jsonl"
+def read_prepared(task, data_dir):
+    """The record task.json of a prepared task. Errors: UserError if it is not there, or no such record."""
+    path = Path(data_dir) / task.folder / "task.json"
     again = f"run python 01_prepare_data.py --task {task.name}"
     try:
-        record = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-        expected = record["sha256"][split]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder} holds no prepared task: {again}") from None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        fields_of_splits = [(record["sha256"][split], record["counts"][split]) for split in SPLITS]
+        good = all(isinstance(sha, str) and isinstance(count, int) for sha, count in fields_of_splits)
+        version = record["grader_version"]
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} holds no prepared task: {again}") from None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        good = False
+    require(good and record.get("name") == task.name, f"{path} is not what stage 01 writes: {again}")
+    require(version == GRADER_VERSION, f"{path.parent} is of another grader version: {again}")
+    return record
+
+
+def load_split(task, data_dir, split):
+    """Rows of a prepared split. Errors: UserError if its bytes are not those that stage 01 wrote."""
+    expected = read_prepared(task, data_dir)["sha256"][split]
+    path = Path(data_dir) / task.folder / f"{split}.jsonl"
     rows = read_rows(path)
+    again = f"run python 01_prepare_data.py --task {task.name}"
     require(sha256(path) == expected, f"{path} changed since stage 01 wrote it: {again}")
-    require(record["grader_version"] == GRADER_VERSION, f"{folder} is of another grader version: {again}")
     return rows
 
 
 def is_prepared(task, data_dir):
-    return (Path(data_dir) / task.name / "task.json").exists()
+    return (Path(data_dir) / task.folder / "task.json").exists()
 
 
 def open_task(flags):
@@ -419,11 +415,13 @@ def open_task(flags):
 
     Errors: UserError for a task, a file or a row that cannot be used.
     """
-    task = get_task(flags.task, flags.extractor, flags.kind, flags.template, flags.answer_space, flags.system)
+    task = get_task(flags.own, flags.extractor, flags.kind, flags.template, flags.answer_space, flags.system)
     # Own rows and the demo's lie here and may have changed; preparing them takes no time.
     if flags.own_rows or task.name == "demo" or not is_prepared(task, flags.data_dir):
         # A known task is prepared as the table has it: what the user sets otherwise changes no row.
-        folder = prepare(TASKS.get(task.name, task), flags.data_dir, flags.source, flags.own_rows)
+        folder = prepare(
+            TASKS.get(task.name, task), flags.data_dir, flags.source, flags.own if flags.own_rows else None
+        )
         print(f"preparing {task.name} in {folder}")
     splits = {split: load_split(task, flags.data_dir, split) for split in SPLITS}
     for row in [row for rows in splits.values() for row in rows]:
@@ -431,4 +429,13 @@ def open_task(flags):
         require(
             fits, f"--kind {task.kind}: the answer {row['answer']!r} of row {row['id']} is none: set another --kind"
         )
+    if flags.own_rows:
+        sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
+        print(f"{sizes} rows; {described(task)}; asked for with {task.extractor!r}")
     return task, splits
+
+
+def described(task):
+    """The kind of a task's answers in words, with the possible ones where they are few."""
+    few = 0 < len(task.choices) <= LISTED
+    return f"answers: {task.kind}" + (f" ({', '.join(task.choices)})" if few else "")

@@ -3,8 +3,12 @@
 Prompts may be long, so they stand in a list of their own.
 """
 
-from support.evaluation import READINGS, compare, estimate, tokens_text
+from collections import Counter
+
+from support.evaluation import READINGS, Estimate, compare, estimate, tokens_text, wilson
+from support.reading import canonical
 from support.runs import dev_warning, initial_of
+from support.tasks import LISTED
 
 LEGEND = """in brackets the 95 % Wilson interval
 unread: no answer found behind the extractor; cut: at --max-new-tokens"""
@@ -31,6 +35,29 @@ def accuracy_table(labels, results):
             line += f"  {str(estimate([result], reading)):>21s}"
         line += f"  {100 * result['unread']:5.1f} %  {100 * result['truncated']:5.1f} %"
         lines.append(f"{line}  {tokens_text(result['mean_tokens']):>6s}")
+    return "\n".join(lines)
+
+
+def confusion_table(task, predictions):
+    """A line for each possible answer of a task: how often each of them was read where it is the right one (`paper`
+    reading), and the accuracy there. The columns are numbered as the lines are; of very many answers there are none.
+
+    predictions: of one prompt, in any order of rows.
+    """
+    labels = [f"{number} {choice}" for number, choice in enumerate(task.choices, 1)]
+    columns = task.choices if len(task.choices) <= LISTED else ()
+    head = "right answer, read as" if columns else "right answer"
+    width = width_of([head, *labels])
+    numbers = "".join(f"{number:5d}" for number in range(1, len(columns) + 1))
+    lines = [f"{head:{width}s}{numbers}  unread  {'right, %':>21s}"]
+    read = Counter((canonical(task, p["gold"]), canonical(task, p["answer"])) for p in predictions)
+    for label, choice in zip(labels, task.choices):
+        gold = canonical(task, choice)
+        rows = sum(count for (right, _), count in read.items() if right == gold)
+        counts = "".join(f"{read[gold, canonical(task, other)]:5d}" for other in columns)
+        right = read[gold, gold]
+        accuracy = str(Estimate(right / rows, *wilson(right, rows), False)) if rows else "no row"
+        lines.append(f"{label:{width}s}{counts}  {read[gold, None]:6d}  {accuracy:>21s}")
     return "\n".join(lines)
 
 

@@ -1,24 +1,25 @@
-"""Tasks: how a question is put and its answer is asked for, and a user's own rows.
+"""Tasks: how a question is put and its answer is asked for; of known tasks in a table, of own ones by their rows.
 
 Everything here works without torch, so the scripts can check a task, its rows and every flag before they load
 anything heavy. How an answer is read and graded stands in reading.py, as lm-evaluation-harness does it in harness.py;
-where the rows of the known tasks come from, in sources.py.
+where the rows of the known tasks come from, in sources.py, a user's own in own.py.
 """
 
 import difflib
 import re
 import string
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from support.files import UserError, is_text, read_jsonl, require
+from support.files import UserError, read_jsonl, require, text_hash
+from support.own import COLUMN, SUFFIXES, OwnRows, is_own, own_name, own_splits, place_of, rows_of
 from support.reading import canonical, canonical_number
 
 KINDS = ("number", "choice", "boolean", "label", "text")
 CLOSED_KINDS = ("choice", "boolean", "label")  # of which all possible answers are known
 ROWS_PER_LABEL = 3  # so many rows for each different answer, on average, and the answers are a closed set
 ANSWER_SPACES = ("choices", "vocabulary")
-SPLITS = ("train", "dev", "test")
+LISTED = 20  # so many labels at most are named in an own task's extractor
 
 
 # --- The table -------------------------------------------------------------------------------------
@@ -41,6 +42,7 @@ class Task:
     paper_extractor: str = ""  # the paper's form, for --preset paper; empty: the same
     hub: tuple[str, str] = ("", "")  # (dataset, configuration) on the hub
     defaults: dict = field(default_factory=dict)  # flags whose default differs from the paper's
+    own_folder: str = ""  # where own rows are prepared, below --data-dir: two files may have one name
 
     @property
     def answer_prefix(self):
@@ -49,6 +51,11 @@ class Task:
         last = self.extractor[-1]
         behind_a_sign = self.kind == "number" and not last.isalnum()
         return "" if last.isspace() or last in "([{" or behind_a_sign else " "
+
+    @property
+    def folder(self):
+        """Where its rows are prepared, below --data-dir."""
+        return self.own_folder or self.name
 
     @property
     def ranks_choices(self):
@@ -315,40 +322,58 @@ GROUPS = {"bbh": PAPER_BBH, "mmlu": [f"mmlu/{subject}" for subject in MMLU_SIZES
 
 
 def get_task(name, extractor="", kind="", template="", answer_space="", system=""):
-    """The task called `name`, or a user's own: the path of a JSONL file of rows. What is not empty replaces the task's.
+    """The task called `name`, or a user's own: the path of a file of rows, or `OwnRows`. What is not empty replaces the
+    task's.
 
-    Errors: UserError for an unknown name (with the nearest known one), an own task without extractor, or parts that do
-    not fit each other.
+    Errors: UserError for an unknown name (with the nearest known one), an own task that needs an extractor, or parts
+    that do not fit each other.
     """
-    task = own_task(name, extractor, kind) if name.endswith(".jsonl") else known_task(name)
-    changes = {"extractor": extractor, "kind": kind, "answer_space": answer_space}
-    changes |= {"template": template.replace("\\n", "\n"), "system": system.replace("\\n", "\n")}
+    own = name if isinstance(name, OwnRows) else OwnRows(name)
+    task = own_task(own, extractor, kind) if is_own(own.task) or own.files else known_task(own.task)
+    changes = {"extractor": extractor, "kind": kind, "template": template, "system": system}
+    changes["answer_space"] = answer_space
     return checked_task(replace(task, **{name: text for name, text in changes.items() if text}))
 
 
 def known_task(name):
     """The task of the table. Errors: UserError, with the nearest name."""
     if name not in TASKS:
-        require(not Path(name).exists() and "." not in name, f"--task {name}: your own rows must be a .jsonl file")
-        raise UserError(
-            f"unknown task {name!r}.{suggestion(name)} Known: {known_names()}, or the path of your own .jsonl file"
-        )
+        forms = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
+        require(not Path(name).exists() and "." not in name, f"--task {name}: your own rows must be a {forms}")
+        raise UserError(f"unknown task {name!r}.{suggestion(name)} Known: {known_names()}, or your own {forms}")
     return TASKS[name]
 
 
-def own_task(path, extractor, kind):
-    """The task of a user's own rows; an empty kind is inferred from the answers."""
-    how = 'say how to ask for the answer, --extractor "The answer is $"'
-    require(extractor.strip(), f"--task {path} is your own: {how}")
-    answers = [row["answer"] for row in read_rows(path)]
+def own_task(own, extractor, kind):
+    """The task of a user's own rows. An empty kind is inferred from the answers, and an empty extractor made of them
+    where they are a closed set."""
+    require(not kind or kind in KINDS, unknown_kind(kind))
+    answers = [row["answer"] for rows in own_splits(own).values() for row in rows]
     kind = kind or infer_kind(answers)
     choices = tuple(sorted(set(answers))) if kind in CLOSED_KINDS else ()
-    return Task(f"own/{Path(path).stem}", kind, extractor, choices)
+    how = 'say how to ask for the answer, --extractor "The answer is $"'
+    require(choices or extractor.strip(), f"--task {own.task} is your own, its answers are of the kind {kind}: {how}")
+    places = [place_of(path) for path in (own.task, own.train_file, own.dev_file, own.test_file)]
+    asked = text_hash(repr((places, asdict(own))))[:8]
+    name = own_name(own.task)
+    return Task(name, kind, extractor or own_extractor(kind, choices), choices, own_folder=f"{name}-{asked}")
+
+
+def own_extractor(kind, choices):
+    """How an own task's answer is asked for if the user does not say: labels are named."""
+    if kind == "label" and len(choices) <= LISTED:
+        return f"Out of {', '.join(choices[:-1])} and {choices[-1]}, the answer is"
+    are_letters = all(re.fullmatch("[A-Z]", choice) for choice in choices)
+    return CHOICE if are_letters else BOOLEAN
+
+
+def unknown_kind(kind):
+    return f"--kind must be one of {', '.join(KINDS)}, not {kind!r}"
 
 
 def checked_task(task):
     """The task, if its parts fit each other. One whose kind was changed to an open one has no choices any more."""
-    require(task.kind in KINDS, f"--kind must be one of {', '.join(KINDS)}, not {task.kind!r}")
+    require(task.kind in KINDS, unknown_kind(task.kind))
     require(task.extractor.strip(), "--extractor must hold at least one word")
     spaces = ANSWER_SPACES
     known = task.answer_space in ("", *spaces)
@@ -397,6 +422,9 @@ def suggestion(name):
 def check_template(task):
     """The task, if question and prompt have a place each."""
     both = task.system + task.template
+    others = [found[0] for found in COLUMN.finditer(both) if found[1] not in ("question", "prompt")]
+    hint = f"--template: {', '.join(others)}? Columns of your rows stand in --question-key, or in place of {{question}}"
+    require(not others, hint)
     once = task.template.count("{question}") == both.count("{question}") == both.count("{prompt}") == 1
     places = "--template must hold {question}, and --template or --system {prompt}, once each"
     require(once, places)
@@ -408,9 +436,15 @@ def check_template(task):
 
 def infer_kind(answers):
     """The answer kind of a user's rows, from the narrowest that fits all answers: numbers, option letters, yes and no
-    and the like, labels (words or phrases, few of them for many rows), or free text."""
-    if all(canonical_number(answer) is not None for answer in answers):
+    and the like, labels (words or phrases, few of them for many rows), or free text.
+
+    Errors: UserError if most answers are numbers and some are none, such as "NaN".
+    """
+    others = [answer for answer in answers if canonical_number(answer) is None]
+    if not others:
         return "number"
+    count = f"{len(answers) - len(others)} of {len(answers)} answers are numbers, {others[0]!r} is none"
+    require(len(others) >= len(answers) / 2, f"{count}: mend the row, or give --kind text")
     if all(re.fullmatch("[A-Z]", answer) for answer in answers):
         return "choice"
     if all(answer.lower() in ("yes", "no", "true", "false", "valid", "invalid") for answer in answers):
@@ -419,29 +453,9 @@ def infer_kind(answers):
     return "label" if 1 < different <= len(answers) // ROWS_PER_LABEL else "text"
 
 
-# --- Reading rows -----------------------------------------------------------------------------------
-
-
 def read_rows(path):
     """Rows `{"id", "question", "answer"}` of a JSONL file; a missing id becomes the line's number.
 
     Errors: UserError that names the file, and the line that is no row.
     """
-    rows = []
-    for number, record in enumerate(read_jsonl(path), 1):
-        row = {"id": str(record.get("id", f"line-{number}"))}
-        for key in ("question", "answer"):
-            row[key] = as_text(record.get(key))
-            require(row[key], f"{path}, line {number}: the row has no {key} (a text or a number)")
-        rows.append(row)
-    require(rows, f"{path} has no rows")
-    require(len({row["id"] for row in rows}) == len(rows), f"{path}: two rows share an id")
-    return rows
-
-
-def as_text(value):
-    """A JSON text or number as text ("19" for 19.0), or "" if it is neither or cannot be written as UTF-8."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = str(value).strip() if isinstance(value, (str, int, float)) else ""
-    return text if is_text(text) else ""
+    return rows_of(read_jsonl(path), path)

@@ -293,9 +293,13 @@ def extractor_ids(tokenizer, task):
 
 
 def answer_ids(tokenizer, task, answer):
-    """Ids of an answer behind the extractor. Errors: UserError if there are none, or at a merged boundary."""
+    """Ids of an answer behind the extractor. Errors: UserError if there are none, at a merged boundary, or for a word
+    that the tokenizer does not know."""
     ids = text_behind(tokenizer, ". " + task.extractor, task.answer_prefix + answer)
     require(ids, f"the answer {answer!r} adds no token behind the extractor {task.extractor!r}: end it otherwise")
+    unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
+    space = ", or --answer-space vocabulary" if task.ranks_choices else ""
+    require(not unknown, f"the model's tokenizer does not know the answer {answer!r}: choose another --model{space}")
     return ids
 
 
@@ -306,8 +310,6 @@ def encode_choices(tokenizer, task):
         return None
     answers = [tuple(answer_ids(tokenizer, task, choice)) for choice in task.choices]
     for choice, ids in zip(task.choices, answers):
-        unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
-        require(not unknown, f"the model's tokenizer does not know the answer {choice!r}: --answer-space vocabulary")
         twin = task.choices[answers.index(ids)]
         same = f"the model's tokenizer cannot tell the answers {twin!r} and {choice!r} apart behind {task.extractor!r}"
         require(twin == choice, f"{same}: name one of them otherwise")

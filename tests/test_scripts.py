@@ -361,6 +361,26 @@ def test_the_whole_chain_runs_on_own_rows(tmp_path):
     assert re.search(r"^initial +100\.0 \(", evaluated, re.M)
 
 
+def test_a_table_with_labels_goes_from_its_columns_to_a_prompt_and_a_confusion_table(tmp_path):
+    lines = [f"{n},tom has {n} pens,finds {n},{('total', 'answer')[n % 2]}" for n in range(1, 41)]
+    (tmp_path / "mine.csv").write_text("\n".join(["number,has,finds,team", *lines]) + "\n")
+    own = ["--task", "mine", "--template", r"{has} , {finds} .\nplease {prompt}", "--answer-key", "team"]
+    own += ["--model", ROOT / "demo" / "model", "--max-new-tokens", "9", "--extractor", "so the answer is"]
+    printed = good("01_prepare_data.py", *own[:6], folder=tmp_path)
+    assert re.search(r"train +20  dev +10  test +10  answers: label ", printed)
+    done = run("02_optimize.py", *own, "--initial-prompt", "find the answer now .", "--steps", "1", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "20 train, 10 dev, 10 test rows; answers: label (answer, total)" in done.stdout
+    assert "--train-rows 50: there are 20 training rows, all are used" in done.stdout
+    assert "warning: the dev split has only 10 rows" in done.stderr
+    evaluated = good("03_evaluate.py", "--run-dir", "runs/own-mine-model-seed0", "--mistakes", "1", folder=tmp_path)
+    table = re.findall(r"^[12] (\w+) +(\d+) +(\d+) +(\d+)  ", evaluated, re.M)
+    assert [name for name, *_ in table] == ["answer", "total"]
+    assert [sum(map(int, counts)) for _, *counts in table] == [5, 5]
+    question = read_jsonl(next(tmp_path.glob("data/own/mine-*/test.jsonl")))[0]["question"]
+    assert re.fullmatch(r"tom has (\d+) pens , finds \1", question)
+
+
 def test_another_model_or_extractor_is_evaluated_anew_and_a_killed_evaluation_leaves_no_trace(tmp_path, demo_tokenizer):
     from conftest import tiny_engine
 
@@ -392,6 +412,9 @@ def write_bad_files(folder):
     write_jsonl(folder / "one.jsonl", [{"question": "1 + 1?", "answer": "2"}])
     (folder / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question"\n')
     write_jsonl(folder / "gap.jsonl", [{"question": "a", "answer": "b"}, {"question": "a"}])
+    (folder / "nan.jsonl").write_text('{"question": "a", "answer": NaN}\n')
+    (folder / "deep.json").write_text("[" * 100_000)
+    write_jsonl(folder / "odd.jsonl", [{"question": f"what is {n} ?", "answer": f"rhubarb {n}"} for n in range(8)])
     words = [{"question": f"is {n} big ?", "answer": ("no", "yes")[n % 2]} for n in range(8)]
     write_jsonl(folder / "words.jsonl", words)
     write_jsonl(folder / "other.jsonl", [{"prompt": "check ."}, {"prompt": "check .", "task": "gsm8k"}])
@@ -418,16 +441,24 @@ BAD = [
     ("01_prepare_data.py --task gap.jsonl --extractor x", "gap.jsonl, line 2: the row has no answer"),
     ("01_prepare_data.py --task one.jsonl --extractor x", "the train split is empty"),
     ("01_prepare_data.py --task one.jsonl", "--extractor"),
+    ("01_prepare_data.py --task one.jsonl --question-key message", "under 'message', but: question, answer"),
+    ("01_prepare_data.py --task one.jsonl --dev-fraction 1", "--dev-fraction and --test-fraction must be above 0"),
+    ("01_prepare_data.py --task nan.jsonl", "nan.jsonl, line 1: the row has no answer"),
+    ("01_prepare_data.py --task deep.json", "cannot read deep.json as a JSON file of records"),
+    (
+        "02_optimize.py --task odd.jsonl --initial-prompt 'find the answer now .' --extractor so --model demo/model",
+        "does not know the answer 'rhubarb",
+    ),
     ("02_optimize.py --model ./nothing", "--model ./nothing"),
     ("02_optimize.py --model someone/gated-model", "Ways out"),
     ("02_optimize.py --model ./mute", "no chat template"),
     ("02_optimize.py --train-rows 999", "--train-rows 999"),
     ("02_optimize.py --train-rows few", "invalid int value: 'few'"),
     ("02_optimize.py --objective best", "--objective must be one of loss, error"),
-    ("02_optimize.py --no-such-flag 1", "unrecognized arguments: --no-such-flag"),
+    ("02_optimize.py --no-such-flag 1", "no flag --no-such-flag"),
     ("02_optimize.py --initial-prompt . --min-candidates 500 --train-rows 5", "lower --min-candidates"),
     ("02_optimize.py --task", "argument --task: expected one argument"),
-    ("02_optimize.py --device teapot --run-dir r", "--device teapot"),
+    ("02_optimize.py --device teapot --run-dir r", "--device must be auto, cpu, cuda, cuda:N or mps"),
     ("02_optimize.py --run-dir one.jsonl/x", "one.jsonl/x"),
     ("02_optimize.py --run-dir broken-run", "broken-run/run.json is not the record of a run"),
     ("03_evaluate.py --run-dir broken-run", "run.json is not the record of a run"),

@@ -1,6 +1,7 @@
 """Settings: ranges, presets, the paper's defaults, the command line, threads."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -208,3 +209,107 @@ def test_the_setting_reaches_the_threads_of_torch():
     environment["OMP_DISPLAY_ENV"] = "VERBOSE"  # OpenMP tells its settings when it is loaded
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "GOMP_SPINCOUNT = '3000'" in done.stderr
+
+
+# --- Help and messages -----------------------------------------------------------------------------------
+
+
+SCRIPTS = ("01_prepare_data.py", "02_optimize.py", "03_evaluate.py", "04_transfer.py")
+
+
+def called(script, *words):
+    return subprocess.run([sys.executable, str(ROOT / script), *words], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_each_flag_once_in_dashes_in_groups_with_an_example(script):
+    text = called(script, "--help").stdout
+    shown = re.findall(r"^  (--[^ ]+)", text, re.M)
+    assert len(shown) > 10 and len(set(shown)) == len(shown)
+    assert all("_" not in flag for flag in shown) and "(default: )" not in text
+    assert re.search(r"^the task and its rows:$|^a server instead", text, re.M)
+    assert f"\nexamples:\n    python {script} --" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_help_shows_the_values_that_a_flag_may_have_and_its_default_where_there_is_one():
+    text = " ".join(called("02_optimize.py", "--help").stdout.split())
+    assert "--shortlist gradient|random|all how" in text and "--answer-space choices|vocabulary" in text
+    assert "--kind number|choice|boolean|label|text what" in text and "--dry-run [yes|no]" in text
+    assert "--steps N T: positions visited (default: 20)" in text
+    assert "0: all --run-dir" in text  # a default that its text explains is not repeated
+    assert "(default: 105)" in " ".join(called("02_optimize.py", "--task", "gsm8k", "--help").stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--trian-rows 5", "no flag --trian-rows: did you mean --train-rows?"),
+        ("--train_row=5", "no flag --train-row: did you mean --train-rows?"),
+        ("--xyzzy", "no flag --xyzzy; --help lists them"),
+        ("--task demo extra", "'extra' belongs to no flag: put a text of several words in quotation marks"),
+        ("--steps many", "argument --steps: invalid int value: 'many'"),
+        ("--dry-run maybe", "argument --dry-run: yes or no, not 'maybe'"),
+        ("--objective los", "--objective must be one of loss, error, not 'los'"),
+        ("--device gpu", "--device must be auto, cpu, cuda, cuda:N or mps, not 'gpu'"),
+        ("--dtype half", "--dtype must be one of auto, float32, bfloat16, float16, not 'half'"),
+        ("--kind words", "--kind must be one of number, choice, boolean, label, text, not 'words'"),
+        ("--loss-temperature inf", "--loss-temperature must be a number above 0"),
+        ("--lambda nan", "--lambda must be a number not below 0"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_one_line(words, message):
+    done = called("02_optimize.py", *words.split())
+    assert (done.returncode, done.stderr, done.stdout) == (2, f"error: {message}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "forced"),
+    [
+        (["--steps=4", "--force_sentence_end"], 4, True),
+        (["--steps", "4", "--force-sentence-end", "no", "--preset", "released"], 4, False),
+        (["--force-sentence-end", "True"], 20, True),
+    ],
+)
+def test_a_flag_may_be_written_with_underscores_and_a_switch_with_yes_or_no(monkeypatch, words, steps, forced):
+    monkeypatch.setattr(sys, "argv", ["script", *words])
+    flags = parse_flags(Flags, "")
+    assert (flags.steps, flags.force_sentence_end) == (steps, forced)
+
+
+def test_values_keep_their_underscores(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", "--extractor", "a_b", "--data_dir=my_data"])
+    flags = parse_flags(Flags, "")
+    assert (flags.extractor, flags.data_dir) == ("a_b", "my_data")
+
+
+def test_the_command_line_finds_own_rows_and_makes_a_template_s_columns_the_question(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.csv").touch()
+    monkeypatch.setattr(sys, "argv", ["script", "--task", "mine", "--template", r"{subject}\n{body}\nUse {prompt}"])
+    flags = parse_flags(Flags, "")
+    assert (flags.task, flags.question_key) == ("mine.csv", "{subject}\n{body}")
+    assert flags.template == "{question}\nUse {prompt}" and flags.own_rows == "mine.csv"
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--question-key", "other"])
+    with pytest.raises(UserError, match="give one of them"):
+        parse_flags(Flags, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--answer-key", "team"], "--answer-key: only for your own rows, not for --task demo"),
+        (["--task", "gsm8k", "--split-seed", "1", "--dev-fraction", "0.1"], "--dev-fraction, --split-seed: only for"),
+        (["--template", "{subject} {prompt}"], "--question-key: only for your own rows"),
+    ],
+)
+def test_a_flag_of_own_rows_is_refused_where_the_task_is_a_known_one(monkeypatch, words, message):
+    monkeypatch.setattr(sys, "argv", ["script", *words])
+    with pytest.raises(UserError, match=message):
+        parse_flags(Flags, "")
+
+
+def test_only_a_task_of_own_rows_keeps_the_flags_for_them():
+    assert "split_seed" not in TaskFlags("demo").used()
+    assert TaskFlags("mine.csv", split_seed=3).used()["split_seed"] == 3
+    assert TaskFlags("mine", train_file="a.csv").own_rows == "mine"

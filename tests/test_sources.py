@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 import runpy
 
 import datasets
@@ -12,6 +13,7 @@ from conftest import ROOT
 from support import sources, tasks
 from support.files import UserError, write_jsonl
 from support.harness import read_answer_harness
+from support.own import SPLITS, OwnRows
 from support.reading import GRADER_VERSION
 from support.settings import SearchSettings, TaskFlags
 from support.tasks import TASKS, get_task
@@ -274,7 +276,7 @@ def test_a_line_of_an_mmlu_file_that_is_no_question_is_named(tmp_path, number, l
     [
         ("multiarith", "MultiArith.json", b"[{", "cannot read .*MultiArith.json as a JSON file"),
         ("multiarith", "MultiArith.json", b'"text"', "MultiArith.json: not a list of records"),
-        ("multiarith", "MultiArith.json", b'{"rows": []}', "cannot read .*MultiArith.json.*examples"),
+        ("multiarith", "MultiArith.json", b'{"rows": [], "more": []}', "MultiArith.json: not a list of records"),
         ("aqua", "train.json", b'{"question": "a"}\n[', "train.json, line 2: not a JSON object"),
         ("mmlu/anatomy", "dev/anatomy_dev.csv", b"\xff,1,2,3,4,A\n", "cannot read .*anatomy_dev.csv"),
         ("wsc", "val.jsonl", None, "cannot read .*train.jsonl"),
@@ -356,7 +358,7 @@ def test_the_demo_s_splits_share_no_row(demo_data):
     assert [len(i) for i in ids] == [200, 100, 400] and len(set.union(*ids)) == 700
 
 
-@pytest.mark.parametrize("split", tasks.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_every_split_is_checked_and_an_older_grader_is_refused(tmp_path, split):
     task = get_task("demo")
     folder = sources.prepare(task, tmp_path)
@@ -388,6 +390,18 @@ def test_gsm8k_s_answer_is_behind_the_last_marker_and_must_be_a_number(tmp_path)
         sources.split_rows(TASKS["gsm8k"], tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "1", "{}", '{"sha256": 3}', '{"sha256": {"train": "a"}}', "[" * 100_000, '"', "null", '{"name": "demo"}'],
+)
+def test_a_task_json_of_another_shape_is_refused_with_the_command_that_makes_it(tmp_path, content):
+    task = get_task("demo")
+    path = sources.prepare(task, tmp_path) / "task.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="task.json is not what stage 01 writes: run python 01_prepare_data.py"):
+        sources.load_split(task, tmp_path, "dev")
+
+
 def test_a_split_that_changed_since_stage_01_is_refused(tmp_path):
     task = get_task("demo")
     folder = sources.prepare(task, tmp_path)
@@ -404,11 +418,11 @@ def test_own_rows_are_halved_and_quartered_and_an_empty_split_is_an_error(tmp_pa
     path = tmp_path / "mine.jsonl"
     write_jsonl(path, [{"question": f"{n}?", "answer": str(n)} for n in range(8)])
     task = get_task(str(path), "So it is")
-    folder = sources.prepare(task, tmp_path / "data", own_rows=str(path))
+    folder = sources.prepare(task, tmp_path / "data", own=OwnRows(str(path)))
     assert json.loads((folder / "task.json").read_text())["counts"] == {"train": 4, "dev": 2, "test": 2}
     write_jsonl(path, [{"question": "1?", "answer": "1"}])
     with pytest.raises(UserError, match="the train split is empty"):
-        sources.prepare(task, tmp_path / "data", own_rows=str(path))
+        sources.prepare(task, tmp_path / "data", own=OwnRows(str(path)))
 
 
 def test_the_demo_s_rows_are_the_published_700_and_unique():
@@ -418,7 +432,7 @@ def test_the_demo_s_rows_are_the_published_700_and_unique():
 
 def test_task_json_is_byte_for_byte_the_same_for_every_known_task(tmp_path, monkeypatch):
     """So that a prepared folder is not another one for a change elsewhere."""
-    rows = {split: [{"id": f"{split}-1", "question": "1?", "answer": "1"}] for split in tasks.SPLITS}
+    rows = {split: [{"id": f"{split}-1", "question": "1?", "answer": "1"}] for split in SPLITS}
     monkeypatch.setattr(sources, "split_rows", lambda task, source: rows)
     written = [(sources.prepare(task, tmp_path) / "task.json").read_bytes() for task in TASKS.values()]
     assert len(written) == 90
@@ -446,7 +460,7 @@ OWN_TASK_JSON = """{
     "",
     ""
   ],
-  "split_rule": "rows in file order: half train, a quarter dev, the rest test",
+  "split_rule": "in file order: dev 0.25, test 0.25 of the rows, the rest train",
   "defaults": {},
   "answer_prefix": " ",
   "counts": {
@@ -469,7 +483,7 @@ def test_task_json_of_own_rows_is_byte_for_byte_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl("yes.jsonl", [{"question": f"{n}?", "answer": ["Yes", "No"][n % 2]} for n in range(9)])
     task = get_task("yes.jsonl", "So:", "", "{question} and {prompt}")
-    folder = sources.prepare(task, "data", own_rows="yes.jsonl")
+    folder = sources.prepare(task, "data", own=OwnRows("yes.jsonl", split_seed=-1))
     assert (folder / "task.json").read_text(encoding="utf-8") == OWN_TASK_JSON
 
 
@@ -482,9 +496,11 @@ def test_opening_prepares_what_lies_here_every_time_and_gives_all_splits(tmp_pat
     for count in (8, 12):  # own rows may have changed since
         write_jsonl(path, [{"question": f"{n}?", "answer": str(n)} for n in range(count)])
         task, splits = sources.open_task(flags)
-        assert capsys.readouterr().out == f"preparing own/mine in {tmp_path}/data/own/mine\n"
+        printed = capsys.readouterr().out
+        assert re.match(rf"preparing own/mine in {tmp_path}/data/own/mine-\w{{8}}\n", printed)
+        assert f"{count // 2} train, {count // 4} dev, {count // 4} test rows; answers: number" in printed
         assert task == get_task(str(path), "So it is")
-        assert [len(splits[split]) for split in tasks.SPLITS] == [count // 2, count // 4, count // 4]
+        assert [len(splits[split]) for split in SPLITS] == [count // 2, count // 4, count // 4]
     for _ in range(2):
         task, splits = sources.open_task(TaskFlags(task="demo", data_dir=str(tmp_path)))
         assert capsys.readouterr().out == f"preparing demo in {tmp_path}/demo\n"
@@ -498,7 +514,7 @@ def test_opening_a_published_task_prepares_it_once(tmp_path, capsys):
     assert capsys.readouterr().out == f"preparing bbh/hyperbaton in {tmp_path}/data/bbh/hyperbaton\n"
     (tmp_path / "bbh" / "hyperbaton.json").unlink()
     assert sources.open_task(flags) == first and capsys.readouterr().out == ""
-    assert first[1] == {split: sources.load_split(first[0], tmp_path / "data", split) for split in tasks.SPLITS}
+    assert first[1] == {split: sources.load_split(first[0], tmp_path / "data", split) for split in SPLITS}
 
 
 def test_a_kind_that_does_not_fit_the_answers_is_named_and_a_known_task_is_prepared_as_the_table_has_it(tmp_path):

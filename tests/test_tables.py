@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from conftest import own_task
 from made_runs import result
 
 from support import tables
@@ -110,3 +111,32 @@ def test_a_prompt_stands_behind_its_label_and_no_prompt_is_said_to_be_none():
         "empty     (none)",
         "given 1   check it .",
     ]
+
+
+# --- Answers by the right one -------------------------------------------------------------------------------------
+
+
+def answered(gold, answer):
+    return {"gold": gold, "answer": answer}
+
+
+def test_a_confusion_table_counts_what_was_read_where_each_answer_is_right():
+    task = own_task("label", choices=("Account access", "Billing", "Other"))
+    predictions = [answered("Billing", "Billing")] * 3 + [answered("Billing", "Account access")]
+    predictions += [answered("Account access", "Billing"), answered("Account access", None)]
+    head, *lines = tables.confusion_table(task, predictions).splitlines()
+    assert head.split() == ["right", "answer,", "read", "as", "1", "2", "3", "unread", "right,", "%"]
+    cells = [re.split(r" {2,}", line) for line in lines]
+    assert cells == [
+        ["1 Account access", "0", "1", "0", "1", "0.0 (0.0 to 65.8)"],
+        ["2 Billing", "1", "3", "0", "0", "75.0 (30.1 to 95.4)"],
+        ["3 Other", "0", "0", "0", "0", "no row"],
+    ]
+    assert len({len(line) for line in (head, *lines)}) == 1
+
+
+def test_very_many_answers_have_no_columns():
+    task = own_task("label", choices=tuple(f"label {n}" for n in range(21)))
+    head, first, *_ = tables.confusion_table(task, [answered("label 0", "label 1")] * 2).splitlines()
+    assert head.split() == ["right", "answer", "unread", "right,", "%"]
+    assert re.split(r" {2,}", first) == ["1 label 0", "0", "0.0 (0.0 to 65.8)"]

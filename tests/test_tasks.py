@@ -6,6 +6,7 @@ import pytest
 
 from support import sources, tasks
 from support.files import UserError, write_jsonl
+from support.own import OwnRows
 from support.tasks import TASKS, get_task
 from support.tokens import answer_ids, extractor_ids
 
@@ -121,7 +122,7 @@ def test_answers_of_a_closed_set_are_told_apart_and_more_than_one(tmp_path, answ
         get_task(str(path), "So it is")
 
 
-def test_an_own_task_needs_an_extractor(tmp_path):
+def test_an_own_task_whose_answers_are_no_closed_set_needs_an_extractor(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"question": "1 + 1?", "answer": "2"}\n')
     with pytest.raises(UserError, match="--extractor"):
@@ -130,7 +131,7 @@ def test_an_own_task_needs_an_extractor(tmp_path):
     assert (task.name, task.kind, task.answer_prefix) == ("own/mine", "number", "")
     with pytest.raises(UserError, match="--kind must be one of number"):
         get_task(str(path), "The answer is $", kind="digits")
-    with pytest.raises(UserError, match="must be a .jsonl file"):
+    with pytest.raises(UserError, match="must be a .jsonl, .json, .csv or .tsv file"):
         get_task(str(tmp_path))
     for bad in ("{question}{prompt}", "{question} {prompt}ly", "{prompt} {question} {prompt}", "{question}"):
         with pytest.raises(UserError, match="--template"):
@@ -195,6 +196,45 @@ def test_line_separators_of_unicode_are_text(tmp_path):
     assert tasks.read_rows(tmp_path / "r.jsonl") == rows
 
 
+@pytest.mark.parametrize(
+    "answers",
+    [["1", "2", "nan"], ["4", "5", "6", "about 7"], ["1", "2", "3", "none", "5"] * 20],
+)
+def test_a_few_answers_that_are_no_numbers_do_not_make_text_of_all_others(answers):
+    with pytest.raises(UserError, match=r"answers are numbers, '[a-z 7]+' is none: mend the row, or give --kind text"):
+        tasks.infer_kind(answers)
+
+
+@pytest.mark.parametrize(
+    ("answers", "extractor"),
+    [
+        (["Billing", "Sales", "Account access"] * 3, "Out of Account access, Billing and Sales, the answer is"),
+        (["A", "B"], "So the answer is ("),
+        (["yes", "no"], "So the answer is"),
+        ([f"label {n}" for n in range(21)] * 3, "So the answer is"),  # too many to be named each time
+    ],
+)
+def test_own_rows_with_a_closed_set_of_answers_need_no_extractor(tmp_path, answers, extractor):
+    path = tmp_path / "mine.jsonl"
+    write_jsonl(path, [{"question": f"{n}?", "answer": answer} for n, answer in enumerate(answers)])
+    task = get_task(str(path))
+    assert task.extractor == extractor and task.ranks_choices
+    assert get_task(str(path), "Hence").extractor == "Hence"
+
+
+def test_two_files_of_one_name_are_one_name_but_two_folders(tmp_path):
+    tasks_of = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "mine.jsonl", [{"question": "1?", "answer": "1"}] * 1)
+        tasks_of.append(get_task(str(tmp_path / folder / "mine.jsonl"), "So"))
+    first, second = tasks_of
+    assert first.name == second.name == "own/mine" and first.folder != second.folder
+    assert first == get_task(str(tmp_path / "a" / "mine.jsonl"), "So")
+    other_split = get_task(OwnRows(str(tmp_path / "a" / "mine.jsonl"), split_seed=1), "So")
+    assert other_split.folder != first.folder and TASKS["demo"].folder == "demo"
+
+
 def test_labels_of_a_user_s_own_rows_are_the_only_possible_answers(tmp_path):
     path = tmp_path / "mine.jsonl"
     labels = ["very positive", "positive", "not sure"]
@@ -214,7 +254,7 @@ def test_the_prompt_stands_where_template_or_system_message_say():
     question = "How many {prompt}?"
     behind = get_task("gsm8k")
     assert said(behind, "think.") == [("user", f"{question}\nUse think.")]
-    before = get_task("gsm8k", template="{prompt} Here it is: {question}\\nBe brief.")
+    before = get_task("gsm8k", template="{prompt} Here it is: {question}\nBe brief.")
     assert said(before, "Think.") == [("user", f"Think. Here it is: {question}\nBe brief.")]
     system = get_task("gsm8k", template="{question}", system="You are a clerk. {prompt} Be brief.")
     assert said(system, "Think.") == [("system", "You are a clerk. Think. Be brief."), ("user", question)]
