@@ -56,7 +56,7 @@ COMMON = ("preset", "train_rows", "choose_on", "seed")  # of SearchSettings, wha
 
 
 @dataclass
-class Flags(SearchSettings, TextSettings, ModelFlags, TaskFlags, ServerFlags):
+class Flags(ServerFlags, TextSettings, SearchSettings, ModelFlags, TaskFlags):
     initial_prompt: str | None = flag(None, "where the search starts; without it the task's own")
     finalists: int = flag(10, "prompts of the run that compete on dev rows")
     eval_rows: int = flag(0, "dev and test rows to evaluate on; 0: all")
