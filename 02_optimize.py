@@ -9,7 +9,6 @@ ends with the same result; a run with other settings needs another --run-dir. Th
 rows and chosen on dev rows; the test rows are read once, at the end, for the initial and the chosen prompt.
 """
 
-import json
 import random
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -17,21 +16,24 @@ from pathlib import Path
 
 from support.answerers import local_answerer
 from support.evaluation import Evaluation, estimate, evaluate_once, read_predictions
-from support.files import alone_in, append_jsonl, require, write_jsonl
+from support.files import alone_in, append_jsonl, read_object, require, write_chained
 from support.progress import in_words, open_bar, remaining
 from support.runs import (
+    begin_run,
     finalists,
     initial_of,
     log_line,
-    open_run,
     rank_prompts,
     read_steps,
+    record_of_run,
+    require_same_run,
     run_folder,
     scores_of,
 )
 from support.settings import ModelFlags, SearchSettings, TaskFlags, flag, parse_flags, run_script
 from support.sources import open_task
 from support.tables import LEGEND, accuracy_table, compare_reading, comparison_table, prompt_list, verdict
+from support.tasks import Task
 from support.tokens import encode_prompt, encode_row, prompt_text
 
 
@@ -42,6 +44,16 @@ class Flags(SearchSettings, ModelFlags, TaskFlags):
     eval_rows: int = flag(0, "dev and test rows to evaluate on; 0: all")
     run_dir: str = flag("", "where the run is written; empty: runs/<task>-<model>-seed<seed>")
     dry_run: bool = flag(False, "stop after the check of a few rows, and before any search")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run works on, and where it is written."""
+
+    task: Task
+    splits: dict[str, list[dict]]  # all rows of the task
+    train: list[dict]  # the rows on which the prompt is searched
+    run_dir: Path
 
 
 def main():
@@ -59,30 +71,41 @@ def main():
     train = random.Random(f"{flags.seed}/rows").sample(splits["train"], flags.train_rows)
 
     run_dir = Path(flags.run_dir) if flags.run_dir else run_folder(task.name, flags.model, flags.seed)
+    work = Work(task, splits, train, run_dir)
     if flags.dry_run:
-        optimize_task(flags, task, splits, train, run_dir)
+        optimize_task(flags, work)
         return
-    prepared = json.loads((Path(flags.data_dir) / task.name / "task.json").read_text(encoding="utf-8"))
+    prepared = read_object(Path(flags.data_dir) / task.name / "task.json")
     # The task's parts as they are now, also where the flags leave them to it: a later version's task may have others.
     config = asdict(flags) | task.parts | {"initial_prompt": task.initial_prompt}
     del config["dry_run"]
-    open_run(run_dir, config, prepared, [row["id"] for row in train])
+    record = record_of_run(config, prepared, [row["id"] for row in train])
     with alone_in(run_dir):
-        optimize_task(flags, task, splits, train, run_dir)
+        require_same_run(run_dir, record)
+        optimize_task(flags, work, record)
 
 
-def optimize_task(flags, task, splits, train, run_dir):
-    """The search, its finalists on dev rows, and the initial and the best prompt on test rows."""
+def optimize_task(flags, work, record=None):
+    """The search, its finalists on dev rows, and the initial and the best prompt on test rows.
+
+    record: what run.json is to hold; not needed for a dry run.
+    """
+    from support.check import require_room
     from support.engine import load_engine  # imports torch, so only after everything that can be wrong without it
 
+    task, train, run_dir = work.task, work.train, work.run_dir
     engine = load_engine(flags.model, flags.device, flags.dtype)
     rows = [encode_row(engine.tokenizer, task, row) for row in train]
     start = encode_prompt(engine.tokenizer, task, train[0]["question"], task.initial_prompt)[1]
-    evaluated = {split: splits[split][: flags.eval_rows or None] for split in ("dev", "test")}
-    if flags.dry_run or not (run_dir / "steps.jsonl").exists():  # what goes on has been checked
+    evaluated = {split: work.splits[split][: flags.eval_rows or None] for split in ("dev", "test")}
+    begun = (run_dir / "steps.jsonl").exists()
+    if flags.dry_run or not begun:  # what goes on has been checked
+        require_room(engine, task, {"train": train} | evaluated, rows, flags)
         check(flags, engine, task, evaluated, train, rows)
     if flags.dry_run:
         return
+    if not begun:
+        begin_run(run_dir, record)
     steps = search(flags, engine, rows, start, run_dir, evaluated)
     answerer = local_answerer(engine, flags.model)
 
@@ -98,7 +121,7 @@ def optimize_task(flags, task, splits, train, run_dir):
             prompt |= {"dev_low": low, "dev_high": high}
             bar.update()
     prompts = rank_prompts(prompts, flags.choose_on)
-    write_jsonl(run_dir / "prompts.jsonl", prompts)
+    write_chained(run_dir / "prompts.jsonl", prompts)
 
     results = {}
     for role, prompt in (("initial", initial_of(prompts)), ("best", prompts[0])):

@@ -573,15 +573,10 @@ def load_engine(name, device="auto", dtype="auto"):
     the CPU. Errors: UserError when the model is not there, gated, has no chat template, or lacks weights or has others
     than its configuration says, and those of `Engine`.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    device = require_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    tokenizer = pretrained(AutoTokenizer, name)
-    require(tokenizer.chat_template, f"--model {name} has no chat template: choose an instruction-tuned model")
+    tokenizer = load_tokenizer(name)
     # Weights of another shape are not ignored: they are named, like those that are missing.
     options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, loading = pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype), **options)
@@ -589,6 +584,23 @@ def load_engine(name, device="auto", dtype="auto"):
     engine = Engine(model.to(device), tokenizer)
     engine.identity = identity_of(name)
     return engine
+
+
+def require_device(device):
+    """The device, "auto" as the one it stands for. Errors: UserError if there is none of the name here."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def load_tokenizer(name):
+    """The tokenizer of a hub name or a local folder. Errors: UserError, whatever goes wrong, or without a template."""
+    tokenizer = pretrained(AutoTokenizer, name)
+    require(tokenizer.chat_template, f"--model {name} has no chat template: choose an instruction-tuned model")
+    return tokenizer
 
 
 def pretrained(kind, name, **options):

@@ -29,7 +29,10 @@ def require(condition, message):
 
 
 def read_jsonl(path):
-    """The objects of a JSONL file. Errors: UserError that names the file, and the line that cannot be read."""
+    """The objects of a JSONL file, without their checks, if any.
+
+    Errors: UserError that names the file, and the line that cannot be read, or whose check is wrong.
+    """
     try:
         # Lines end in \n alone: other separators of lines that Unicode knows may stand in a text.
         content = Path(path).read_text(encoding="utf-8-sig").rstrip()
@@ -43,7 +46,7 @@ def read_jsonl(path):
             objects.append(as_object(line))
         except ValueError as error:
             raise UserError(f"{path}, line {number}: not a JSON object ({error})") from None
-    return objects
+    return unchained(objects, path)
 
 
 def read_object(path):
@@ -72,12 +75,12 @@ def as_lines(objects):
 
 def write_jsonl(path, objects):
     """Write a JSONL file, whole or not at all."""
-    write_whole(path, as_lines(objects))
+    write_whole(path, as_bytes(as_lines(objects)))
 
 
 def write_json(path, record):
     """Write one indented JSON file, whole or not at all."""
-    write_whole(path, as_json(record))
+    write_whole(path, as_bytes(as_json(record)))
 
 
 def as_json(record):
@@ -94,11 +97,11 @@ def as_bytes(text):
         raise UserError(f"half of a surrogate pair, which no file can hold, behind {place}: mend that text") from None
 
 
-def write_whole(path, text):
-    """Write to a temporary file that then takes the place of the old one."""
+def write_whole(path, content):
+    """Write bytes to a temporary file that then takes the place of the old one."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # its own, lest another process take it away
     try:
-        temporary.write_bytes(as_bytes(text))
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -106,11 +109,16 @@ def write_whole(path, text):
 
 # --- Records that hold together ------------------------------------------------------------------------
 #
-# Each record of a run has a `check`: a hash of itself and of the record before it, with that one's check. So a line that
-# was changed, lost or moved, or that stands twice, is found before a run goes on from it. Files of older versions have
-# no checks, and are read without.
+# Each record of a run has a check: a hash of itself and of the record before it, with that one's check. So a line that
+# was changed, lost or moved, or that stands twice, is found before a run goes on from it. The files of older versions
+# have no checks, and are read without.
 
+CHECK = "record_check"  # the name of that field
 TIMES = ("seconds", "minutes")  # are not in it: two runs with the same result have the same checks
+CHANGED = (
+    "lines were changed, lost or moved. Remove the lines from here on, which are then made again, or choose another "
+    "folder"
+)
 
 
 def check_of(record, before=None):
@@ -122,7 +130,7 @@ def check_of(record, before=None):
 def chained(records, before=None):
     """The records, each with its check. before: the one, if any, that they stand behind."""
     for record in records:
-        before = record | {"check": check_of(record, before)}
+        before = record | {CHECK: check_of(record, before)}
         yield before
 
 
@@ -130,14 +138,10 @@ def unchained(records, path):
     """The records without their checks. Errors: UserError that names the line of the file at which one is wrong."""
     found, before, any_check = [], None, False
     for number, record in enumerate(records, 1):
-        bare = {name: value for name, value in record.items() if name != "check"}
-        any_check = any_check or "check" in record
-        good = not any_check or record.get("check") == check_of(bare, before)
-        require(
-            good,
-            f"{path}, line {number}: it is not what was written here; lines were changed, lost or moved. Remove the "
-            "lines from here on, which are then made again, or choose another folder",
-        )
+        bare = {name: value for name, value in record.items() if name != CHECK}
+        any_check = any_check or CHECK in record
+        good = not any_check or record.get(CHECK) == check_of(bare, before)
+        require(good, f"{path}, line {number}: it is not what was written here, {CHANGED}")
         found.append(bare)
         before = record
     return found
@@ -146,11 +150,6 @@ def unchained(records, path):
 def write_chained(path, records):
     """Write a JSONL file of records with their checks, whole or not at all."""
     write_jsonl(path, chained(records))
-
-
-def read_chained(path):
-    """The records of a JSONL file, without their checks. Errors: those of `read_jsonl` and `unchained`."""
-    return unchained(read_jsonl(path), path)
 
 
 def append_jsonl(path, *records):
@@ -182,7 +181,7 @@ def read_appended(path):
     """The records of a file that grows line by line, without their checks; [] if there is no file.
 
     The file is mended: a last line cut short and blank lines at the end are removed, and a last line that only lacks
-    its newline gets it. Errors: those of `read_chained`.
+    its newline gets it. Errors: those of `read_jsonl`.
     """
     path = Path(path)
     if not path.exists():
@@ -202,7 +201,7 @@ def read_appended(path):
         os.truncate(path, len(kept))
         with open(path, "ab") as file:
             file.write(mended[len(kept) :])
-    return read_chained(path)
+    return read_jsonl(path)
 
 
 def require_fields(records, path, **kinds):

@@ -260,15 +260,27 @@ def print_any_text():
 def run_script(main):
     """Run a script's main(): a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
-    main() is where a script may import torch for the first time.
+    Any other error is a defect of ours, or of a library: one line that says so, and exit code 1. The environment
+    variable GREATER_DEBUG=1 shows where an error came from. main() is where a script may import torch for the first
+    time.
     """
     calm_threads()
     print_any_text()
     try:
         main()
-    except (UserError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # of a script that is no stage: those end as support/__init__.py says
         print("\nstopped; what was finished is on disk, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get("GREATER_DEBUG"):
+            raise
+        known = isinstance(error, (UserError, OSError))  # OSError: a folder that cannot be written, a full disk
+        lines = str(error).splitlines() or [""]
+        unexpected = f"unexpected {type(error).__name__}: {lines[0]:.300} (GREATER_DEBUG=1 shows where)"
+        print(f"error: {one_line(str(error)) if known else unexpected}", file=sys.stderr)
+        sys.exit(2 if known else 1)
+
+
+def one_line(text):
+    """The text without line breaks, which names of files and texts of data may have."""
+    return " ".join(text.splitlines())

@@ -5,13 +5,26 @@ row of a record, the table of what is published, splits, and the prepared task t
 """
 
 import csv
+import hashlib
 import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from support.files import ROOT, UserError, read_jsonl, require, sha256, write_json, write_jsonl
+from support.files import (
+    ROOT,
+    UserError,
+    alone_in,
+    as_bytes,
+    as_json,
+    as_lines,
+    read_jsonl,
+    read_object,
+    require,
+    sha256,
+    write_whole,
+)
 from support.reading import GRADER_VERSION, canonical
 from support.tasks import MMLU_SIZES, SPLITS, TASKS, as_text, get_task, read_rows
 
@@ -23,7 +36,7 @@ def read_json(path):
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         records = content["examples"] if isinstance(content, dict) else content
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise UserError(f"cannot read {path} as a JSON file of records: {error!r}") from None
     require(isinstance(records, list), f"{path}: not a list of records")
     return records
@@ -365,6 +378,9 @@ def split_rule(task):
     return PUBLISHED[task.name].rule if task.name in PUBLISHED else OWN_RULE
 
 
+PATIENCE = 600  # seconds to wait for other processes that prepare tasks in the same folder
+
+
 def prepare(task, data_dir, source="", own_rows=""):
     """Write data_dir/<task>/{train,dev,test}.jsonl, then task.json; the same bytes on every run. Returns the folder.
 
@@ -375,10 +391,7 @@ def prepare(task, data_dir, source="", own_rows=""):
     for split, rows in splits.items():
         require(rows, f"{task.name}: the {split} split is empty; give more rows")
     folder = Path(data_dir) / task.name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "task.json").unlink(missing_ok=True)  # its presence says that the rows beside it are whole
-    for split, rows in splits.items():
-        write_jsonl(folder / f"{split}.jsonl", rows)
+    contents = {f"{split}.jsonl": as_bytes(as_lines(rows)) for split, rows in splits.items()}
     record = asdict(task)
     del record["answer_space"], record["paper_extractor"]  # which change nothing in the rows
     record |= {
@@ -387,11 +400,24 @@ def prepare(task, data_dir, source="", own_rows=""):
         "answer_prefix": task.answer_prefix,
         "counts": {split: len(rows) for split, rows in splits.items()},
         "source": own_rows or source or task.hub[0] or "demo/rows.jsonl",
-        "sha256": {split: sha256(folder / f"{split}.jsonl") for split in splits},
+        "sha256": {split: hashlib.sha256(contents[f"{split}.jsonl"]).hexdigest() for split in splits},
         "grader_version": GRADER_VERSION,
     }
-    write_json(folder / "task.json", record)
+    contents["task.json"] = as_bytes(as_json(record))  # last: it says that the rows beside it are whole
+    if not all_hold(folder, contents):
+        with alone_in(data_dir, PATIENCE):  # not in the task's folder, which holds these files and no other
+            if not all_hold(folder, contents):  # another process may have written them in the meantime
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "task.json").unlink(missing_ok=True)
+                for name, content in contents.items():
+                    write_whole(folder / name, content)
     return folder
+
+
+def all_hold(folder, contents):
+    """Whether the folder's files have these bytes, {name: bytes}. Then they are left alone: others may be reading."""
+    paths = {folder / name: content for name, content in contents.items()}
+    return all(path.is_file() and path.read_bytes() == content for path, content in paths.items())
 
 
 def load_split(task, data_dir, split):
@@ -400,13 +426,13 @@ def load_split(task, data_dir, split):
     path = folder / f"{split}.jsonl"
     again = f"run python 01_prepare_data.py --task {task.name}"
     try:
-        record = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+        record = read_object(folder / "task.json")
         expected = record["sha256"][split]
-    except (OSError, ValueError, KeyError):
+    except (UserError, KeyError, TypeError):
         raise UserError(f"{folder} holds no prepared task: {again}") from None
     rows = read_rows(path)
     require(sha256(path) == expected, f"{path} changed since stage 01 wrote it: {again}")
-    require(record["grader_version"] == GRADER_VERSION, f"{folder} is of another grader version: {again}")
+    require(record.get("grader_version") == GRADER_VERSION, f"{folder} is of another grader version: {again}")
     return rows
 
 
