@@ -186,6 +186,7 @@ class Ended:
     stopped: list[bool]  # by an end token, not by the limit
     finite: list[bool]  # whether the model's logits were numbers all along
     context: Context  # what was read before them, and `ids`: until the next rows are asked for
+    again: bool = False  # set by whoever asked, where memory ran out behind them: `stream` reads them again in less
 
 
 # --- The engine ------------------------------------------------------------------------------------
@@ -430,12 +431,14 @@ class Engine:
     def stream(self, sequences, max_new_tokens, batch_size=0):
         """What `complete` gives, as `Ended` rows as they end, numbered as in `sequences`; longest sequences first.
 
-        On CUDA out-of-memory the batch size halves, and the rows of the batch that have not ended are read again.
+        Where memory runs out, here or, as `Ended.again` says, behind the rows, the batch size halves, also of later
+        calls, and the rows of the batch that have not ended are read again.
         """
         columns = max(map(len, sequences)) + max_new_tokens
         self.require_positions(columns)
         self.compare_longest(sequences)
         size = batch_size or self.rows_that_fit(columns)
+        size = min(size, self.batch_sizes.get("completion", size))
         waiting = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
         self.progress.begin("reasoning", len(waiting))
         while waiting:
@@ -444,8 +447,10 @@ class Engine:
                 context, logits = self.read([sequences[n] for n in batch])
                 for ended in self.generate(context, logits, [max_new_tokens] * len(batch)):
                     ended.rows = [batch[n] for n in ended.rows]
-                    over.update(ended.rows)
                     yield ended
+                    if ended.again:
+                        raise torch.OutOfMemoryError
+                    over.update(ended.rows)
                 context = logits = None  # or they would stand beside the next batch's
             except torch.OutOfMemoryError:
                 require(size > 1, OUT_OF_MEMORY)
@@ -453,7 +458,7 @@ class Engine:
             if full:  # not in the except block, where the error still holds the batch's tensors
                 context = logits = None
                 torch.cuda.empty_cache()
-                size = (min(size, len(batch)) + 1) // 2
+                self.batch_sizes["completion"] = size = (min(size, len(batch)) + 1) // 2
                 logging.getLogger(__name__).warning("out of memory: completion in batches of %d", size)
             waiting = [n for n in waiting if n not in over]
 

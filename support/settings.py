@@ -274,13 +274,17 @@ def run_script(main):
     except Exception as error:
         if os.environ.get("GREATER_DEBUG"):
             raise
-        known = isinstance(error, (UserError, OSError))  # OSError: a folder that cannot be written, a full disk
-        lines = str(error).splitlines() or [""]
-        unexpected = f"unexpected {type(error).__name__}: {lines[0]:.300} (GREATER_DEBUG=1 shows where)"
-        print(f"error: {one_line(str(error)) if known else unexpected}", file=sys.stderr)
-        sys.exit(2 if known else 1)
+        line, code = as_line(error)
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(code)
 
 
-def one_line(text):
-    """The text without line breaks, which names of files and texts of data may have."""
-    return " ".join(text.splitlines())
+def as_line(error):
+    """(what is wrong in one line, the exit code): 2 for what the user can mend, 1 for what nobody thought of."""
+    text = " ".join(str(error).splitlines())  # names of files and texts of data may have line breaks
+    if isinstance(error, (UserError, OSError)):  # OSError: a folder that cannot be written, a full disk
+        return text, 2
+    # torch's own class is known by its name: torch need not be there.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return "out of memory: lower --batch-size or --max-new-tokens, or use a smaller model", 2
+    return f"unexpected {type(error).__name__}: {text:.300} (GREATER_DEBUG=1 shows where)", 1
