@@ -17,17 +17,19 @@ from pathlib import Path
 
 from support.answerers import local_answerer, server_answerer
 from support.evaluation import Evaluation, estimate, evaluate_once, read_predictions
-from support.files import alone_in, append_jsonl, read_jsonl, require, require_fields, write_jsonl
+from support.files import alone_in, append_jsonl, read_jsonl, require, require_fields, write_chained
 from support.identity import identity_of
 from support.progress import in_words, open_bar, remaining
 from support.runs import (
+    begin_run,
     finalists,
     generations_of,
     initial_of,
     log_line,
-    open_run,
     rank_prompts,
     read_steps,
+    record_of_run,
+    require_same_run,
     run_folder,
     scores_of,
     text_finalists,
@@ -74,6 +76,7 @@ class Job:
     train: list[dict]  # the rows of the search
     seeds: list[str]  # the prompts it starts from, the initial one first
     run_dir: Path
+    record: dict | None = None  # what run.json is to hold; a dry run has none
 
     @property
     def evaluated(self):
@@ -109,9 +112,10 @@ def main():
         optimize_task(job)
         return
     prepared = read_prepared(task, flags.data_dir)
-    open_run(run_dir, configuration(job), prepared, [row["id"] for row in train])
+    record = record_of_run(configuration(job), prepared, [row["id"] for row in train])
     with alone_in(run_dir):
-        optimize_task(job)
+        require_same_run(run_dir, record)
+        optimize_task(replace(job, record=record))
 
 
 # --- The flags ---------------------------------------------------------------------------------------------
@@ -209,7 +213,7 @@ def optimize_task(job):
             prompt |= {"dev_low": low, "dev_high": high, "messages": messages_of(job.task, prompt["prompt"])}
             bar.update()
     prompts = rank_prompts(prompts, flags.choose_on)
-    write_jsonl(run_dir / "prompts.jsonl", prompts)
+    write_chained(run_dir / "prompts.jsonl", prompts)
 
     results = {}
     for role, prompt in (("initial", initial_of(prompts)), ("best", prompts[0])):
@@ -232,10 +236,13 @@ def search_tokens(job, engine, answerer):
     flags, task, train = job.flags, job.task, job.train
     rows = [encode_row(engine.tokenizer, task, row) for row in train]
     start = encode_prompt(engine.tokenizer, task, train[0]["question"], task.initial_prompt)[1]
-    if flags.dry_run or not (job.run_dir / "steps.jsonl").exists():  # what goes on has been checked
+    begun = (job.run_dir / "steps.jsonl").exists()
+    if flags.dry_run or not begun:  # what goes on has been checked
         check(job, engine, rows)
     if flags.dry_run:
         return None
+    if not begun:
+        begin_run(job.run_dir, job.record)
     steps = search(flags, engine, rows, start, job.run_dir, job.evaluated)
     return final_prompts(flags, engine.tokenizer, rows[0], steps)
 
@@ -245,9 +252,10 @@ def check(job, engine, rows, calls=None):
 
     rows: the tokens of the training rows; calls: text_optimizers.Calls of a text method.
     """
-    from support.check import ROWS, check_rows, cost_of, require_memory, table, text_cost, warnings
+    from support.check import ROWS, check_rows, cost_of, require_memory, require_room, table, text_cost, warnings
 
     flags, task, train = job.flags, job.task, job.train
+    require_room(engine, task, {"train": train} | job.evaluated, rows, flags)
     count = min(ROWS, len(rows))
     checked = check_rows(engine, task, train[:count], rows[:count], flags)
     print(f"\none row, {train[0]['id']}, under the initial prompt:")
@@ -333,6 +341,8 @@ def search_text(job, engine, answerer):
         check(job, engine, rows, calls[-1])
     if flags.dry_run:
         return None
+    if not steps:
+        begin_run(job.run_dir, job.record)
 
     trials = Trials(answerer, optimizer, job.task, job.train, flags, job.run_dir, engine)
     judge = Judge(job.task, job.train, flags.longest_prompt, method.meta_prompts, engine.tokenizer)

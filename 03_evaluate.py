@@ -19,9 +19,9 @@ from pathlib import Path
 
 from support.answerers import open_answerer
 from support.evaluation import READINGS, Evaluation, evaluate_once, read_predictions, regrade
-from support.files import alone_in, is_text, read_jsonl, require, require_fields
+from support.files import alone_in, is_text, require
 from support.progress import open_bar
-from support.runs import dev_warning, read_run
+from support.runs import dev_warning, read_prompts, read_run
 from support.settings import (
     GenerationSettings,
     ModelFlags,
@@ -100,7 +100,6 @@ def evaluate_prompts(flags, task, split_rows, run_dir):
     """Evaluate the prompts that the flags choose, and print how they do."""
     rows = split_rows[: flags.eval_rows or None]
     prompts = chosen_prompts(flags, run_dir, task)
-    run_dir.mkdir(parents=True, exist_ok=True)
     answerer = open_answerer(flags, flags.model, flags.endpoint)  # imports torch only where a model is loaded here
     if task.ranks_choices and not answerer.gives_log_probs:
         note = "no log-probabilities from this server and --answer-turn, so answers are read from what it writes"
@@ -132,7 +131,7 @@ def chosen_prompts(flags, run_dir, task):
     if flags.prompt:
         chosen = given_prompts(flags.prompt, task)
     elif flags.prompts or flags.run_dir:
-        records = read_prompts(Path(flags.prompts or run_dir / "prompts.jsonl"), task)
+        records = read_prompts(Path(flags.prompts or run_dir / "prompts.jsonl"), task.name)
         initial = next((record["prompt"] for record in records if record.get("initial")), initial)
         if warning := dev_warning(records):
             print(warning)
@@ -149,17 +148,6 @@ def given_prompts(texts, task):
     good = all(text.strip() and is_text(text) for text in texts)
     require(good, "--prompt must not be empty (--baselines evaluates no prompt) and must be readable text")
     return [Prompt("given", None, task, text.strip()) for text in texts]
-
-
-def read_prompts(path, task):
-    """The records of a file like a run's prompts.jsonl. Errors: UserError for no or empty prompts, another task's."""
-    records = require_fields(read_jsonl(path), path, prompt=str)
-    good = records and all(record["prompt"].strip() for record in records)
-    require(good, f"{path} holds no prompts, or an empty one")
-    for number, record in enumerate(records, 1):
-        other = record.get("task", task.name)
-        require(other == task.name, f"{path}, line {number}: a prompt of the task {other}, not of {task.name}")
-    return records
 
 
 def best_prompts(records, count, task):

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from support.answerers import open_answerer
 from support.evaluation import Evaluation, evaluate_once, rows_hash
-from support.files import alone_in, read_jsonl, require, require_fields, short_name, write_jsonl
+from support.files import alone_in, as_bytes, require, short_name, write_jsonl, write_whole
 from support.own import OWN_FLAGS
 from support.progress import open_bar
-from support.runs import read_run
+from support.runs import read_prompts, read_run
 from support.settings import (
     GenerationSettings,
     ModelFlags,
@@ -88,17 +88,30 @@ def main():
     for folder in flags.runs:
         jobs += jobs_of_run(Path(folder), flags)
     jobs = distinct_jobs(jobs)
+    servers = resolve(flags, targets)
     out = Path(flags.out)
-    out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
-        write_matrix(transfer(flags, targets, jobs, out), out)
+        write_matrix(transfer(flags, targets, servers, jobs, out), out)
 
 
-def transfer(flags, targets, jobs, out):
-    """A record for transfer.jsonl of each job on each target, target by target."""
+def resolve(flags, targets):
+    """{model: Answerer} of the targets behind a server. A target that is not there is noticed before any long work.
+
+    Errors: UserError if a server is not there, or a model is not, or if it cannot be used here.
+    """
+    local = [model for model, endpoint in targets if not endpoint]
+    if local:
+        from support.engine import load_tokenizer, require_device
+
+        require_device(flags.device)
+        for model in local:
+            load_tokenizer(model)
+    return {model: open_answerer(flags, model, endpoint) for model, endpoint in targets if endpoint}
+
+
+def transfer(flags, targets, servers, jobs, out):
+    """A record for transfer.jsonl of each job on each target, target by target. servers: of `resolve`."""
     records = []
-    # A server that is not there shall be noticed before any long work.
-    servers = {name: open_answerer(flags, name, endpoint) for name, endpoint in targets if endpoint}
     with open_bar(total=len(targets) * len(jobs), unit="prompt") as bar:
         for model, _ in targets:
             answerer = None  # so that the last model is gone before the next is loaded
@@ -141,7 +154,7 @@ def write_matrix(records, out):
 
     write_jsonl(out / "transfer.jsonl", records)
     table = transfer_table(records)
-    (out / "transfer.md").write_text(table, encoding="utf-8")
+    write_whole(out / "transfer.md", as_bytes(table))
     transfer_picture(records, out / "transfer.png")
     print(table)
     for name in ("transfer.md", "transfer.png", "transfer.jsonl"):
@@ -186,6 +199,7 @@ def jobs_of_run(folder, flags):
     asked["data_dir"] = flags.data_dir or config["data_dir"]
     asked["source"] = flags.source or config["source"]
     task, splits = open_task(TaskFlags(**asked))
+    require(config["initial_prompt"].strip(), f"{folder}/run.json has a blank initial prompt")
     same = read_prepared(task, asked["data_dir"])["sha256"] == record["task"]["sha256"]
     require(same, f"{folder} was searched with other rows of {task.name} than {asked['data_dir']} holds")
     initial = Job(
@@ -205,18 +219,16 @@ def jobs_of_run(folder, flags):
         method=config.get("method", "GReaTer"),
         source=short_name(config["model"]),
         run=str(folder),
-        prompt=best_prompt(folder),
+        prompt=best_prompt(folder, task.name),
     )
     return [initial, best]
 
 
-def best_prompt(folder):
-    """The text of a run's best prompt. Errors: UserError if the run is not finished."""
+def best_prompt(folder, task_name):
+    """The text of a run's best prompt. Errors: UserError if the run is not finished, or its prompts another task's."""
     path = folder / "prompts.jsonl"
     require(path.exists(), f"{folder} is not finished: no prompts.jsonl; run its stage 02 again")
-    prompts = require_fields(read_jsonl(path), path, prompt=str)
-    require(prompts, f"{path} holds no prompts")
-    return prompts[0]["prompt"]
+    return read_prompts(path, task_name)[0]["prompt"]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn import functional as F
 
-from support.answers import answer_columns, choice_log_probs, read_answers
+from support.answers import answer_columns, choice_log_probs, finite_rows, read_answers
 from support.engine import Context, Engine, pad
 from support.files import UserError, require
 from support.runs import Candidate, Score, Step, Tried, described, last_job, scores_of, timed
@@ -220,9 +220,8 @@ def mean_gradients(search, prefix, prompt, candidates):
     if search.settings.gradient_without_reasoning:  # ablation (Fig. 3): question + prompt + extractor only
         reasoning = [[] for _ in search.rows]
     per_row, _ = candidate_gradients(search, prefix, prompt, candidates, reasoning)
-    means = per_row.double().mean(0)
-    require(means.isfinite().all(), f"the gradient is not finite at ids {list(prompt)}.{search.engine.dtype_hint}")
-    return dict(zip(candidates, means.tolist()))
+    whole = finite_rows(per_row, f"the gradient is not finite at ids {list(prompt)}", search.engine.dtype_hint)
+    return dict(zip(candidates, per_row[whole].double().mean(0).tolist()))
 
 
 def make_shortlist(candidates, gradients, settings, rng):
@@ -296,9 +295,10 @@ def score_prompts(search, prefix, prompts):
     for n, prompt in enumerate(prompts):
         own = outcomes[n * count : (n + 1) * count]
         values = torch.tensor([[o.cross_entropy, o.wrong, o.nll] for o in own], dtype=torch.float64)  # [N, 3]
+        not_finite, hint = f"the loss is not finite under prompt ids {list(prompt)}", search.engine.dtype_hint
+        values = values[finite_rows(values, not_finite, hint)]
         objective = objective_of(*values.unbind(1), search.settings)
-        not_finite = f"the loss is not finite under prompt ids {list(prompt)}.{search.engine.dtype_hint}"
-        require(math.isfinite(objective), not_finite)
+        require(math.isfinite(objective), f"{not_finite}.{hint}")
         cross_entropy, error, nll = values.mean(0).tolist()
         reasoning = [outcome.reasoning for outcome in own]
         tokens = sum(map(len, reasoning))

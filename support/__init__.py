@@ -1,1 +1,42 @@
-"""What the stages and greater_core.py stand on. Nothing in here imports from above."""
+"""What the stages and the method stand on.
+
+Imported by a stage of this repository, it first of all sees to it that a signal ends the stage in one line, also while
+it still imports what it needs.
+"""
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+STOPPED = "stopped; what was finished is on disk, and the same command goes on from there"
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 143}
+
+
+def stop(number, frame):
+    """End the process at once. An exception could be lost in a library that catches it, and nothing needs to be tidied:
+    what is written is written whole or line by line, as a run that is killed needs it."""
+    with suppress(OSError, ValueError, RuntimeError):  # a terminal that is gone, a stream that is being written
+        sys.stdout.flush()
+    with suppress(OSError):
+        os.write(2, f"\n{STOPPED}\n".encode())
+    os._exit(EXIT_CODES[signal.Signals(number).name])
+
+
+def stop_on_signals():
+    """Ctrl-C, a request to end and a closed terminal end this process with `stop`, unless they are ignored (nohup)."""
+    for name in EXIT_CODES:
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+
+
+def is_stage(program):
+    """Whether the program that runs is a script of the repository's top folder: other users keep their own handlers."""
+    path = getattr(program, "__file__", None)
+    return bool(path) and Path(path).resolve().parent == Path(__file__).resolve().parent.parent
+
+
+if is_stage(sys.modules["__main__"]):
+    stop_on_signals()

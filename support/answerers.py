@@ -61,6 +61,8 @@ class LocalModel:
     def generate(self, task, rows, prompt, settings, done):
         """As `Answerer` says, soon after rows end. Errors: UserError if the tokenizer does not know the prompt's
         words."""
+        from torch import OutOfMemoryError
+
         tokenizer = self.engine.tokenizer
         unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encode(tokenizer, " " + prompt)
         require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
@@ -76,7 +78,11 @@ class LocalModel:
             if done.issuperset(row["id"] for row, _ in batch):
                 continue
             for ended in self.engine.stream([ids for _, ids in batch], settings.max_new_tokens, len(batch)):
-                answered = self.answered(task, [batch[n][0] for n in ended.rows], ended, settings)
+                try:
+                    answered = self.answered(task, [batch[n][0] for n in ended.rows], ended, settings)
+                except OutOfMemoryError:
+                    ended.again = True
+                    continue
                 missing = [generation for generation in answered if generation.row["id"] not in done]
                 if missing:
                     yield missing

@@ -4,9 +4,12 @@ Shape letters: B rows, R reads of a row (tokens.Choices), A columns of a read wh
 M possible answers.
 """
 
+import logging
+
 import torch
 
 from support.engine import pad
+from support.files import require
 from support.tokens import LARGEST_SHARE, extensions
 
 
@@ -49,3 +52,18 @@ def choice_log_probs(logits, choices):
         longer[n, m] = True
     share = (whole[:, None, :] - whole[:, :, None]).masked_fill(~longer, float("-inf")).exp().sum(-1)  # [B, M]
     return whole + torch.log1p(-share.clamp(max=LARGEST_SHARE))
+
+
+def finite_rows(values, not_finite, hint):
+    """bool [N]: which rows of values [N, ...] are numbers; the step goes on without the others, which are named.
+
+    not_finite: what is wrong with those, in words; hint: a sentence on what may help. Errors: UserError if they are
+    more than a tenth of the rows.
+    """
+    whole = values.isfinite().flatten(1).all(1)
+    without = [number + 1 for number in (~whole).nonzero()[:, 0].tolist()]
+    if without:
+        where = f"{not_finite} in training rows {without[:8]} of {len(values)} (in the order of run.json)"
+        require(len(without) <= len(values) / 10, f"{where}, more than a tenth.{hint}")
+        logging.getLogger(__name__).warning("%s: left out here.%s", where, hint)
+    return whole

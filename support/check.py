@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from support.answerers import LocalModel
+from support.answerers import LocalModel, chat_of_row
 from support.answers import choice_log_probs, read_answers
 from support.engine import physical_memory
 from support.evaluation import graded
 from support.files import UserError, require
 from support.reading import read_answer
-from support.tokens import decode, encode, encode_chat
+from support.tokens import decode, encode, encode_chat, encode_prompt
 
 ROWS = 12
 MOST = 0.75  # a share of rows from which on most of them are meant
@@ -39,6 +39,27 @@ class Checked:
     read_seconds: float = 0.0  # a token of a question
     row_seconds: float = 0.0  # a generation, with its question and answer
     tokens: float = 0.0  # of a row's question, prompt, reasoning and extractor, mean
+
+
+def require_room(engine, task, splits, rows, settings):
+    """Errors: UserError, with the row's id, if a row cannot be sent, or could become longer than the model reads.
+
+    splits: {split: data rows} of all that the run is going to read; rows: the training rows as tokens.Row; settings:
+    SearchSettings. The search may make the prompt longer, by a token a step.
+    """
+    tokenizer = engine.tokenizer
+    initial = len(encode_prompt(tokenizer, task, splits["train"][0]["question"], task.initial_prompt)[1])
+    longest_prompt = max(initial, min(settings.max_prompt_tokens, initial + settings.steps))
+    reads = max(len(read) for row in rows for read in row.reads) + 2
+    behind = len(rows[0].extractor) + max(reads, 0 if task.ranks_choices else settings.answer_tokens(task))
+    for split, data in splits.items():
+        lengths = [len(chat_of_row(tokenizer, task, row, task.initial_prompt)) for row in data]
+        longest = max(range(len(data)), key=lengths.__getitem__)
+        try:
+            engine.require_positions(lengths[longest] - initial + longest_prompt + settings.max_new_tokens + behind)
+        except UserError as error:
+            which = f"row {data[longest]['id']} of {split}, with a prompt of {longest_prompt} tokens"
+            raise UserError(f"{which}: {error}, or --max-prompt-tokens") from None
 
 
 def check_rows(engine, task, data, rows, settings):

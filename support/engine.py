@@ -200,6 +200,7 @@ class Ended:
     stopped: list[bool]  # by an end token, not by the limit
     finite: list[bool]  # whether the model's logits were numbers all along
     context: Context  # what was read before them, and `ids`: until the next rows are asked for
+    again: bool = False  # set by whoever asked, where memory ran out behind them: `stream` reads them again in less
 
 
 class Sampler:
@@ -467,12 +468,14 @@ class Engine:
     def stream(self, sequences, max_new_tokens, batch_size=0):
         """What `complete` gives, as `Ended` rows as they end, numbered as in `sequences`; longest sequences first.
 
-        On CUDA out-of-memory the batch size halves, and the rows of the batch that have not ended are read again.
+        Where memory runs out, here or, as `Ended.again` says, behind the rows, the batch size halves, also of later
+        calls, and the rows of the batch that have not ended are read again.
         """
         columns = max(map(len, sequences)) + max_new_tokens
         self.require_positions(columns)
         self.compare_longest(sequences)
         size = batch_size or self.rows_that_fit(columns)
+        size = min(size, self.batch_sizes.get("completion", size))
         waiting = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
         self.progress.begin("reasoning", len(waiting))
         while waiting:
@@ -481,8 +484,10 @@ class Engine:
                 context, logits = self.read([sequences[n] for n in batch])
                 for ended in self.generate(context, logits, [max_new_tokens] * len(batch)):
                     ended.rows = [batch[n] for n in ended.rows]
-                    over.update(ended.rows)
                     yield ended
+                    if ended.again:
+                        raise torch.OutOfMemoryError
+                    over.update(ended.rows)
                 context = logits = None  # or they would stand beside the next batch's
             except torch.OutOfMemoryError:
                 require(size > 1, OUT_OF_MEMORY)
@@ -490,7 +495,7 @@ class Engine:
             if full:  # not in the except block, where the error still holds the batch's tensors
                 context = logits = None
                 torch.cuda.empty_cache()
-                size = (min(size, len(batch)) + 1) // 2
+                self.batch_sizes["completion"] = size = (min(size, len(batch)) + 1) // 2
                 logging.getLogger(__name__).warning("out of memory: completion in batches of %d", size)
             waiting = [n for n in waiting if n not in over]
 
@@ -648,15 +653,10 @@ def load_engine(name, device="auto", dtype="auto"):
     the CPU. Errors: UserError when the model is not there, gated, has no chat template, or lacks weights or has others
     than its configuration says, and those of `Engine`.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    device = require_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    tokenizer = pretrained(AutoTokenizer, name)
-    require(tokenizer.chat_template, f"--model {name} has no chat template: choose an instruction-tuned model")
+    tokenizer = load_tokenizer(name)
     # Weights of another shape are not ignored: they are named, like those that are missing.
     options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, loading = pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype), **options)
@@ -664,6 +664,23 @@ def load_engine(name, device="auto", dtype="auto"):
     engine = Engine(model.to(device), tokenizer)
     engine.identity = identity_of(name)
     return engine
+
+
+def require_device(device):
+    """The device, "auto" as the one it stands for. Errors: UserError if there is none of the name here."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def load_tokenizer(name):
+    """The tokenizer of a hub name or a local folder. Errors: UserError, whatever goes wrong, or without a template."""
+    tokenizer = pretrained(AutoTokenizer, name)
+    require(tokenizer.chat_template, f"--model {name} has no chat template: choose an instruction-tuned model")
+    return tokenizer
 
 
 def pretrained(kind, name, **options):

@@ -13,6 +13,8 @@ A folder with evaluations holds two files, whose fields are those of `Prediction
 
     predictions.jsonl   a `Prediction` per evaluation and row, as they come
     results.jsonl       a `Result` per evaluation and role of its prompt
+
+A check in each record (files.py) shows whether one was changed, lost or moved.
 """
 
 import json
@@ -35,7 +37,7 @@ from support.files import (
     require,
     require_fields,
     text_hash,
-    write_jsonl,
+    write_chained,
 )
 from support.harness import grade_harness, read_answer_harness
 from support.progress import Progress, open_bar
@@ -376,7 +378,8 @@ def read_predictions(run_dir, result, rows):
         if reference_of(prediction) == reference_of(result):
             found[prediction["id"]] = prediction
     missing = [row["id"] for row in rows if row["id"] not in found]
-    require(not missing, f"{path} lacks row {missing[:1]} of an evaluation that results.jsonl counts as finished")
+    lacks = f"{path} lacks row {missing[:1]} of an evaluation that results.jsonl counts as finished"
+    require(not missing, f"{lacks}: remove both files, which are then made again, or choose another folder")
     return [found[row["id"]] for row in rows]
 
 
@@ -416,8 +419,8 @@ def regrade(run_dir, task, splits):
         same = rows_hash(rows) == old.get("rows")
         require(same, f"{where} was evaluated on other questions or answers of the same ids")
         changes.append((old, old | summarize(own)))
-    write_jsonl(predictions_path, predictions)
-    write_jsonl(results_path, [new for _, new in changes])
+    write_chained(predictions_path, predictions)
+    write_chained(results_path, [new for _, new in changes])
     return changes
 
 

@@ -4,23 +4,33 @@
     steps.jsonl     a `Step` per position visited, or a `TextStep` per round of a text method; line 0 is the start
     prompts.jsonl   the finalists, best first, with their dev accuracy
 
+A check in each record (files.py) shows whether one was changed, lost or moved.
+
 Results and predictions of prompts belong to evaluation.py.
 """
 
 import importlib.metadata
-import json
 import subprocess
 import time
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields, replace
+from copy import deepcopy
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 from support.files import (
+    CHANGED,
+    CHECK,
     ROOT,
     UserError,
+    check_of,
+    is_text,
     read_appended,
     read_jsonl,
+    read_object,
     require,
+    require_fields,
     short_name,
     write_json,
 )
@@ -176,7 +186,23 @@ def as_dataclass(kind, record, also=()):
         raise KeyError(*sorted(missing))
     if "prompt_ids" in needed:
         record = record | {"prompt_ids": tuple(record["prompt_ids"])}  # JSON has lists only
+    for one in fields(kind):
+        if one.name in record and not fits(record[one.name], one.type):
+            raise TypeError(f"{one.name} is of another type")
     return kind(**record)
+
+
+def fits(value, kind):
+    """Whether a value read from JSON is of a field's type; of a dataclass, whether it is an object."""
+    if isinstance(kind, UnionType):
+        return any(fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(fits(one, int) for one in value)
+    if is_dataclass(kind):
+        return isinstance(value, dict)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
 
 
 def read_steps(path, growing=False):
@@ -190,10 +216,13 @@ def read_steps(path, growing=False):
     for number, record in enumerate(records, 1):
         try:
             steps.append(as_step(record))
+            found = record["step"]
+            wrong = f"{path}, line {number}: step {found} where step {number - 1} belongs, {CHANGED}"
+            require(found == number - 1, wrong)
         except KeyError as error:
             raise UserError(f"{path}, line {number}: {lacking(error.args)}") from None
         except (TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: not a step of a search ({error})") from None
+            raise UserError(f"{path}, line {number}: not a step of a search ({error!s:.200})") from None
     return steps
 
 
@@ -233,15 +262,22 @@ def last_job(steps):
 def read_run(folder, **kinds):
     """The record run.json of a run whose configuration has these settings, of these types. Errors: UserError."""
     path = Path(folder) / "run.json"
+    not_one = f"{path} is not the record of a run of stage 02"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path)
+        check = record.pop(CHECK, None)  # an older version wrote none
+        as_written = deepcopy(record)
         config = record["config"]
         good = isinstance(config, dict)
         record = with_answer_space(record) if good and "task" in record else record
         good = good and all(isinstance(config[name], kind) for name, kind in kinds.items())
-    except (OSError, ValueError, KeyError, TypeError):
+        texts = [config[name] for name, kind in kinds.items() if kind is str]
+        good = good and all(map(is_text, texts))
+    except (UserError, KeyError, TypeError, AttributeError):
         good = False
-    require(good, f"{path} is not the record of a run of stage 02")
+    require(good, not_one)
+    changed = f"{not_one} as it was written: restore it, or remove its {CHECK} if the change is meant"
+    require(check in (None, check_of(as_written)), changed)
     return record
 
 
@@ -265,13 +301,12 @@ def run_folder(task_name, model, seed):
     return Path("runs") / f"{task_name.replace('/', '-')}-{Path(model).name}-seed{seed}"
 
 
-def open_run(run_dir, config, prepared, train_ids):
-    """Write run.json, or check that the one there has the same settings, data and model.
+def record_of_run(config, prepared, train_ids):
+    """What run.json holds: settings, data, model, versions.
 
-    config: the script's flags as a dict; prepared: the task's task.json. Errors: UserError if another
-    configuration has been run in this folder.
+    config: the script's flags as a dict; prepared: the task's task.json.
     """
-    record = {
+    return {
         "config": config,
         "task": {key: prepared[key] for key in ("name", "sha256", "grader_version")}
         | {key: config[key] for key in ("extractor", "template")},
@@ -281,22 +316,31 @@ def open_run(run_dir, config, prepared, train_ids):
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
         "commit": git_commit(),
     }
-    path = Path(run_dir) / "run.json"
-    if path.exists():
-        other = differences(run_dir, record)
-        begun = (path.parent / "steps.jsonl").exists()  # one that ended before its first step may be begun otherwise
-        require(not (other and begun), f"{run_dir} holds a run with other {', '.join(other)}: choose another --run-dir")
-        if not other:
-            return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+
+
+def require_same_run(run_dir, record):
+    """Errors: UserError if steps in this folder were made with other settings, data or model than `record` says, or
+    with nobody knows which. One that ended before its first step may be begun otherwise."""
+    begun = (Path(run_dir) / "steps.jsonl").exists()
+    if not (Path(run_dir) / "run.json").exists():
+        lost = f"{run_dir} has steps.jsonl but no run.json, so nobody knows what settings made its steps"
+        require(not begun, f"{lost}: choose another --run-dir")
+        return
+    other = differences(run_dir, record)
+    require(not (other and begun), f"{run_dir} holds a run with other {', '.join(other)}: choose another --run-dir")
+
+
+def begin_run(run_dir, record):
+    """Write run.json, before the first step is written."""
+    write_json(Path(run_dir) / "run.json", record | {CHECK: check_of(record)})
 
 
 def differences(run_dir, record):
     """Names of what differs between the run recorded in a folder and this one; where files lie does not count."""
+    record_there = read_run(run_dir)
     try:
-        recorded = settings_of(read_run(run_dir))
-    except (UserError, KeyError, TypeError):
+        recorded = settings_of(record_there)
+    except (KeyError, TypeError):
         path = Path(run_dir) / "run.json"
         raise UserError(f"{path} is not the record of a run: choose another --run-dir") from None
     now = settings_of(record)
@@ -307,7 +351,8 @@ def differences(run_dir, record):
 
 
 def settings_of(record):
-    return record["config"] | {"task": record["task"], "model": record["model_hash"]}
+    ids = {"train_ids": record["train_ids"]}
+    return record["config"] | ids | {"task": record["task"], "model": record["model_hash"]}
 
 
 def git_commit():
@@ -436,6 +481,17 @@ def read_records(path, names):
     for number, record in enumerate(records, 1):
         missing = set(names) - record.keys()
         require(not missing, f"{path}, line {number}: {lacking(missing)}")
+    return records
+
+
+def read_prompts(path, task_name):
+    """The records of a file like a run's prompts.jsonl. Errors: UserError for no or empty prompts, another task's."""
+    records = require_fields(read_jsonl(path), path, prompt=str)
+    good = records and all(record["prompt"].strip() for record in records)
+    require(good, f"{path} holds no prompts, or an empty one")
+    for number, record in enumerate(records, 1):
+        other = record.get("task", task_name)
+        require(other == task_name, f"{path}, line {number}: a prompt of the task {other}, not of {task_name}")
     return records
 
 

@@ -586,15 +586,31 @@ def print_any_text():
 def run_script(main):
     """Run a script's main(): a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
-    main() is where a script may import torch for the first time.
+    Any other error is a defect of ours, or of a library: one line that says so, and exit code 1. The environment
+    variable GREATER_DEBUG=1 shows where an error came from. main() is where a script may import torch for the first
+    time.
     """
     calm_threads()
     print_any_text()
     try:
         main()
-    except (UserError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # of a script that is no stage: those end as support/__init__.py says
         print("\nstopped; what was finished is on disk, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get("GREATER_DEBUG"):
+            raise
+        line, code = as_line(error)
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(code)
+
+
+def as_line(error):
+    """(what is wrong in one line, the exit code): 2 for what the user can mend, 1 for what nobody thought of."""
+    text = " ".join(str(error).splitlines())  # names of files and texts of data may have line breaks
+    if isinstance(error, (UserError, OSError)):  # OSError: a folder that cannot be written, a full disk
+        return text, 2
+    # torch's own class is known by its name: torch need not be there.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return "out of memory: lower --batch-size or --max-new-tokens, or use a smaller model", 2
+    return f"unexpected {type(error).__name__}: {text:.300} (GREATER_DEBUG=1 shows where)", 1

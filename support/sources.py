@@ -5,6 +5,7 @@ row of a record, the table of what is published, splits, and the prepared task t
 """
 
 import csv
+import hashlib
 import json
 import re
 import sys
@@ -12,7 +13,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from support.files import ROOT, UserError, read_jsonl, require, sha256, write_json, write_jsonl
+from support.files import (
+    ROOT,
+    UserError,
+    alone_in,
+    as_bytes,
+    as_json,
+    as_lines,
+    read_jsonl,
+    require,
+    sha256,
+    write_whole,
+)
 from support.own import SPLITS, as_text, own_rule, own_splits, read_json, split_warnings
 from support.reading import GRADER_VERSION, canonical
 from support.tasks import LISTED, MMLU_SIZES, TASKS, get_task, read_rows
@@ -347,6 +359,9 @@ def split_rule(task, own):
     return PUBLISHED[task.name].rule if task.name in PUBLISHED else own_rule(own)
 
 
+PATIENCE = 600  # seconds to wait for other processes that prepare tasks in the same folder
+
+
 def prepare(task, data_dir, source="", own=None):
     """Write data_dir/<task>/{train,dev,test}.jsonl, then task.json; the same bytes on every run. Returns the folder.
 
@@ -359,10 +374,7 @@ def prepare(task, data_dir, source="", own=None):
     for warning in split_warnings(splits, task.choices) if own else ():
         print(f"warning: {warning}", file=sys.stderr)
     folder = Path(data_dir) / task.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "task.json").unlink(missing_ok=True)  # its presence says that the rows beside it are whole
-    for split, rows in splits.items():
-        write_jsonl(folder / f"{split}.jsonl", rows)
+    contents = {f"{split}.jsonl": as_bytes(as_lines(rows)) for split, rows in splits.items()}
     changing_no_row = ("answer_space", "paper_extractor", "own_folder", "system")
     record = {name: value for name, value in asdict(task).items() if name not in changing_no_row}
     record |= {
@@ -371,11 +383,24 @@ def prepare(task, data_dir, source="", own=None):
         "answer_prefix": task.answer_prefix,
         "counts": {split: len(rows) for split, rows in splits.items()},
         "source": (own and own.task) or source or task.hub[0] or "demo/rows.jsonl",
-        "sha256": {split: sha256(folder / f"{split}.jsonl") for split in splits},
+        "sha256": {split: hashlib.sha256(contents[f"{split}.jsonl"]).hexdigest() for split in splits},
         "grader_version": GRADER_VERSION,
     }
-    write_json(folder / "task.json", record)
+    contents["task.json"] = as_bytes(as_json(record))  # last: it says that the rows beside it are whole
+    if not all_hold(folder, contents):
+        with alone_in(data_dir, PATIENCE):  # not in the task's folder, which holds these files and no other
+            if not all_hold(folder, contents):  # another process may have written them in the meantime
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "task.json").unlink(missing_ok=True)
+                for name, content in contents.items():
+                    write_whole(folder / name, content)
     return folder
+
+
+def all_hold(folder, contents):
+    """Whether the folder's files have these bytes, {name: bytes}. Then they are left alone: others may be reading."""
+    paths = {folder / name: content for name, content in contents.items()}
+    return all(path.is_file() and path.read_bytes() == content for path, content in paths.items())
 
 
 def read_prepared(task, data_dir):

@@ -30,6 +30,19 @@ from support.sources import split_rows  # noqa: E402
 from support.tasks import Task, get_task  # noqa: E402
 from support.tokens import choices_of, encode_prompt, encode_row  # noqa: E402
 
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked slow run only where they are asked for."""
+    if "slow" not in config.getoption("markexpr"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: -m slow"))
+
+
 torch.set_num_threads(1)  # tiny models run no faster on more, and two processes would wait for each other
 FAMILIES = ("llama", "llama-tied", "gemma2", "qwen3")
 
@@ -72,10 +85,6 @@ class TorchInDouble:
 
     def __getattr__(self, name):
         return getattr(torch, name)
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes and needs a model that does not lie here")
 
 
 @pytest.fixture

@@ -266,10 +266,40 @@ def test_when_memory_runs_out_in_the_middle_no_row_is_lost_or_answered_twice(
                 raise torch.OutOfMemoryError("none left")
             yield ended
 
+    monkeypatch.setattr(demo_engine, "batch_sizes", {})
     monkeypatch.setattr(Engine, "generate", generate)
     found = [generation for group in asked.answerer.generate(*arguments) for generation in group]
     assert sizes[0] == 20 and max(sizes[1:]) <= 12
     assert len(found) == 20 and {generation.row["id"]: generation for generation in found} == expected
+
+
+@pytest.mark.parametrize("space", ["vocabulary", "choices"])
+def test_when_memory_runs_out_behind_the_reasoning_the_batch_halves_and_no_row_is_lost(
+    demo_engine, demo_data, monkeypatch, space
+):
+    task = own_task("choice", "the answer is", ("5", "7", "12"), answer_space=space)
+    rows = demo_data["dev"][:16]
+    answerer, limits = local_answerer(demo_engine, "m"), settings(batch_size=16)
+    monkeypatch.setattr(demo_engine, "batch_sizes", {})
+    arguments = task, rows, "find the answer now .", limits, frozenset()
+    expected = {one.row["id"]: one for group in answerer.generate(*arguments) for one in group}
+    plain, behind = LocalModel.answered, []
+
+    def answered(model, task, rows, ended, settings):
+        behind.append(len(ended.context.layers[0].lender.keys))  # rows in the batch
+        if behind[-1] > 5:
+            raise torch.OutOfMemoryError("none left")
+        return plain(model, task, rows, ended, settings)
+
+    monkeypatch.setattr(LocalModel, "answered", answered)
+    found = [one for group in answerer.generate(*arguments) for one in group]
+    assert behind[0] > 5 and demo_engine.batch_sizes["completion"] <= 8
+    assert len(found) == 16 and {one.row["id"] for one in found} == expected.keys()
+    for one in found:  # another batch size changes numbers by rounding alone
+        assert one._replace(choices=None) == expected[one.row["id"]]._replace(choices=None)
+    monkeypatch.setattr(LocalModel, "answered", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(UserError, match="single row"):
+        list(answerer.generate(*arguments))
 
 
 def test_a_single_row_without_memory_is_one_line(demo_engine, demo_task, monkeypatch):

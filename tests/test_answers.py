@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import ANSWERS, plain_logits, slow_log_probs
 
-from support.answers import answer_columns, choice_log_probs, read_answers
+from support.answers import answer_columns, choice_log_probs, finite_rows, read_answers
+from support.files import UserError
 from support.tokens import choices_of
 
 
@@ -78,3 +79,16 @@ def test_log_probs_behind_reasonings_of_different_length_are_those_of_whole_sequ
             torch.testing.assert_close(log_probs, expected)
             seen += 1
     assert seen == 3
+
+
+def test_a_row_that_is_not_finite_is_named_and_left_out_and_more_than_a_tenth_end_the_run(caplog):
+    values = torch.zeros(20, 3)
+    assert finite_rows(values, "x", "").all() and not caplog.records
+    values[4, 1], values[7, 0] = float("nan"), float("inf")
+    whole = finite_rows(values, "the loss is not finite", " Try it.")
+    assert whole.tolist() == [number not in (4, 7) for number in range(20)]
+    (record,) = caplog.records
+    assert "the loss is not finite in training rows [5, 8] of 20" in record.getMessage()
+    values[9] = float("nan")
+    with pytest.raises(UserError, match=r"rows \[5, 8, 10\] of 20 .*, more than a tenth. Try it"):
+        finite_rows(values, "the loss is not finite", " Try it.")

@@ -739,3 +739,27 @@ def test_a_loss_that_is_not_finite_stops_the_search(demo_tokenizer, few_rows):
     questions = core.prefill_questions(engine, few_rows[0], 5)
     with pytest.raises(UserError, match="not finite"):
         core.score_prompts(search_of(engine, few_rows[0]), questions, [few_rows[1]])
+
+
+def test_a_score_and_a_gradient_leave_out_the_row_that_is_not_finite(llama, few_rows, monkeypatch, caplog):
+    rows, prompt = few_rows
+    search = search_of(llama, rows * 2, prompt)
+    questions = core.prefill_questions(llama, rows * 2)
+    plain = core.reason_and_score
+
+    def one_broken(*arguments):
+        outcomes = plain(*arguments)
+        outcomes[3].cross_entropy = float("nan")
+        return outcomes
+
+    monkeypatch.setattr(core, "reason_and_score", one_broken)
+    ((score, reasoning),) = core.score_prompts(search, questions, [prompt])
+    whole = [outcome.cross_entropy for outcome in plain(search, questions, [(prompt, i) for i in range(10)])]
+    assert score.cross_entropy == pytest.approx((sum(whole) - whole[3]) / 9) and len(reasoning) == 10
+    assert "in training rows [4] of 10" in caplog.text
+    gradients = torch.ones(10, 2)
+    gradients[5] = float("inf")
+    monkeypatch.setattr(core, "candidate_gradients", lambda *_: (gradients, None))
+    search.reasoning = reasoning
+    assert core.mean_gradients(search, questions, prompt, [1, 2]) == {1: 1.0, 2: 1.0}
+    assert "in training rows [6] of 10" in caplog.text

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from fractions import Fraction
 from itertools import product
@@ -302,15 +303,24 @@ def test_the_keys_of_evaluations_are_those_of_the_records_that_users_have():
     assert replace(there, task=replace(task, answer_space="")).key != there.key  # another reading
 
 
-def test_the_files_of_an_evaluation_are_the_recorded_ones_byte_for_byte(tmp_path, monkeypatch):
+def without_checks(path):
+    """The text of a file each of whose lines ends with a check, without these."""
+    text, checks = re.subn(r', "record_check": "[0-9a-f]{16}"}$', "}", path.read_text(), flags=re.M)
+    assert checks == text.count("\n")
+    return text
+
+
+def test_the_files_of_an_evaluation_are_the_recorded_ones_byte_for_byte_with_a_check_in_each_line(
+    tmp_path, monkeypatch
+):
     clock = iter([60.0, 90.0])
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
     once(tmp_path, RECORDED_ROWS, recorded_answerer())
-    assert (tmp_path / "predictions.jsonl").read_text() == RECORDED_PREDICTIONS
-    assert (tmp_path / "results.jsonl").read_text() == RECORDED_RESULT
+    assert without_checks(tmp_path / "predictions.jsonl") == RECORDED_PREDICTIONS
+    assert without_checks(tmp_path / "results.jsonl") == RECORDED_RESULT
     once(tmp_path, RECORDED_ROWS, silent_answerer(), role="baseline", name="empty")
     labelled = RECORDED_RESULT.replace('"best"', '"baseline"').replace("}", ', "name": "empty"}')
-    assert (tmp_path / "results.jsonl").read_text() == RECORDED_RESULT + labelled
+    assert without_checks(tmp_path / "results.jsonl") == RECORDED_RESULT + labelled
 
 
 def test_a_recorded_evaluation_is_found_again_and_recorded_predictions_are_not_made_again(tmp_path):

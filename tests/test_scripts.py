@@ -93,6 +93,7 @@ def test_a_prompt_that_training_rows_chose_against_dev_is_not_called_best(finish
     run_dir = tmp_path / "copy" / "runs" / "demo-seed0"
     record = json.loads((run_dir / "run.json").read_text())
     record["config"]["choose_on"] = "train"
+    del record["record_check"]
     (run_dir / "run.json").write_text(json.dumps(record))
     initial = next(p["prompt"] for p in read_jsonl(run_dir / "prompts.jsonl") if p["initial"])
     dev = {"correct": 20, "accuracy": 1.0, "stderr": 0.0}  # of the initial prompt, as if it were right everywhere
@@ -181,7 +182,7 @@ def test_another_configuration_in_the_same_folder_is_refused(finished):
 def test_a_search_that_failed_before_its_first_step_may_be_begun_otherwise(tmp_path):
     flags = ["--steps", "0", "--train-rows", "5", "--eval-rows", "5", "--run-dir", "r"]
     done = run("02_optimize.py", *flags, "--initial-prompt", "rhubarb", folder=tmp_path)
-    assert done.returncode == 2 and (tmp_path / "r" / "run.json").exists()
+    assert done.returncode == 2 and not (tmp_path / "r").exists()
     good("02_optimize.py", *flags, "--initial-prompt", "tell the sum .", folder=tmp_path)
     assert json.loads((tmp_path / "r" / "run.json").read_text())["config"]["initial_prompt"] == "tell the sum ."
 
@@ -301,6 +302,7 @@ def test_stage_4_keeps_each_run_s_own_limit_and_initial_prompt(finished, tmp_pat
     path = tmp_path / "copy" / "runs" / "demo-seed0" / "run.json"
     record = json.loads(path.read_text())
     record["config"] |= {"max_new_tokens": 7, "batch_size": 3, "initial_prompt": "tell the sum ."}
+    del record["record_check"]
     path.write_text(json.dumps(record))
     flags = ["--runs", "runs/demo-seed0", "runs/demo-seed0", "--targets", "demo/small", "--eval-rows", "5"]
     good("04_transfer.py", *flags, "--out", "own", folder=tmp_path / "copy")
@@ -336,6 +338,10 @@ def test_stage_4_refuses_an_unfinished_run_and_a_run_on_other_rows(finished, tmp
     flags = ["--runs", "runs/demo-seed0", "--targets", "demo/small"]
     record = json.loads((run_dir / "run.json").read_text())
     record["task"]["sha256"]["test"] = "0"
+    (run_dir / "run.json").write_text(json.dumps(record))
+    done = run("04_transfer.py", *flags, folder=tmp_path / "copy")
+    assert done.returncode == 2 and "as it was written: restore it, or remove its record_check" in done.stderr
+    del record["record_check"]
     (run_dir / "run.json").write_text(json.dumps(record))
     done = run("04_transfer.py", *flags, folder=tmp_path / "copy")
     assert done.returncode == 2 and "searched with other rows of demo" in done.stderr

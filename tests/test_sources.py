@@ -344,10 +344,12 @@ def test_prepared_files_have_the_same_bytes_every_time_and_task_json_comes_last(
     assert record["counts"] == {"train": 200, "dev": 100, "test": 400}
     assert record["grader_version"] == GRADER_VERSION
 
-    def fail(path, rows):
+    def fail(path, content):
         raise OSError("disk full")
 
-    monkeypatch.setattr(sources, "write_jsonl", fail)
+    monkeypatch.setattr(sources, "write_whole", fail)
+    sources.prepare(task, tmp_path)  # equal files are left alone
+    (tmp_path / "demo" / "dev.jsonl").write_text("")
     with pytest.raises(OSError):
         sources.prepare(task, tmp_path)
     assert not sources.is_prepared(task, tmp_path)

@@ -1,0 +1,345 @@
+"""What goes wrong around a run: kills, damaged files, bad input, several starts at once. Never a silent wrong result.
+
+The long parts run with `python -m pytest -m slow tests/test_faults.py`; a few of each kind always. Where no signal and
+no second process is needed, a stage runs inside this one: loading torch anew takes seconds.
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import pytest
+from conftest import ROOT
+
+from support import files
+from support.files import UserError, append_jsonl, read_appended, read_jsonl, write_jsonl
+
+SEARCH = "02_optimize.py --steps 3 --train-rows 6 --eval-rows 12 --finalists 2 --max-new-tokens 24"
+RUN = "runs/demo-seed0"
+EVALUATE = f"03_evaluate.py --run-dir {RUN} --eval-rows 12 --mistakes 0"
+TRANSFER = f"04_transfer.py --runs {RUN} --targets demo/small --eval-rows 6"
+REPORT = "03_evaluate.py --report runs"
+
+
+class Done(NamedTuple):
+    """How a stage ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call(command, folder):
+    """Run a stage in this process, called from a folder."""
+    script, *arguments = shlex.split(command)
+    out, err = io.StringIO(), io.StringIO()
+    before, argv, code = os.getcwd(), sys.argv, 0
+    os.chdir(folder)
+    sys.argv = [script, *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def start(command, folder):
+    """Start a stage as a process of its own, offline, on one thread."""
+    script, *arguments = shlex.split(command)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    whole = [sys.executable, str(ROOT / script), *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(whole, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def end_of(process, seconds=300):
+    out, err = process.communicate(timeout=seconds)
+    return Done(process.returncode, out, err)
+
+
+def one_line(done):
+    """Whether a stage refused in one line, with the exit code of a user's mistake."""
+    last = (done.err.strip().splitlines() or [""])[-1]
+    return done.code == 2 and "Traceback" not in done.err and bool(re.match(r"error: \S|\w+\.py: error: ", last))
+
+
+def table(done):
+    """What a stage prints at its end, without minutes."""
+    return re.sub(r"[\d.]+ minutes", "", done.out[done.out.index("\ninitial ") :])
+
+
+def without_time(path):
+    return [{k: v for k, v in record.items() if k not in files.TIMES} for record in read_jsonl(path)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run, evaluated and transferred, and what each stage prints when it is called again."""
+    folder = tmp_path_factory.mktemp("finished")
+    printed = {}
+    for command in (SEARCH, EVALUATE, TRANSFER, REPORT):
+        done = call(command, folder)
+        assert done.code == 0, done.err[-2000:]
+        printed[command] = call(command, folder)
+    return folder, printed
+
+
+def results_of(folder):
+    """All that a run leaves, without times."""
+    names = ("steps", "prompts", "results", "predictions")
+    return {name: without_time(folder / RUN / f"{name}.jsonl") for name in names}
+
+
+# --- Records that hold together -------------------------------------------------------------------------------
+
+
+def some_records(path, count=6):
+    for number in range(count):
+        append_jsonl(path, {"step": number, "value": number / 7, "seconds": {"a": random.random()}})
+    return path
+
+
+def changed_lines(change):
+    def damage(content):
+        lines = content.splitlines(keepends=True)
+        return b"".join(change(lines))
+
+    return damage
+
+
+LINES = {
+    "twice": lambda lines: [*lines[:2], lines[1], *lines[2:]],
+    "last twice": lambda lines: [*lines, lines[-1]],
+    "lost": lambda lines: [*lines[:1], *lines[2:]],
+    "first lost": lambda lines: lines[1:],
+    "swapped": lambda lines: [*lines[:1], lines[2], lines[1], *lines[3:]],
+    "last two swapped": lambda lines: [*lines[:-2], lines[-1], lines[-2]],
+    "reversed": lambda lines: lines[::-1],
+    "digit": lambda lines: [re.sub(rb"\d", lambda d: b"%d" % ((int(d[0]) + 1) % 10), lines[0], count=1), *lines[1:]],
+    "last digit": lambda lines: [*lines[:-1], re.sub(rb"(\d)(\D*)$", rb"7\g<1>\2", lines[-1])],
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_line_that_was_changed_lost_moved_or_doubled_is_named(tmp_path, name):
+    path = some_records(tmp_path / "steps.jsonl")
+    assert len(read_appended(path)) == 6
+    path.write_bytes(changed_lines(LINES[name])(path.read_bytes()))
+    with pytest.raises(UserError, match=r"steps.jsonl, line \d: it is not what was written here"):
+        read_appended(path)
+
+
+def test_lines_without_checks_are_read_and_those_written_behind_them_have_some(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    write_jsonl(path, [{"step": 0}, {"step": 1}])
+    append_jsonl(path, {"step": 2})
+    append_jsonl(path, {"step": 3})
+    assert read_appended(path) == [{"step": number} for number in range(4)]
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], *lines[2:]]))
+    with pytest.raises(UserError, match="line 2"):
+        read_appended(path)
+
+
+def test_checks_leave_out_times_so_that_equal_runs_have_equal_checks(tmp_path):
+    for name in ("a", "b"):
+        some_records(tmp_path / name)
+    assert (tmp_path / "a").read_text() != (tmp_path / "b").read_text()
+    checks = [[json.loads(line)[files.CHECK] for line in (tmp_path / name).open()] for name in ("a", "b")]
+    assert checks[0] == checks[1] and len(set(checks[0])) == 6
+
+
+@pytest.mark.parametrize("end", ["\n\n", "\n  \n", "\r\n\n", "  ", "\0\0\0"])
+def test_blank_lines_at_the_end_and_what_a_crash_leaves_there_do_not_stay_in_the_middle(tmp_path, end):
+    path = some_records(tmp_path / "steps.jsonl", 3)
+    path.write_text(path.read_text() + end)
+    assert len(read_appended(path)) == 3
+    append_jsonl(path, {"step": 3})
+    assert [record["step"] for record in read_appended(path)] == [0, 1, 2, 3]
+
+
+def test_the_last_record_is_found_however_long_it_is(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    for size in (10, 10**5, 3 * 10**5, 10):
+        append_jsonl(path, {"text": "x" * size})
+        assert len(files.last_record(path)["text"]) == size
+    assert len(read_appended(path)) == 4
+    assert files.last_record(tmp_path / "none") is None
+
+
+def test_a_text_that_no_file_can_hold_is_one_line_and_nothing_is_written(tmp_path):
+    for write in (files.append_jsonl, files.write_json):
+        with pytest.raises(UserError, match="half of a surrogate pair"):
+            write(tmp_path / "f", {"text": "a \ud800"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_that_is_nested_too_deep_is_one_line(tmp_path):
+    (tmp_path / "f").write_text('{"a": ' + "[" * 10**5 + "]" * 10**5 + "}")
+    for read in (files.read_jsonl, files.read_object, files.read_appended):
+        with pytest.raises(UserError, match="nested too deep"):
+            read(tmp_path / "f")
+
+
+def test_a_folder_in_which_nothing_was_written_is_gone_and_one_that_was_there_stays(tmp_path):
+    with files.alone_in(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert not list(tmp_path.iterdir())
+    with files.alone_in(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "f").touch()
+    assert (tmp_path / "a" / "b" / "f").exists()
+    (tmp_path / "c").mkdir()
+    with files.alone_in(tmp_path / "c"):
+        pass
+    assert (tmp_path / "c").is_dir()
+
+
+# --- run.json and the steps beside it -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_steps_without_run_json_are_refused_and_run_json_is_never_written_over_them(copy):
+    steps = (copy / RUN / "steps.jsonl").read_bytes()
+    (copy / RUN / "run.json").unlink()
+    done = call(SEARCH, copy)
+    assert one_line(done) and "has steps.jsonl but no run.json" in done.err
+    assert not (copy / RUN / "run.json").exists() and (copy / RUN / "steps.jsonl").read_bytes() == steps
+
+
+def test_a_run_with_other_settings_is_refused_before_its_record_is_touched(copy):
+    before = (copy / RUN / "run.json").read_bytes()
+    done = call(f"{SEARCH} --lambda 0.5", copy)
+    assert one_line(done) and "other fluency_weight" in done.err
+    assert (copy / RUN / "run.json").read_bytes() == before
+
+
+def test_a_run_that_is_at_work_keeps_its_record_whatever_a_second_start_says(tmp_path):
+    first = start(SEARCH, tmp_path)
+    run_json = tmp_path / RUN / "run.json"
+    while first.poll() is None and not (tmp_path / RUN / ".lock").exists():
+        time.sleep(0.02)
+    second = call(f"{SEARCH} --lambda 0.5", tmp_path)
+    done = end_of(first)
+    assert one_line(second) and re.search("another process is at work|other fluency_weight", second.err), second.err
+    assert done.code == 0 and json.loads(run_json.read_text())["config"]["fluency_weight"] == 0.2
+
+
+def test_a_dev_row_that_is_too_long_is_found_before_the_search(tmp_path):
+    rows = [{"question": f"tom has {n} pens , finds 3 . how many pens ?", "answer": n + 3} for n in range(1, 17)]
+    rows[9]["question"] = "tom has 1 pens . " * 120 + "how many pens ?"  # the second dev row
+    write_jsonl(tmp_path / "my.jsonl", rows)
+    own = f"--task my.jsonl --extractor 'so the answer is' --template '{{question}} please {{prompt}}' --model {ROOT}"
+    flags = "--initial-prompt 'tell the sum .' --steps 2 --train-rows 4 --max-new-tokens 24 --run-dir r"
+    done = call(f"02_optimize.py {own}/demo/model {flags}", tmp_path)
+    assert one_line(done) and "row line-10 of dev" in done.err and "--max-new-tokens" in done.err
+    assert not (tmp_path / "r").exists()
+
+
+# --- Damaged files ---------------------------------------------------------------------------------------------------
+
+
+def flipped(place):
+    """Another digit or letter at a place, as a share of the length."""
+
+    def damage(content):
+        for at in range(int(place * (len(content) - 1)), -1, -1):
+            if chr(content[at]).isalnum():
+                other = b"7" if content[at : at + 1] != b"7" else b"3"
+                return content[:at] + other + content[at + 1 :]
+        return content
+
+    return damage
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "blank": lambda content: b" \n\n",
+    "half": lambda content: content[: len(content) // 2],
+    "one byte less": lambda content: content[:-1],
+    "two bytes less": lambda content: content[:-2],
+    "blank lines": lambda content: content + b"\n \n",
+    "zeros behind": lambda content: content + b"\0" * 512,
+    "only zeros": lambda content: b"\0" * len(content),
+    "not utf-8": lambda content: content[:20] + b"\xff\xfe" + content[20:],
+    "a list": lambda content: b"[1, 2]\n",
+    "a number": lambda content: b"5\n",
+    "an empty object": lambda content: b"{}\n",
+    "null fields": lambda content: re.sub(rb'": [^,{}\[\]]+', b'": null', content),
+    "deep": lambda content: b'{"config": ' + b"[" * 10**5 + b"]" * 10**5 + b"}\n",
+    "words": lambda content: b"this is no record\n",
+    "flip early": flipped(0.1),
+    "flip middle": flipped(0.5),
+    "flip late": flipped(0.9),
+    "flip last": flipped(1.0),
+    **{f"lines {name}": changed_lines(change) for name, change in LINES.items() if name != "last digit"},
+}
+FILES = [f"{RUN}/{name}" for name in ("run.json", "steps.jsonl", "prompts.jsonl", "results.jsonl", "predictions.jsonl")]
+FILES += [f"data/demo/{name}" for name in ("task.json", "train.jsonl", "dev.jsonl", "test.jsonl")]
+KINDS = [(path, damage) for path in FILES for damage in DAMAGES]
+QUICK_KINDS = KINDS[:: len(KINDS) // 60]
+
+
+def judged(finished, copy, path, damage):
+    """How the stages take a damaged file: ["right", "one line"] for stages 2, 3, 4 and the report. Else it fails."""
+    whole, printed = finished
+    verdicts = []
+    for command in (SEARCH, EVALUATE, TRANSFER, REPORT):
+        shutil.rmtree(copy)
+        shutil.copytree(whole, copy)
+        target = copy / path
+        target.write_bytes(DAMAGES[damage](target.read_bytes()))
+        done = call(command, copy)
+        if done.code == 0:
+            assert "Traceback" not in done.err
+            if command in (SEARCH, EVALUATE):
+                assert table(done) == table(printed[command]), (command, path, damage)
+                assert command == EVALUATE or results_of(copy) == results_of(whole), (command, path, damage)
+            elif command == TRANSFER:
+                transfer = "runs/transfer/transfer.jsonl"
+                assert (copy / transfer).read_bytes() == (whole / transfer).read_bytes(), (path, damage)
+            else:
+                assert (copy / "runs/report.md").read_bytes() == (whole / "runs/report.md").read_bytes(), (path, damage)
+            verdicts.append("right")
+        else:
+            assert one_line(done), (command, path, damage, done.err[-600:])
+            verdicts.append("one line")
+    return verdicts
+
+
+@pytest.mark.parametrize(("path", "damage"), QUICK_KINDS)
+def test_a_damaged_file_gives_the_right_result_or_one_line(finished, copy, path, damage):
+    judged(finished, copy, path, damage)
+
+
+@pytest.mark.slow
+def test_all_kinds_of_damaged_files_give_the_right_result_or_one_line(finished, copy):
+    assert len(KINDS) >= 180
+    counts = dict.fromkeys(("right", "one line"), 0)
+    wrong = []
+    for path, damage in KINDS:
+        try:
+            for verdict in judged(finished, copy, path, damage):
+                counts[verdict] += 1
+        except AssertionError as error:
+            wrong.append((path, damage, str(error)[:300]))
+    print(f"{len(KINDS)} damaged files, 4 commands each: {counts}, wrong {len(wrong)}")
+    assert wrong == []
