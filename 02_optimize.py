@@ -17,7 +17,7 @@ from pathlib import Path
 
 from support.answerers import local_answerer, server_answerer
 from support.evaluation import Evaluation, estimate, evaluate_once, read_predictions
-from support.files import alone_in, append_jsonl, read_jsonl, require, require_fields, write_chained
+from support.files import alone_in, append_jsonl, is_text, read_jsonl, require, require_fields, write_chained
 from support.identity import identity_of
 from support.progress import in_words, open_bar, remaining
 from support.runs import (
@@ -147,7 +147,7 @@ def starting_prompts(flags, task):
         require(prompts and all(prompts), f"--init-from {flags.init_from} holds no prompts, or an empty one")
         return prompts
     start = task.initial_prompt if flags.initial_prompt is None else flags.initial_prompt.strip()
-    require(start, "--initial-prompt has no tokens: give it at least one word")
+    require(start and is_text(start), "--initial-prompt has no tokens: give it at least one word, of readable text")
     return [start]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from support.evaluation import INTERVALS, READINGS, estimate, tokens_text
-from support.files import read_jsonl
+from support.files import read_jsonl, require
 from support.pictures import draw_accuracy, draw_run, gradient_points, split_of, transfer_groups
 from support.runs import changed_parts, dev_warning, load_runs
 from support.settings import SearchSettings
@@ -315,14 +315,21 @@ def paired_test(run):
 
 
 def predictions_of(folder, result):
-    """{row's id: prediction} of a `Result`, {} where the file is gone. Nothing is mended: another process may write."""
+    """{row's id: prediction} of a `Result`, {} where there is no such file. Nothing is mended: another may write.
+
+    Errors: UserError if the file lacks some of them.
+    """
     path = folder / "predictions.jsonl"
-    records = read_jsonl(path) if path.exists() else []
+    if not path.exists():
+        return {}
+    records = read_jsonl(path)
     own = (result.get("split"), result.get("prompt_hash"), result.get("evaluation"))
     kept = {}
     for record in records:
         if (record.get("split"), record.get("prompt_hash"), record.get("evaluation")) == own:
             kept[record["id"]] = record
+    lacking = f"{path} lacks rows of an evaluation that results.jsonl counts as finished"
+    require(len(kept) == result["n"] or "evaluation" not in result, lacking)
     return kept
 
 

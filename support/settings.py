@@ -610,6 +610,8 @@ def as_line(error):
     text = " ".join(str(error).splitlines())  # names of files and texts of data may have line breaks
     if isinstance(error, (UserError, OSError)):  # OSError: a folder that cannot be written, a full disk
         return text, 2
+    if "embedded null byte" in text:
+        return "a name of a file or folder has a zero byte in it", 2
     # torch's own class is known by its name: torch need not be there.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return "out of memory: lower --batch-size or --max-new-tokens, or use a smaller model", 2

@@ -13,9 +13,11 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -23,6 +25,7 @@ from conftest import ROOT
 
 from support import files
 from support.files import UserError, append_jsonl, read_appended, read_jsonl, write_jsonl
+from support.settings import run_script
 
 SEARCH = "02_optimize.py --steps 3 --train-rows 6 --eval-rows 12 --finalists 2 --max-new-tokens 24"
 RUN = "runs/demo-seed0"
@@ -248,9 +251,10 @@ def test_a_dev_row_that_is_too_long_is_found_before_the_search(tmp_path):
     rows[9]["question"] = "tom has 1 pens . " * 120 + "how many pens ?"  # the second dev row
     write_jsonl(tmp_path / "my.jsonl", rows)
     own = f"--task my.jsonl --extractor 'so the answer is' --template '{{question}} please {{prompt}}' --model {ROOT}"
-    flags = "--initial-prompt 'tell the sum .' --steps 2 --train-rows 4 --max-new-tokens 24 --run-dir r"
+    flags = "--initial-prompt 'tell the sum .' --steps 2 --train-rows 4 --max-new-tokens 24 --run-dir r --split-seed -1"
     done = call(f"02_optimize.py {own}/demo/model {flags}", tmp_path)
-    assert one_line(done) and "row line-10 of dev" in done.err and "--max-new-tokens" in done.err
+    last = done.err.splitlines()[-1]  # behind warnings of small splits
+    assert done.code == 2 and "row line-10 of dev" in last and "--max-new-tokens" in last
     assert not (tmp_path / "r").exists()
 
 
@@ -343,3 +347,379 @@ def test_all_kinds_of_damaged_files_give_the_right_result_or_one_line(finished, 
             wrong.append((path, damage, str(error)[:300]))
     print(f"{len(KINDS)} damaged files, 4 commands each: {counts}, wrong {len(wrong)}")
     assert wrong == []
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------
+
+
+class Mistake(NamedTuple):
+    """A command that must be refused, and the file, if any, that makes it wrong."""
+
+    command: str
+    path: str = ""
+    content: bytes = b""
+
+
+SHORT = f"{SEARCH} --run-dir r"
+PROMPT = "03_evaluate.py --prompt 'check this .' --eval-rows 3 --run-dir r"
+OWN = "--extractor 'so the answer is' --initial-prompt 'tell the sum .' --train-rows 2"
+OWN_MODEL = f"--model {shlex.quote(str(ROOT / 'demo' / 'model'))}"
+TO = f"04_transfer.py --runs {RUN} --eval-rows 3 --out r --targets"
+UNICODE = "\udcff"  # what Python makes of a byte that is no UTF-8
+
+
+def wrong_flags():
+    counts = {
+        SHORT: "steps train-rows top-k sampled-rows intersections min-candidates mu max-prompt-tokens max-new-tokens "
+        "batch-size gradient-batch-size finalists eval-rows",
+        PROMPT: "max-new-tokens batch-size top eval-rows mistakes concurrency tries",
+        f"{TO} demo/small": "max-new-tokens batch-size eval-rows concurrency tries",
+    }
+    for command, names in counts.items():
+        for name in names.split():
+            for value in ("-1", "x", "1.5", "''", "nan"):
+                yield Mistake(f"{command} --{name} {value}")
+    words = {
+        SHORT: "preset shortlist fluency objective ties choose-on dtype device kind answer-space",
+        PROMPT: "dtype device kind answer-space split answer-turn",
+        f"{TO} demo/small": "dtype device split answer-turn",
+    }
+    for command, names in words.items():
+        for name in names.split():
+            for value in ("teapot", "' '", UNICODE):
+                yield Mistake(f"{command} --{name} {value}")
+    for name in ("lambda", "loss-temperature"):
+        for value in ("-1", "nan", "inf", "x", "-inf", "''"):
+            yield Mistake(f"{SHORT} --{name} {value}")
+    for value in ("-1", "nan", "inf", "x", "0"):
+        yield Mistake(f"{PROMPT} --request-timeout {value}")
+    for value in ("0", "''"):
+        yield Mistake(f"{SHORT} --loss-temperature {value}")
+    for value in ("''", "' '", "'\t\n'", "rhubarb", UNICODE):
+        yield Mistake(f"{SHORT} --initial-prompt {value}")
+    for value in ("' '", "rhubarb", UNICODE):
+        yield Mistake(f"03_evaluate.py --eval-rows 3 --run-dir r --prompt {value}")
+    yield Mistake(f"{SHORT} --no-such-flag 1")
+    yield Mistake("03_evaluate.py")
+    yield Mistake("04_transfer.py")
+
+
+def wrong_places():
+    for place in ("file/x", "'two\nlines/\0'", "x" * 300, "/proc/x"):
+        yield Mistake(f"{SEARCH} --run-dir {place}", "file")
+        yield Mistake(f"03_evaluate.py --prompt 'check this .' --eval-rows 3 --run-dir {place}", "file")
+        yield Mistake(f"04_transfer.py --runs {RUN} --eval-rows 3 --targets demo/small --out {place}", "file")
+        yield Mistake(f"{SHORT} --data-dir {place}", "file")
+        yield Mistake(f"01_prepare_data.py --data-dir {place}", "file")
+        yield Mistake(f"03_evaluate.py --report {place}", "file")
+        yield Mistake(f"03_evaluate.py --run-dir {place} --regrade", "file")
+        yield Mistake(f"{SHORT} --task gsm8k --source {place}", "file")
+    for name in ("", "' '", "demmo", "none.jsonl", ".jsonl", "a/../b.jsonl", "bbh/nothing", UNICODE):
+        yield Mistake(f"01_prepare_data.py --task '{name}' --extractor x" if name else "01_prepare_data.py --task ''")
+        yield Mistake(f"{SHORT} --task '{name}'" if name else f"{SHORT} --task ''")
+    for model in ("./nothing", "nothing/at/all", "' '", "a/b/c/d", "file", RUN, "..", UNICODE, "x" * 300, "'a b'"):
+        yield Mistake(f"{SHORT} --model {model}", "file")
+        yield Mistake(f"{PROMPT} --model {model}", "file")
+        yield Mistake(f"{TO} {model}", "file")
+    for url in ("localhost:9", "ftp://host/v1", "http://", "http://[::1/v1", "http://a b/v1", "http://host:99999/v1"):
+        yield Mistake(f"{PROMPT} --tries 1 --endpoint '{url}'")
+        yield Mistake(f"{TO} 'm@{url}' --tries 1")
+    for target in ("@http://localhost:9/v1", "demo/small demo/small", "m@", "demo/model demo/small ./nothing"):
+        yield Mistake(f"{TO} {target}")
+
+
+ROWS = [
+    b"",
+    b"\n\n",
+    b"[]",
+    b"5\n",
+    b"{}\n",
+    b'{"question": "a"}\n',
+    b'{"question": "", "answer": "1"}\n',
+    b'{"question": " ", "answer": "1"}\n',
+    b'{"question": "a", "answer": null}\n',
+    b'{"question": "a", "answer": []}\n',
+    b'{"question": ["a"], "answer": "1"}\n',
+    b'{"question": "a", "answer": "1"}\n',
+    b'{"question": "a", "answer": "1"}\n{"question"\n',
+    b'{"id": 1, "question": "a", "answer": "1"}\n' * 8,
+    b'{"question": "a\xff", "answer": "1"}\n' * 8,
+    b"\0" * 64,
+    b'{"question": ' + b"[" * 10**5 + b"\n",
+    b'{"question": "\\ud800", "answer": "1"}\n' * 8,
+    b"".join(b'{"id": "\\udc%d", "question": "a", "answer": "1"}\n' % n for n in range(10, 26)),
+    b'{"question": "a", "answer": %s}\n' % (b"9" * 5000),
+]
+RECORDS = [
+    b"",
+    b"{}",
+    b"[]",
+    b"null",
+    b"words",
+    b'{"config": 5}',
+    b'{"config": {}}',
+    b'{"config": []}',
+    b'{"config": {"task": 5, "model": "m"}, "task": {}}',
+    b'{"config": {"task": "demo", "model": 7}, "task": []}',
+    b'{"config": {"task": "\\ud800", "model": "\\ud800"}, "task": {}}',
+    b'{"config": {"task": "demo", "model": "m"}, "task": null}',
+    b'{"config": ' + b"[" * 10**5,
+    b"\xff\xfe",
+]
+STEPS = [
+    b"[]\n",
+    b"{}\n",
+    b"5\n",
+    b"words\n{}\n",
+    b'{"step": 0}\n',
+    b'{"step": "0", "prompt_ids": 5}\n',
+    b'{"prompt_ids": [1, 2], "cross_entropy": "x", "error": 0, "nll": 1, "objective": 1, "tokens": 3, "step": 0, '
+    b'"position": null, "seconds": {}, "prompt": "x", "best": {"objective": 1, "prompt": "x"}}\n',
+    b'{"prompt_ids": ["a"], "cross_entropy": 1, "error": 0, "nll": 1, "objective": 1, "tokens": 3, "step": 0, '
+    b'"position": null, "seconds": {}, "prompt": "x", "best": {"objective": 1, "prompt": "x"}}\n',
+    b'{"prompt_ids": [1], "cross_entropy": 1, "error": 0, "nll": 1, "objective": 1, "tokens": 3, "step": 0, '
+    b'"position": null, "seconds": {}, "prompt": "x", "best": 5}\n',
+    b'{"prompt_ids": [1], "cross_entropy": 1, "error": 0, "nll": 1, "objective": 1, "tokens": 3, "step": 0, '
+    b'"position": null, "seconds": {}, "prompt": "x", "best": {"objective": 1, "prompt": "x"}, "shortlist": [5]}\n',
+    b'{"a": ' + b"[" * 10**5 + b"\n{}\n",
+]
+PROMPTS = [
+    b"",
+    b"[]\n",
+    b"{}\n",
+    b'{"prompt": 5}\n',
+    b'{"prompt": ""}\n',
+    b'{"prompt": "  "}\n',
+    b'{"prompt": "check this .", "task": "gsm8k"}\n',
+    b'{"prompt": "\\ud800"}\n',
+    b"words\n",
+    b'{"prompt": "rhubarb"}\n',
+]
+
+
+def wrong_files():
+    for rows in ROWS:
+        yield Mistake(f"01_prepare_data.py --task my.jsonl --data-dir d {OWN.split(' --initial')[0]}", "my.jsonl", rows)
+        yield Mistake(f"{SHORT} --task my.jsonl {OWN} --kind number {OWN_MODEL}", "my.jsonl", rows)
+    for record in RECORDS:
+        for command in (SEARCH, EVALUATE, TRANSFER, REPORT):
+            yield Mistake(command, f"{RUN}/run.json", record)
+    for steps in STEPS:
+        yield Mistake(SEARCH, f"{RUN}/steps.jsonl", steps)
+        yield Mistake(REPORT, f"{RUN}/steps.jsonl", steps)
+        yield Mistake(SEARCH, f"{RUN}/results.jsonl", steps)
+        yield Mistake(EVALUATE, f"{RUN}/results.jsonl", steps)
+        yield Mistake(REPORT, f"{RUN}/results.jsonl", steps)
+        yield Mistake(SEARCH, f"{RUN}/predictions.jsonl", steps)
+        yield Mistake(f"{EVALUATE} --regrade", f"{RUN}/predictions.jsonl", steps)
+    for prompts in PROMPTS:
+        yield Mistake("03_evaluate.py --prompts p.jsonl --eval-rows 3 --run-dir r", "p.jsonl", prompts)
+        yield Mistake(EVALUATE, f"{RUN}/prompts.jsonl", prompts)
+        yield Mistake(TRANSFER, f"{RUN}/prompts.jsonl", prompts)
+
+
+MISTAKES = [*wrong_flags(), *wrong_places(), *wrong_files()]
+
+
+def refusal(finished, copy, mistake):
+    """What is wrong with how a mistake is met: "" if nothing is."""
+    shutil.rmtree(copy)
+    shutil.copytree(finished[0], copy)
+    if mistake.path:
+        (copy / mistake.path).write_bytes(mistake.content)
+    done = call(mistake.command, copy)
+    if not one_line(done):
+        return f"exit {done.code}: {done.err.strip()[-300:]!r}"
+    left = [name for name in ("r", "d", "x" * 300) if len(name) < 300 and (copy / name).exists()]
+    return f"{left} left behind" if left else ""
+
+
+def named(mistake):
+    command = mistake.command.replace(str(ROOT), "").replace(SEARCH, "02_optimize.py ...")
+    return f"{ascii(command)[1:-1][:140]} {mistake.path} {ascii(mistake.content[:60])[2:-1]}"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES[:: len(MISTAKES) // 60], ids=named)
+def test_a_mistake_is_one_line_and_leaves_no_folder_behind(finished, copy, mistake):
+    assert refusal(finished, copy, mistake) == ""
+
+
+@pytest.mark.slow
+def test_all_mistakes_are_one_line_and_leave_no_folder_behind(finished, copy):
+    assert len(MISTAKES) >= 300
+    wrong = [(named(mistake), why) for mistake in MISTAKES if (why := refusal(finished, copy, mistake))]
+    print(f"{len(MISTAKES)} mistakes, wrong {len(wrong)}")
+    print("\n".join(map(str, wrong)))
+    assert wrong == []
+
+
+def test_a_defect_is_one_line_and_the_debug_variable_shows_where(monkeypatch, capsys):
+    def defect():
+        raise KeyError("x")
+
+    monkeypatch.delenv("GREATER_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as end:
+        run_script(defect)
+    assert end.value.code == 1 and "error: unexpected KeyError: 'x' (GREATER_DEBUG=1" in capsys.readouterr().err
+    monkeypatch.setenv("GREATER_DEBUG", "1")
+    with pytest.raises(KeyError):
+        run_script(defect)
+
+
+# --- Kills and signals ------------------------------------------------------------------------------------------------
+
+
+def can_be_told(process):
+    """Wait until the process meets signals in its own way, which is the first that it does; Linux tells."""
+    told = 0
+    while not told and process.poll() is None:
+        caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.M)
+        told = int(caught[1], 16) >> (signal.SIGTERM - 1) & 1
+        time.sleep(0.001)
+
+
+def written_in(folder):
+    """How much a stage has written, as a number that grows."""
+    return sum(path.stat().st_size for path in folder.rglob("*.jsonl"))
+
+
+def stopped_at(process, number, seconds):
+    """Send a signal so many seconds after the process began to meet signals; None if it had ended before."""
+    can_be_told(process)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+        end_of(process)
+        return None
+    process.send_signal(number)
+    return end_of(process)
+
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+def good_stop(done, number):
+    last = done.err.strip().splitlines()[-1:]
+    return done.code == CODES[number] and "Traceback" not in done.err and "".join(last).startswith("stopped; ")
+
+
+@linux_only
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+@pytest.mark.parametrize("seconds", [0, 0.3, 1.5])
+def test_a_signal_ends_a_stage_in_one_line_also_while_it_starts(tmp_path, number, seconds):
+    done = stopped_at(start(f"{SEARCH} --steps 500", tmp_path), number, seconds)
+    assert good_stop(done, number), done
+
+
+@linux_only
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        process = start(f"{SEARCH} --steps 0", tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    can_be_told(process)
+    process.send_signal(signal.SIGHUP)
+    assert end_of(process).code == 0
+
+
+def goes_on_to_the_same_end(finished, folder, command):
+    """Whether a command that was killed in a folder ends there, called again, as it would have without."""
+    done = call(command, folder)
+    assert done.code == 0, done.err[-600:]
+    if command == SEARCH:
+        assert results_of(folder) == results_of_search(finished)
+    assert table(done) == table(finished[1][command])
+
+
+def results_of_search(finished):
+    """What stage 2 alone leaves: the first results, and their predictions."""
+    whole = results_of(finished[0])
+    results = [record for record in whole["results"] if record["role"] in ("candidate", "initial", "best")]
+    return whole | {"results": results}
+
+
+def killed_run(finished, folder, command, rng):
+    """A command killed at random until it once comes to its end: how often it was killed."""
+    kills = 0
+    while True:
+        number = rng.choice([signal.SIGKILL, signal.SIGKILL, *CODES])
+        process = start(command, folder)
+        before = written_in(folder)
+        if rng.random() < 0.7:  # most are hit while something is written, the others at any moment
+            while process.poll() is None and written_in(folder) == before:
+                time.sleep(0.001)
+            wait = rng.uniform(0, 0.6)
+        else:
+            wait = rng.uniform(0, 4)
+        done = stopped_at(process, number, wait)
+        if done is None or done.code == 0:
+            break
+        kills += 1
+        assert number == signal.SIGKILL or good_stop(done, number), done
+    goes_on_to_the_same_end(finished, folder, command)
+    return kills
+
+
+@linux_only
+def test_a_search_that_is_killed_again_and_again_ends_as_one_that_is_not(finished, tmp_path):
+    rng = random.Random(0)
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
+        process = start(SEARCH, tmp_path)
+        before = written_in(tmp_path)
+        while process.poll() is None and written_in(tmp_path) == before:
+            time.sleep(0.001)
+        stopped_at(process, number, rng.uniform(0, 0.3))
+    goes_on_to_the_same_end(finished, tmp_path, SEARCH)
+
+
+@linux_only
+@pytest.mark.slow
+def test_stages_2_and_3_that_are_killed_at_random_end_as_those_that_are_not(finished, tmp_path):
+    rng, kills = random.Random(1), 0
+    for number in range(8):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        kills += killed_run(finished, folder, SEARCH, rng)
+        for name in ("results.jsonl", "predictions.jsonl"):
+            (folder / RUN / name).unlink()
+        kills += killed_run(finished, folder, EVALUATE, rng)
+    print(f"{kills} kills")
+    assert kills >= 40
+
+
+# --- Several at once -------------------------------------------------------------------------------------------------
+
+
+def started_at_once(finished, tmp_path, count):
+    """Start so many stages at once in one folder whose data are not prepared; how each ended, with its command."""
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    rows = [{"question": f"tom has {n} pens , finds 3 . how many pens ?", "answer": n + 3} for n in range(1, 17)]
+    write_jsonl(tmp_path / "my.jsonl", rows)
+    commands = []
+    for number in range(count):
+        commands.append(
+            (
+                f"{SEARCH} --seed {number} --run-dir runs/s{number} --steps 1",
+                "01_prepare_data.py --task demo",
+                f"02_optimize.py --task my.jsonl {OWN} --steps 0 --max-new-tokens 9 --run-dir runs/o{number} "
+                f"--template '{{question}} please {{prompt}}' {OWN_MODEL}",
+                f"03_evaluate.py --prompt 'check this .' --eval-rows 3 --run-dir runs/e{number}",
+                f"04_transfer.py --runs {RUN} --targets demo/small --eval-rows 3 --out runs/t{number}",
+            )[number % 5]
+        )
+    processes = [start(command, tmp_path) for command in commands]
+    return [(command, end_of(process, 900)) for command, process in zip(commands, processes)]
+
+
+def test_stages_that_start_at_once_prepare_the_data_once_and_do_not_fail(finished, tmp_path):
+    for command, done in started_at_once(finished, tmp_path, 5):
+        assert done.code == 0, (command, done.err[-600:])
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_forty_stages_that_start_at_once_do_not_fail(finished, tmp_path):
+    failed = [(command, done.err[-600:]) for command, done in started_at_once(finished, tmp_path, 40) if done.code]
+    print(f"40 starts at once, {len(failed)} failed")
+    assert failed == [] and not list(tmp_path.rglob("*.tmp"))
