@@ -168,7 +168,8 @@ def configuration(job):
         left_out |= {*greater_settings(), "init_from"}
         left_out |= {f.name for f in fields(TextSettings) if getattr(flags, f.name) is None}
         config["method"] = TITLES[flags.method]
-        config["optimizer_hash"] = identity_of(flags.optimizer_model or flags.model)
+        on_server = flags.optimizer_endpoint and f"on a server, {flags.optimizer_model}"
+        config["optimizer_hash"] = on_server or identity_of(flags.optimizer_model or flags.model)
         config["start_prompts"] = job.seeds
     return {name: value for name, value in config.items() if name not in left_out}
 

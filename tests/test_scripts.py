@@ -476,7 +476,7 @@ BAD = [
     ("03_evaluate.py", "--prompt"),
     ("03_evaluate.py --prompt ' '", "--prompt must not be empty"),
     ("03_evaluate.py --run-dir nowhere", "cannot read nowhere/prompts.jsonl"),
-    ("03_evaluate.py --prompt x --split train", "--split must be dev or test"),
+    ("03_evaluate.py --prompt x --split train", "--split must be one of dev, test"),
     ("03_evaluate.py --prompts other.jsonl", "other.jsonl, line 2: a prompt of the task gsm8k, not of demo"),
     ("03_evaluate.py --prompts one.jsonl", "one.jsonl, line 1: no prompt"),
     ("03_evaluate.py --prompt x --top 0", "--top must be at least 1"),
@@ -497,7 +497,7 @@ BAD = [
     ("04_transfer.py --runs broken-run --targets demo/small", "broken-run/run.json is not the record of a run"),
     ("04_transfer.py --runs nowhere --targets demo/small", "nowhere/run.json is not the record of a run"),
     ("04_transfer.py --runs broken-run --targets ./nothing", "--model ./nothing"),
-    ("04_transfer.py --runs broken-run --targets demo/small --split train", "--split must be dev or test"),
+    ("04_transfer.py --runs broken-run --targets demo/small --split train", "--split must be one of dev, test"),
 ]
 
 
