@@ -236,3 +236,12 @@ def test_every_page_and_picture_is_linked_from_a_page():
 def test_no_table_lists_what_was_not_run(page):
     for row in table_rows(PAGES[page]):
         assert "not run" not in " | ".join(row).lower()
+
+
+def test_the_python_example_runs_as_it_stands(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (example,) = re.findall(r"```python\n(.*?)```", PAGES["docs/own_task.md"], re.S)
+    exec(example, {})
+    lines = capsys.readouterr().out.splitlines()
+    objectives = [float(line.split()[0]) for line in lines if line]
+    assert len(objectives) == 3 and objectives[-1] < objectives[0]
