@@ -180,6 +180,12 @@ def warnings(checked, task, train, settings):
     right = share([p["correct"] for p in predictions])
     if right == 1:
         found.append("All of these rows are right already, so there is little to find: choose a harder --task.")
+    answers, golds = ({p[name] for p in predictions} for name in ("answer", "gold"))
+    if task.choices and len(answers) == 1 < len(golds) and not unread >= MOST:
+        found.append(
+            f"Every row is answered with {answers.pop()!r}, whatever it asks: name the answers in --template, or set "
+            "another --extractor."
+        )
     guess = guessing(task, train)
     if guess is not None and right <= guess and not unread >= MOST:
         found.append(

@@ -53,9 +53,12 @@ def test_of_a_closed_task_the_gold_answer_s_rank_is_among_the_choices(demo_engin
 
 
 def seen(count=4, **changes):
-    """A check of rows that are all the same: half right, read, ended by themselves."""
-    prediction = {"tokens": 20, "truncated": False, "answer": "A", "correct": True, "harness_correct": False}
-    predictions = [prediction | changes | ({} if n % 2 else {"correct": False}) for n in range(count)]
+    """A check of rows that are much the same: half right, read, ended by themselves."""
+    prediction = {"tokens": 20, "truncated": False, "gold": "A", "correct": True, "harness_correct": False}
+    predictions = []
+    for n in range(count):
+        own = {"answer": "A", "correct": True} if n % 2 else {"answer": "B", "correct": False}
+        predictions.append(prediction | own | changes)
     return Checked(predictions, ["A"] * count, [True] * count, [1] * count)
 
 
@@ -79,6 +82,14 @@ def test_a_search_that_can_work_is_not_warned_of():
 def test_what_keeps_a_search_from_working_is_said_with_the_flag_that_helps(changes, task, train, words, flag):
     (warning,) = warnings(seen(**changes), task, train, settings())
     assert words in warning and flag in warning
+
+
+def test_one_answer_to_rows_with_several_is_said():
+    checked = seen(answer="A")
+    assert warnings(checked, CLOSED, EVEN, settings()) == []  # the rows at hand have one right answer
+    checked.predictions[0]["gold"] = "B"
+    (warning,) = warnings(checked, CLOSED, EVEN, settings())
+    assert "Every row is answered with 'A'" in warning and "--template" in warning
 
 
 def test_rows_that_are_all_right_leave_nothing_to_find():
