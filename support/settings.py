@@ -412,7 +412,7 @@ class ServerFlags:
     def check_server_flags(self):
         for name in ("concurrency", "tries"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
-        require(self.request_timeout > 0, "--request-timeout must be above 0")
+        require(0 < self.request_timeout < math.inf, "--request-timeout must be a number above 0")
         require_known("answer_turn", self.answer_turn)
 
 

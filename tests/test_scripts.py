@@ -485,7 +485,7 @@ BAD = [
     ("03_evaluate.py --prompt x --endpoint localhost:8000", "--endpoint 'localhost:8000' is no URL"),
     ("03_evaluate.py --prompt x --answer-turn later", "--answer-turn must be one of continue, prefill, ask"),
     ("03_evaluate.py --prompt x --concurrency 0", "--concurrency must be at least 1"),
-    ("03_evaluate.py --prompt x --request-timeout 0", "--request-timeout must be above 0"),
+    ("03_evaluate.py --prompt x --request-timeout 0", "--request-timeout must be a number above 0"),
     ("03_evaluate.py --run-dir empty-run", "empty-run/run.json is not the record of a run"),
     ("03_evaluate.py --prompts number.jsonl", "number.jsonl, line 1: no prompt"),
     ("03_evaluate.py --prompts half.jsonl", "half.jsonl, line 1: no prompt"),
