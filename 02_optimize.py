@@ -274,22 +274,19 @@ def check(job, engine, rows, calls=None):
     require_memory(engine, cost)
 
 
-def search(flags, engine, rows, start, work, evaluated):
+def search(flags, engine, rows, start, run_dir, evaluated):
     """The steps of the search, each on disk before the next begins. evaluated: {split: rows} that come behind it."""
     from greater_core import optimize
 
-    path = work.run_dir / "steps.jsonl"
-    steps = read_steps(path, growing=True)
+    steps = read_steps(run_dir / "steps.jsonl", growing=True)
     if steps:
-        print(f"going on behind step {steps[-1].step} of {work.run_dir}")
+        print(f"going on behind step {steps[-1].step} of {run_dir}")
     if not holds_step(flags, steps, len(rows)):
         return steps
     initial = max(0, len(steps) - 1)
     with open_bar(engine.progress, True, total=flags.steps, initial=initial, unit="step", desc="search") as bar:
         for step in optimize(engine, rows, start, flags, list(steps)):
-            if step.step == 0:  # nothing can be refused any more that was wrong from the start
-                begin_run(work.run_dir, work.record)
-            append_jsonl(path, asdict(step))
+            append_jsonl(run_dir / "steps.jsonl", asdict(step))
             steps.append(step)
             bar.write(log_line(step, flags.steps))
             left = remaining(flags, steps, len(evaluated["dev"]), len(evaluated["test"]))
