@@ -25,8 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from real_models_table import Measurement, SearchRecord, Study, headroom_table, write_results
 
 from support.evaluation import read_predictions, read_results, reference_of, require_this_grader, rows_hash
-from support.files import UserError, alone_in, read_jsonl, require, write_json, write_jsonl
-from support.runs import read_steps
+from support.files import alone_in, read_jsonl, require, write_json, write_jsonl
+from support.runs import TextStep, read_steps
 from support.settings import ModelFlags, TaskFlags, as_flag, flag, parse_flags, run_script
 from support.sources import open_task
 
@@ -98,38 +98,60 @@ HEADROOM_ROWS = 40
 
 
 @dataclass
-class Flags:
+class PieceFlags:
+    """Flags of every script that runs searches in pieces."""
+
+    GROUP = "the pieces"
+    KNOWN = METHODS  # methods that --methods may name
+    headroom = False
     models: list[str] = field(default_factory=list, metadata={"help": "folders or hub names of models"})
     tasks: list[str] = field(default_factory=list, metadata={"help": "tasks; without it those of the script's tables"})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "seeds of the searches"})
-    methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"of {', '.join(METHODS)}"})
+    methods: list[str] = field(default_factory=list, metadata={"help": "what searches; without it all that there are"})
     source: str = flag("", "folder of the authors' data files; empty: the hub")
-    out: str = flag("runs/real-models", "folder of all pieces and of the tables")
     minutes: float = flag(0, "start no new piece after so many minutes; 0: run all")
     only_table: bool = flag(False, "run nothing; write the tables of what is there")
-    headroom: bool = flag(False, f"measure the initial prompts on {HEADROOM_ROWS} dev rows of many tasks instead")
     stage_flags: str = flag("", 'more flags of stages 2 and 3, in one text: --stage-flags="--dtype float32"')
     note: str = flag("", "a sentence for results.md, such as what the models' weights are")
-    max_new_tokens: int = flag(0, "for all models, instead of the script's table; so are the next five; 0: the table's")
+    max_new_tokens: int = flag(0, "for all models, instead of the script's table; so are the next four; 0: the table's")
     train_rows: int = flag(0, "training rows")
-    steps: int = flag(0, "steps of a search")
     shortlist_size: int = flag(0, "prompts scored at each step")
     finalists: int = flag(0, "prompts that compete on dev rows")
     eval_rows: int = flag(0, "dev and test rows, at most so many of each")
 
     def __post_init__(self):
         require(self.models, "say which models: --models with folders or hub names")
-        self.tasks = self.tasks or list(HEADROOM_TASKS if self.headroom else TASKS)
-        unknown = [method for method in self.methods if method not in METHODS]
-        require(not unknown, f"--methods: {', '.join(unknown)} is none of {', '.join(METHODS)}")
+        self.tasks = self.tasks or self.usual_tasks()
+        self.methods = self.methods or list(self.KNOWN)
+        unknown = [method for method in self.methods if method not in self.KNOWN]
+        require(not unknown, f"--methods: {', '.join(unknown)} is none of {', '.join(self.KNOWN)}")
         for name in ("models", "tasks", "seeds", "methods"):
             given = getattr(self, name)
             require(given and len(set(given)) == len(given), f"--{name}: none, or one twice")
         self.models = [ModelFlags(model).model_path() for model in self.models]
         names = [model_name(model) for model in self.models]
         require(len(set(names)) == len(names), "--models: two are called the same")
-        for name in ("minutes", "max_new_tokens", "train_rows", "steps", "shortlist_size", "finalists", "eval_rows"):
-            require(getattr(self, name) >= 0, f"{as_flag(name)} must not be negative")
+        for one in fields(self):
+            if one.type in (int, float):
+                require(getattr(self, one.name) >= 0, f"{as_flag(one.name)} must not be negative")
+
+    def usual_tasks(self):
+        return list(TASKS)
+
+    def search_flags(self, method, setting):
+        """{flag: value} of stage 2 that a search by the method has besides those of every piece."""
+        names = ("train_rows", "steps", "shortlist_size", "finalists")
+        return {name: getattr(setting, name) for name in names} | self.KNOWN[method][1]
+
+
+@dataclass
+class Flags(PieceFlags):
+    out: str = flag("runs/real-models", "folder of all pieces and of the tables")
+    steps: int = flag(0, "steps of a search, instead of the script's table; 0: the table's")
+    headroom: bool = flag(False, f"measure the initial prompts on {HEADROOM_ROWS} dev rows of many tasks instead")
+
+    def usual_tasks(self):
+        return list(HEADROOM_TASKS if self.headroom else TASKS)
 
 
 def model_name(model):
@@ -237,11 +259,10 @@ def stage_call(piece, flags):
     shared |= {"task": piece.task, "model": piece.model} | TASK_FLAGS.get(piece.task, {})
     more = shlex.split(flags.stage_flags)
     if piece.kind == "search":
-        names = ("train_rows", "steps", "shortlist_size", "finalists")
-        own = {name: getattr(setting, name) for name in names} | {"seed": piece.seed}
+        own = flags.search_flags(piece.method, setting) | {"seed": piece.seed}
         if setting.initial_prompt:
             own["initial_prompt"] = setting.initial_prompt
-        return "02_optimize.py", shared | own | METHODS[piece.method][1], more
+        return "02_optimize.py", shared | own, more
     if piece.kind == "headroom":
         return "03_evaluate.py", shared | {"split": "dev", "eval_rows": HEADROOM_ROWS, "mistakes": 0}, more
     return "03_evaluate.py", shared | {"split": "test", "mistakes": 0}, [*more, "--baselines"]
@@ -271,7 +292,7 @@ def settings_record(piece, flags):
     """What that file holds: the flags that the numbers depend on."""
     script, values, more = stage_call(piece, flags)
     initial_prompt = setting_of(flags, piece.model, piece.task).initial_prompt
-    values = {name: str(value) for name, value in values.items()}
+    values = {name: str(value) for name, value in values.items() if name != "optimizer_endpoint"}  # a place
     return {"script": script, "flags": values, "more": more, "initial_prompt": initial_prompt}
 
 
@@ -421,7 +442,7 @@ def measurements_of(piece, tasks, flags):
         own = Measurement(
             task=task.name,
             model=model_name(piece.model),
-            method=method_label(piece, name),
+            method=method_label(piece, name, flags),
             seed=piece.seed,
             result=result,
             predictions=read_predictions(folder, result, rows),
@@ -434,11 +455,11 @@ def measurements_of(piece, tasks, flags):
     return found
 
 
-def method_label(piece, name):
+def method_label(piece, name, flags):
     if piece.kind == "search":
-        return METHODS[piece.method][0]
+        return flags.KNOWN[piece.method][0]
     if piece.kind == "transfer":
-        return f"{METHODS[piece.method][0]} of {model_name(piece.origin)}"
+        return f"{flags.KNOWN[piece.method][0]} of {model_name(piece.origin)}"
     return name
 
 
@@ -453,7 +474,10 @@ def scored_generations(folder, piece, flags):
     """How many reasonings the search has scored: new prompts tried times training rows."""
     new = 0
     for step in read_steps(folder / "steps.jsonl"):
-        new += sum(tried.new for tried in step.shortlist)
+        if isinstance(step, TextStep):
+            new += len(step.proposed) - (step.step == 0)  # the initial prompt is none that was tried
+        else:
+            new += sum(tried.new for tried in step.shortlist)
     return new * setting_of(flags, piece.model, piece.task).train_rows
 
 
@@ -464,7 +488,7 @@ def search_record(piece, tasks, flags):
     return SearchRecord(
         task=task.name,
         model=model_name(piece.model),
-        method=METHODS[piece.method][0],
+        method=flags.KNOWN[piece.method][0],
         seed=piece.seed,
         steps=read_steps(folder / "steps.jsonl"),
         prompts=read_jsonl(folder / "prompts.jsonl"),
@@ -474,9 +498,9 @@ def search_record(piece, tasks, flags):
 # --- The script --------------------------------------------------------------------------------------------------
 
 
-def settings_rows(tasks, flags):
-    """Rows of the table of settings, its head first."""
-    names = [f.name for f in fields(Setting)]
+def settings_rows(tasks, flags, left_out=()):
+    """Rows of the table of settings, its head first. left_out: fields of `Setting`."""
+    names = [f.name for f in fields(Setting) if f.name not in left_out]
     rows = [["task", "model", *(name.replace("_", " ") for name in names), "extractor"]]
     for name, (task, _) in tasks.items():
         for model in flags.models:
@@ -532,8 +556,12 @@ def main():
         check_settings(pieces, flags)
         failed = [] if flags.only_table else run_pieces(pieces, tasks, flags)
         write_tables(pieces, tasks, flags)
-    if failed:
-        raise UserError(f"{len(failed)} pieces failed: {', '.join(failed)}; the same command tries them again")
+    require_none(failed)
+
+
+def require_none(failed):
+    """Errors: UserError that names the pieces whose script failed."""
+    require(not failed, f"{len(failed)} pieces failed: {', '.join(failed)}; the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,15 @@ import torch
 from conftest import ROOT
 from filelock import FileLock
 
-from support.files import CHECK, write_chained
+from support.files import CHECK, UserError, write_chained
 from support.own import SPLITS
+from support.runs import Best, Scored, Step, TextStep, Tried
 from support.settings import TaskFlags
 from support.sources import open_task
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import compare_methods  # noqa: E402
+import compare_methods_table  # noqa: E402
 import real_models  # noqa: E402
 import real_models_table  # noqa: E402
 
@@ -332,3 +335,150 @@ def test_the_table_of_extractors_has_a_line_for_each_form_from_the_same_reasonin
     assert [row["form"] for row in rows] == ["paper", "short", "named"]
     assert len({(row["tokens"], row["cut"], row["harness"]) for row in rows}) == 1
     assert rows[0]["read"] == "100" and rows[0]["written"] == rows[0]["harness"] and rows[0]["top"] == "-"
+
+
+# --- All methods at equal numbers of scored generations ------------------------------------------------
+
+FEW = ["--models", "demo/model", "--tasks", "demo", "--seeds", "0", "1", "--methods", "greater", "opro"]
+FEW += ["--budget", "100", "--train-rows", "8", "--eval-rows", "30", "--finalists", "2", "--max-new-tokens", "30"]
+
+
+def compare_words(server):
+    return [*FEW, "--optimizer-endpoint", server, "--optimizer-model", "scripted"]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, demo_server):
+    """The driver killed in OPRO's first search, and run to the end: (folder of the pieces, page then, output)."""
+    folder = tmp_path_factory.mktemp("compared")
+    out = folder / "runs" / "compare-methods"
+    command = [sys.executable, str(ROOT / "benchmarks" / "compare_methods.py"), *compare_words(demo_server)]
+    environment, pipe = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+    wait_for_lines(out / "search" / "demo-model-opro-seed0" / "steps.jsonl", 1, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    run("compare_methods.py", *compare_words(demo_server), "--only-table", folder=folder)
+    partial = (out / "results.md").read_text()
+    return out, partial, run("compare_methods.py", *compare_words(demo_server), folder=folder)
+
+
+def compared_rows(page):
+    """The rows of the table of accuracies, each {column: cell}."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "|" in line]
+    start = next(number for number, cells in enumerate(lines) if "scored" in cells)
+    end = next(number for number, cells in enumerate(lines) if "chosen prompt" in cells)
+    return [dict(zip(lines[start], cells)) for cells in lines[start + 2 : end]]
+
+
+def test_a_killed_comparison_lists_what_is_missing_and_ends_with_the_same_command(compared):
+    out, partial, printed = compared
+    (missing,) = re.findall(r"^Missing: (.*)\.$", partial, re.M)
+    left = ["demo-model-opro-seed0", "demo-model-greater-seed1", "demo-model-opro-seed1"]
+    assert missing.split(", ") == left == re.findall(r"^\[\d/5\] (\S+) \.\.\. [\d.]+ minutes$", printed, re.M)
+    assert "Missing" not in (out / "results.md").read_text()
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_goes_on_with_a_server_elsewhere_but_not_with_another_budget(compared):
+    folder = compared[0].parent.parent
+    elsewhere = compare_words("http://127.0.0.1:1/v1")
+    assert "minutes\n" not in run("compare_methods.py", *elsewhere, folder=folder)
+    command = [sys.executable, str(ROOT / "benchmarks" / "compare_methods.py"), *elsewhere, "--budget", "101"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.strip().endswith("choose another --out")
+
+
+def test_the_comparison_shows_the_numbers_of_the_runs(compared):
+    out = compared[0]
+    rows = compared_rows((out / "results.md").read_text())
+    fixed = [("empty", ""), ("zero-shot chain of thought", ""), ("initial", "")]
+    searched = [(method, seed) for method in ("GReaTer", "OPRO") for seed in ("0", "1", "mean")]
+    assert [(row["method"], row["seed"]) for row in rows] == fixed + searched
+    by_seed = {}
+    for row in rows[3:]:
+        if row["seed"] == "mean":
+            mean = sum(by_seed.values()) / 2
+            assert row["test accuracy, %"].split()[0] == f"{mean:.1f}" and "seeds ±" in row["test accuracy, %"]
+            by_seed = {}
+            continue
+        folder = out / "search" / f"demo-model-{row['method'].lower()}-seed{row['seed']}"
+        (best,) = [r for r in lines_of(folder / "results.jsonl") if (r["role"], r["split"]) == ("best", "test")]
+        (start,) = [r for r in lines_of(folder / "results.jsonl") if (r["role"], r["split"]) == ("initial", "test")]
+        by_seed[row["seed"]] = 100 * best["accuracy"]
+        assert row["test accuracy, %"].split()[0] == f"{100 * best['accuracy']:.1f}"
+        assert row["to initial"].split()[0] == f"{100 * (best['accuracy'] - start['accuracy']):+.1f}"
+        totals = lines_of(folder / "steps.jsonl")[-1]["totals"]
+        names = ("requests", "read", "written")
+        counts = [totals.get(f"optimizer_{name}") for name in ("requests", "prompt_tokens", "tokens")]
+        assert [row[name] for name in names] == ["" if count is None else str(count) for count in counts]
+        assert row["parsed"] == ("100 %" if row["method"] == "OPRO" else "")
+
+
+def test_every_method_of_a_comparison_has_the_same_budget_and_uses_it_up(compared):
+    rows = [row for row in compared_rows((compared[0] / "results.md").read_text()) if row["seed"].isdigit()]
+    assert len(rows) == 4
+    for row in rows:
+        assert 100 - 3 * 8 < int(row["scored"]) <= 100 and int(row["scored"]) % 8 == 0
+
+
+def test_all_searches_of_a_comparison_differ_in_the_method_alone():
+    more = {"optimizer_model": "m", "optimizer_endpoint": "http://localhost:1/v1"}
+    flags = compare_methods.Flags(models=["a/x"], tasks=["demo"], seeds=[0], budget=600, **more)
+    calls = {}
+    for piece in real_models.plan(flags):
+        if piece.kind == "search":
+            calls[piece.method] = real_models.stage_call(piece, flags)[1]
+    assert len(calls) == 12
+    of_greater = {"steps", "shortlist_size", "shortlist"}
+    asking = {"optimizer_model", "optimizer_endpoint"}
+    shared = [{k: v for k, v in call.items() if k not in of_greater | asking | {"method"}} for call in calls.values()]
+    assert all(one == shared[0] for one in shared) and shared[0]["budget"] == 600
+    assert calls["greater"] | {"shortlist": "random"} == calls["random-shortlist"]
+    for method, call in calls.items():
+        written = method not in ("greater", "random-shortlist", "random-prompts")
+        assert (asking <= call.keys()) == written and (not asking & call.keys()) != written
+        assert bool(of_greater & call.keys()) == (method in ("greater", "random-shortlist"))
+
+
+def text_step(number, accuracies):
+    scored = [Scored(f"p{number}{k}.", accuracy, 1, number) for k, accuracy in enumerate(accuracies)]
+    best = Scored("p.", 0.0, 1, 0)
+    return TextStep(number, scored, [], best, {"all": 4, "new": 1, "repeated": 1, "empty": 2}, {}, {})
+
+
+def made_search(steps):
+    return compare_methods_table.Searched(made([True], [False]), steps, [], 10)
+
+
+def test_the_curve_of_a_text_method_has_a_point_for_each_prompt_and_never_falls():
+    search = made_search([text_step(0, [0.3]), text_step(1, [0.2, 0.6]), text_step(2, [0.5])])
+    assert compare_methods_table.best_so_far(search) == [(10, 0.3), (20, 0.3), (30, 0.6), (40, 0.6)]
+    assert compare_methods_table.optimizer_cells([search, search])[0] == "50 %"
+
+
+def test_the_curve_of_greater_has_the_accuracy_of_the_prompt_with_the_lowest_loss():
+    def tried(ids, error, objective, new=True):
+        return Tried(ids, objective, error, 0.0, objective, 1, token=ids[-1], new=new)
+
+    def step(number, ids, error, objective, best, shortlist):
+        return Step(ids, objective, error, 0.0, objective, 1, number, 0, {}, shortlist=shortlist, best=Best(best, ""))
+
+    start = step(0, (1,), 0.75, 2.0, 2.0, [])
+    # (3,) has the lowest loss but ends no sentence, so the best stays (2,), although it errs more often.
+    first = step(1, (3,), 0.25, 0.5, 1.0, [tried((2,), 0.5, 1.0), tried((3,), 0.25, 0.5)])
+    second = step(2, (4,), 0.0, 0.25, 0.25, [tried((2,), 0.5, 1.0, new=False), tried((4,), 0.0, 0.25)])
+    curve = compare_methods_table.best_so_far(made_search([start, first, second]))
+    assert curve == [(10, 0.25), (30, 0.5), (40, 1.0)]
+
+
+def test_the_mean_curve_keeps_each_seed_where_it_is_until_its_next_point():
+    places, means = compare_methods_table.mean_curve([[(10, 0.0), (30, 1.0)], [(10, 0.5), (20, 1.0)]])
+    assert places == [10, 20, 30] and means.tolist() == [0.25, 0.5, 1.0]
+
+
+def test_an_unknown_method_or_no_budget_is_refused_before_anything_runs():
+    with pytest.raises(UserError, match="--methods: opra is none of greater, random-shortlist, opro"):
+        compare_methods.Flags(models=["a/x"], methods=["opra"])
+    with pytest.raises(UserError, match="--budget must be at least 1"):
+        compare_methods.Flags(models=["a/x"], budget=0)

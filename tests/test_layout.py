@@ -53,7 +53,7 @@ SUPPORT = (
     "takeaway",
 )
 THERE = [name for name in SUPPORT if (ROOT / "support" / f"{name}.py").exists()]
-FOLDERS = ("support", "demo", "benchmarks", "tests")
+FOLDERS = ("support", "demo", "benchmarks", "examples", "tests")
 PYTHON_FILES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
 
 

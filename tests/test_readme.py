@@ -14,6 +14,7 @@ from conftest import ROOT
 OTHERS = (ROOT / "demo" / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *OTHERS)}
 README, DEMO = PAGES["README.md"], PAGES["demo/README.md"]
+FOLDERS = ("demo", "benchmarks", "examples")  # with scripts of their own
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
@@ -159,7 +160,7 @@ def test_every_flag_in_a_command_is_one_of_its_script(command):
 
 def test_every_flag_in_a_sentence_is_one_of_some_script():
     known = {"--generation-config"}  # vLLM's
-    for script in (*ROOT.glob("0*.py"), *ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/*.py")):
+    for script in (*ROOT.glob("0*.py"), *(file for name in FOLDERS for file in ROOT.glob(f"{name}/*.py"))):
         known |= known_flags(script.relative_to(ROOT).as_posix())
     named = set()
     for page in PAGES.values():
