@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from support.answerers import open_answerer
+from support.answerers import open_answerer, require_known
 from support.evaluation import READINGS, Evaluation, evaluate_once, read_predictions, regrade
 from support.files import alone_in, is_text, require
 from support.progress import open_bar
@@ -101,6 +101,8 @@ def evaluate_prompts(flags, task, split_rows, run_dir):
     rows = split_rows[: flags.eval_rows or None]
     prompts = chosen_prompts(flags, run_dir, task)
     answerer = open_answerer(flags, flags.model, flags.endpoint)  # imports torch only where a model is loaded here
+    for prompt in prompts:  # before the first of them takes its time
+        require_known(answerer.tokenizer, prompt.text)
     if task.ranks_choices and not answerer.gives_log_probs:
         note = "no log-probabilities from this server and --answer-turn, so answers are read from what it writes"
         print(f"note: {note}", file=sys.stderr)

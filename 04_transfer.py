@@ -11,7 +11,7 @@ their own, so a killed transfer goes on where it was and nothing is evaluated tw
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from support.answerers import open_answerer
+from support.answerers import open_answerer, require_known
 from support.evaluation import Evaluation, evaluate_once, rows_hash
 from support.files import alone_in, as_bytes, require, short_name, write_jsonl, write_whole
 from support.own import OWN_FLAGS
@@ -88,16 +88,16 @@ def main():
     for folder in flags.runs:
         jobs += jobs_of_run(Path(folder), flags)
     jobs = distinct_jobs(jobs)
-    servers = resolve(flags, targets)
+    servers = resolve(flags, targets, jobs)
     out = Path(flags.out)
     with alone_in(out):
         write_matrix(transfer(flags, targets, servers, jobs, out), out)
 
 
-def resolve(flags, targets):
+def resolve(flags, targets, jobs):
     """{model: Answerer} of the targets behind a server. A target that is not there is noticed before any long work.
 
-    Errors: UserError if a server is not there, or a model is not, or if it cannot be used here.
+    Errors: UserError if a server or a model is not there, cannot be used here, or does not know a prompt's words.
     """
     local = [model for model, endpoint in targets if not endpoint]
     if local:
@@ -105,7 +105,9 @@ def resolve(flags, targets):
 
         require_device(flags.device)
         for model in local:
-            load_tokenizer(model)
+            tokenizer = load_tokenizer(model)
+            for job in jobs:
+                require_known(tokenizer, job.prompt)
     return {model: open_answerer(flags, model, endpoint) for model, endpoint in targets if endpoint}
 
 

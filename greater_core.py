@@ -107,17 +107,17 @@ def propose_candidates(log_probs, samples, k, min_candidates, admit):
 
     log_probs [B, V]: of the token at the position, -inf where none is allowed. admit(id): whether it may stand there.
     k grows by 2 until `min_candidates` are found. Errors: UserError when even all allowed tokens are not as many."""
-    likelihood, candidates = log_probs.mean(0), []
+    likelihood, candidates, enough = log_probs.mean(0), [], max(1, min_candidates)
     needed, tokens = smallest_k(log_probs, samples).sort(stable=True)  # those that are not allowed come last
     possible = int(likelihood.isfinite().sum())
     for token, needs in zip(tokens[:possible].tolist(), needed[:possible].tolist()):
-        if needs > k and len(candidates) >= max(1, min_candidates):
+        if needs > k and len(candidates) >= enough:
             break
-        k += max(0, math.ceil((needs - k) / 2)) * 2
+        while k < needs:
+            k += 2
         if admit(token):
             candidates.append(token)
-    few = f"only {len(candidates)} candidate tokens are possible here: lower --min-candidates (now {min_candidates})"
-    require(len(candidates) >= max(1, min_candidates), few)
+    require(len(candidates) >= enough, f"only {len(candidates)} candidates are possible here: lower --min-candidates")
     return sorted(candidates, key=lambda token: (-likelihood[token].item(), token)), k
 
 

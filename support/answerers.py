@@ -29,6 +29,7 @@ class Answerer:
     endpoint: str = ""  # of a server, which is known by its model's name wherever it runs
     gives_log_probs: bool = True  # so that a task's possible answers can be ranked; else what is written is read
     progress: Progress | None = None  # of a model loaded here, whose tokens are counted as it generates them
+    tokenizer: object | None = None  # of a model loaded here; nobody sees a server's
     # `write(chats, sampling)` is what an optimizer does: a list of `Written` for each chat, a list of messages.
     write: Callable | None = None
 
@@ -49,7 +50,14 @@ def local_answerer(engine, path):
     """The Answerer that is the model of an `Engine`, loaded from `path`."""
     identity = (engine.identity, str(engine.model.dtype))
     model = LocalModel(engine)
-    return Answerer(short_name(path), identity, model.generate, progress=engine.progress, write=model.write)
+    return Answerer(
+        short_name(path),
+        identity,
+        model.generate,
+        progress=engine.progress,
+        tokenizer=engine.tokenizer,
+        write=model.write,
+    )
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,7 @@ class LocalModel:
         from torch import OutOfMemoryError
 
         tokenizer = self.engine.tokenizer
-        unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encode(tokenizer, " " + prompt)
-        require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
+        require_known(tokenizer, prompt)
         choices = encode_choices(tokenizer, task)  # here, so that its errors come before any work
         contexts = [(row, chat_of_row(tokenizer, task, row, prompt)) for row in rows]
         columns = max(len(ids) for _, ids in contexts) + settings.max_new_tokens
@@ -133,6 +140,14 @@ class LocalModel:
             require(not any(map(math.isnan, log_probs)), not_finite)
             scores.append(dict(zip(task.choices, log_probs)))
         return first, scores
+
+
+def require_known(tokenizer, prompt):
+    """Errors: UserError if a tokenizer, where there is one to ask, does not know all words of a prompt's text."""
+    if tokenizer is None:
+        return
+    unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encode(tokenizer, " " + prompt)
+    require(not unknown, f"the model's tokenizer does not know all of the prompt {prompt!r}: choose another")
 
 
 def chat_of_row(tokenizer, task, row, prompt):

@@ -515,7 +515,7 @@ class Engine:
     def sample(self, sequences, sampling):
         """For each sequence of ids a list of (the ids drawn behind it, without the end token, whether it stopped).
 
-        sampling: an answerers.Sampling. A sequence is read once for all of its samples. At temperature 0 they are all
+        sampling: an evaluation.Sampling. A sequence is read once for all of its samples. At temperature 0 they are all
         the likeliest one. Sample k of sequence n is drawn from the seed "<seed>/<n>/<k>".
         """
         count, limit = sampling.samples, sampling.max_tokens

@@ -548,8 +548,7 @@ def test_a_mistake_is_one_line_and_leaves_no_folder_behind(finished, copy, mista
 def test_all_mistakes_are_one_line_and_leave_no_folder_behind(finished, copy):
     assert len(MISTAKES) >= 300
     wrong = [(named(mistake), why) for mistake in MISTAKES if (why := refusal(finished, copy, mistake))]
-    print(f"{len(MISTAKES)} mistakes, wrong {len(wrong)}")
-    print("\n".join(map(str, wrong)))
+    print("\n".join([f"{len(MISTAKES)} mistakes, wrong {len(wrong)}", *map(str, wrong)]))
     assert wrong == []
 
 

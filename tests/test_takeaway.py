@@ -49,8 +49,6 @@ def test_the_program_for_transformers_gives_the_texts_and_answers_of_stage_3(
         assert reasoning == expected["text"]
         if task.choices:
             assert answer == expected["answer"]
-            ids = program.behind("", expected["text"])
-            assert set(program.log_probs(ids)) == set(task.choices)
         else:
             assert answer == expected["reply"]
 
