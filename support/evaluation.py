@@ -147,11 +147,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Written:
-    """A text that an optimizer wrote."""
+    """A text that an optimizer wrote. Of a server that counts no tokens their numbers are None."""
 
     text: str
-    tokens: int
-    prompt_tokens: int  # of the chat, and of a chat's first sample only: it is read once for all
+    tokens: int | None
+    prompt_tokens: int | None  # of the chat, and of a chat's first sample only: it is read once for all
     truncated: bool = False  # cut at max_tokens
 
 

@@ -126,6 +126,12 @@ class Judge:
 HALF = 0.5  # of the replies: beyond it the optimizer is unfit
 
 
+def unknown_tokens(totals):
+    """A line on replies whose tokens the optimizer's server did not count, as a list; [] where it counted all."""
+    count = totals.get("optimizer_uncounted", 0)
+    return [f"  of {count} replies the server counted no tokens: they are not among these"] if count else []
+
+
 def summary(steps, title):
     """Lines on how the optimizer did in the whole run, with warnings where that says something about the search."""
     replies, totals = Counter(steps[-1].replies), steps[-1].totals
@@ -137,6 +143,7 @@ def summary(steps, title):
     lines = [
         f"{line}, {totals['optimizer_requests']} requests to the optimizer, which read "
         f"{totals['optimizer_prompt_tokens']} tokens and wrote {totals['optimizer_tokens']}",
+        *unknown_tokens(totals),
         f"  {good} of {count} replies gave a prompt ({100 * good / count:.0f} %), {replies['in tags']} in tags",
     ]
     others = [f"{number} {outcome}" for outcome, number in replies.items() if outcome not in ("all", "new", "in tags")]

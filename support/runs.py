@@ -119,7 +119,7 @@ class TextStep:
     best: Scored  # of all so far; of equals the first
     replies: dict[str, int]  # of the optimizer, since the start: how many were read or refused, by reason
     # Since the start: scored_generations, generated_tokens (of these), optimizer_requests (chats), optimizer_samples
-    # (replies), optimizer_tokens (written), optimizer_prompt_tokens (read).
+    # (replies), optimizer_tokens (written), optimizer_prompt_tokens (read), optimizer_uncounted (replies without them).
     totals: dict[str, int]
     seconds: dict[str, float]  # propose, score
 

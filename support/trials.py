@@ -106,6 +106,9 @@ class Trials:
     def count(self, replies):
         for reply in [reply for some in replies for reply in some]:
             self.totals["optimizer_samples"] += 1
+            if reply.tokens is None or reply.prompt_tokens is None:  # a server that counts none
+                self.totals["optimizer_uncounted"] += 1
+                continue
             self.totals["optimizer_tokens"] += reply.tokens
             self.totals["optimizer_prompt_tokens"] += reply.prompt_tokens
 

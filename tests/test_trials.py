@@ -8,7 +8,7 @@ from conftest import ROOT, own_task, text_settings
 from support.answerers import Answerer, local_answerer
 from support.evaluation import Generation, Written
 from support.files import UserError, read_jsonl, write_jsonl
-from support.proposals import Judge
+from support.proposals import Judge, unknown_tokens
 from support.trials import Search, Trials, shortened, show_cases
 
 ROWS = [{"id": "a", "question": "1 + 1", "answer": "2"}, {"id": "b", "question": "2 + 1", "answer": "3"}]
@@ -54,6 +54,19 @@ def test_a_reply_is_on_disk_and_a_run_that_goes_on_does_not_ask_again(tmp_path):
     }
     again.ask([["hello"]])
     assert model.asked[1][1].seed == "0/1"  # another call, another seed
+
+
+def test_replies_of_a_server_that_counts_no_tokens_are_used_and_said_to_be_uncounted(tmp_path):
+    model = Model()
+    model.write = lambda chats, sampling: [[Written("x", None, None), Written("y", None, 0)] for _ in chats]
+    model.answerer = replace(model.answerer, write=model.write)
+    for _ in range(2):  # the second time from the record
+        trials = trials_of(model, tmp_path)
+        assert trials.ask([["hello"]], 2, 0.7) == [["x", "y"]]
+        assert trials.totals["optimizer_uncounted"] == trials.totals["optimizer_samples"] == 2
+        assert trials.totals["optimizer_tokens"] == 0
+    (line,) = unknown_tokens(trials.totals)
+    assert "of 2 replies the server counted no tokens" in line and unknown_tokens({}) == []
 
 
 @pytest.mark.parametrize("changed", [{"samples": 3}, {"temperature": 0.5}, {"chats": [["other"]]}])
