@@ -82,8 +82,8 @@ def write(ids, count):
     context, written = torch.tensor([ids]), []
     cache = None
     while len(written) < count:
-        out = model(input_ids=context, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, token = out.past_key_values, out.logits[0, -1].argmax().item()
+        out = model(input_ids=context, cache=cache, use_cache=True, logits_to_keep=1)
+        cache, token = out.cache, out.logits[0, -1].argmax().item()
         if token in ends:
             break
         written.append(token)
