@@ -206,10 +206,12 @@ def candidate_gradients(search, prefix, prompt, candidates, reasoning):
         engine.counts["backward_tokens"] += ids.numel()
         return list(zip(gradient, losses.detach()))
 
-    size = settings.gradient_batch_size or engine.rows_for_backward(max(map(len, tails)) * len(search.rows[0].reads))
+    tokens = max(map(len, tails)) * len(search.rows[0].reads)  # of the longest row
+    size = settings.gradient_batch_size or engine.rows_for_backward(tokens)
     # Rows of like length share a batch, so that little of it is padding.
     per_row = engine.over_rows(run, range(len(tails)), "gradient", size, cost=lambda i: len(tails[i]))
-    return torch.stack([gradient for gradient, _ in per_row]), torch.stack([loss for _, loss in per_row])
+    gradients, losses = zip(*per_row)
+    return torch.stack(gradients), torch.stack(losses)
 
 
 def mean_gradients(search, prefix, prompt, candidates):
@@ -257,13 +259,10 @@ def reason_and_score(search, prefix, jobs):
     def run(batch):
         numbers = [i for _, i in batch]
         rows = [search.rows[i] for i in numbers]
-        read = [[*row.question, *prefix.tokens] for row in rows]
-        unread = [[*prompt[position:], *row.turn_end] for (prompt, _), row in zip(batch, rows)]
-        context, ids, mask = prefix.context.aligned(numbers, read, unread)  # [B, S]
-        starts = [ids.shape[1] - len(tail) for tail in unread]  # the columns of the tokens at the position
-        # Columns that predict the prompt's later tokens, then the last one, which predicts the first of the reasoning.
-        columns = [[*range(start, start + later), ids.shape[1] - 1] for start in starts]
-        logits = engine.forward(context, ids, mask, columns)  # [B, later + 1, V]
+        heads = [[*row.question, *prefix.tokens] for row in rows]
+        tails = [[*prompt[position:], *row.turn_end] for (prompt, _), row in zip(batch, rows)]
+        # Logits that predict the prompt's later tokens, then the last ones, which predict the first of the reasoning.
+        context, logits = engine.read_tails(prefix.context, numbers, heads, tails, later)  # [B, later + 1, V]
         tokens = torch.tensor([prompt[position:] for prompt, _ in batch], device=engine.device)  # [B, 1 + later]
         here = prefix.log_probs[numbers, tokens[:, 0]]  # [B]
         nll = prompt_nll(prefix.nll[numbers], here, logits[:, :later], tokens[:, 1:]).tolist()
@@ -280,7 +279,7 @@ def reason_and_score(search, prefix, jobs):
                 outcomes[n] = Outcome(reasoning, loss, is_wrong, nll[n])
         return outcomes
 
-    around = max(len(row.turn_end + row.extractor) + max(map(len, row.reads)) + 1 for row in search.rows)
+    around = max(row.behind for row in search.rows) + 1
     columns_kept = prefix.context.mask.shape[1] + 1 + later + around + settings.max_new_tokens
     engine.require_positions(columns_kept)
     size = settings.batch_size or engine.rows_that_fit(columns_kept, 1 + later)

@@ -140,12 +140,15 @@ class Context:
         mask = self.mask[index].gather(1, source.clamp(min=0)) * (source >= 0)
         return Context([Borrowed(layer, index, source.clamp(min=0)) for layer in self.layers], mask)
 
-    def aligned(self, rows, read, unread):
-        """(a copy of these rows, ids [b, S], mask [b, S]) of unread lists of ids, which end in the same column: of rows
-        with fewer the last tokens of what was read, a list of ids each, are read again, lest padding stand between."""
-        longest = max(map(len, unread))
-        again = [longest - len(ids) for ids in unread]
-        ends = [[*before, *ids][-longest:] for before, ids in zip(read, unread)]
+    def aligned(self, rows, heads, tails):
+        """(a copy of these rows, ids [b, S], mask [b, S]) of the tails, to be read so that they end in the same column.
+
+        heads, tails: lists of ids for each row, what was read of it and what comes then. Behind the heads of rows with
+        short tails no padding may stand, so their last tokens are read again.
+        """
+        longest = max(map(len, tails))
+        again = [longest - len(tail) for tail in tails]
+        ends = [[*head, *tail][-longest:] for head, tail in zip(heads, tails)]
         ids, mask = pad(ends, self.mask.device, left=True)
         if not any(again):
             return self.select(rows), ids, mask
@@ -371,6 +374,17 @@ class Engine:
             return context, logits
         numbers = [distinct.index(ids) for ids in sequences]
         return context.select(numbers), logits[numbers]
+
+    def read_tails(self, context, rows, heads, tails, count):
+        """(Context of some rows of another, with a tail behind each; logits [b, count + 1, V] at the first `count` of
+        its tokens, where each predicts the next one, and at its last). rows, heads, tails: as of `Context.aligned`."""
+        context, ids, mask = context.aligned(rows, heads, tails)  # [b, S]
+        last = ids.shape[1] - 1
+        columns = []
+        for tail in tails:
+            first = ids.shape[1] - len(tail)
+            columns.append([*range(first, first + count), last])
+        return context, self.forward(context, ids, mask, columns)
 
     def forward(self, context, tokens, mask=None, columns=None):
         """Logits [B, L, V], float32 or better, at some of the new tokens, which are appended to the context.

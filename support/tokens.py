@@ -69,6 +69,11 @@ class Row:
         return len(self.question) + len(self.turn_end)
 
     @property
+    def behind(self):
+        """How many tokens stand behind the prompt at most, besides the reasoning."""
+        return len(self.turn_end) + len(self.extractor) + max(map(len, self.reads))
+
+    @property
     def reads(self):
         """What is read behind the extractor for the answer's loss: an answer's last token predicts nothing."""
         return self.choices.reads if self.choices else (tuple(self.answer[:-1]),)
