@@ -18,19 +18,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from compare_methods_table import Comparison, Searched, write_comparison
 from real_models import (
     PieceFlags,
-    check_settings,
+    finished_pieces,
     folder_of,
     is_done,
     measurements_of,
-    open_tasks,
-    plan,
-    require_none,
-    run_pieces,
     setting_of,
     settings_rows,
 )
 
-from support.files import alone_in, read_jsonl, require
+from support.files import read_jsonl, require
 from support.runs import TextStep, generations_of, read_steps
 from support.settings import GREATER, TITLES, flag, parse_flags, run_script
 
@@ -102,15 +98,8 @@ def write_tables(pieces, tasks, flags):
 
 def main():
     flags = parse_flags(Flags, __doc__)
-    pieces = plan(flags)
-    out = Path(flags.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with alone_in(out):
-        tasks = open_tasks(flags)
-        check_settings(pieces, flags)
-        failed = [] if flags.only_table else run_pieces(pieces, tasks, flags)
+    with finished_pieces(flags) as (pieces, tasks):
         write_tables(pieces, tasks, flags)
-    require_none(failed)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -546,22 +547,25 @@ def write_tables(pieces, tasks, flags):
     print("\n".join(f"  {path}" for path in paths))
 
 
-def main():
-    flags = parse_flags(Flags, __doc__)
+@contextmanager
+def finished_pieces(flags):
+    """Run the pieces that are missing; in the block (pieces, tasks), of which tables can be made, alone in the folder.
+
+    Errors: UserError behind the block that names the pieces whose script failed.
+    """
     pieces = plan(flags)
-    out = Path(flags.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with alone_in(out):
+    with alone_in(flags.out):
         tasks = open_tasks(flags)
         check_settings(pieces, flags)
         failed = [] if flags.only_table else run_pieces(pieces, tasks, flags)
-        write_tables(pieces, tasks, flags)
-    require_none(failed)
-
-
-def require_none(failed):
-    """Errors: UserError that names the pieces whose script failed."""
+        yield pieces, tasks
     require(not failed, f"{len(failed)} pieces failed: {', '.join(failed)}; the same command tries them again")
+
+
+def main():
+    flags = parse_flags(Flags, __doc__)
+    with finished_pieces(flags) as (pieces, tasks):
+        write_tables(pieces, tasks, flags)
 
 
 if __name__ == "__main__":
