@@ -32,6 +32,13 @@ def stop_on_signals():
             signal.signal(number, stop)
 
 
+def end_of_work():
+    """From here on no signal cuts the process short: it ends by itself at once. Python puts the usual handlers back while
+    it ends, under which a stage that has done all would seem to have been killed."""
+    if hasattr(signal, "pthread_sigmask") and is_stage(sys.modules["__main__"]):  # Windows has no such mask
+        signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, name) for name in EXIT_CODES})
+
+
 def is_stage(program):
     """Whether the program that runs is a script of the repository's top folder: other users keep their own handlers."""
     path = getattr(program, "__file__", None)

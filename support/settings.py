@@ -15,6 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 
+from support import STOPPED, end_of_work
 from support.files import ROOT, UserError, require
 from support.own import OWN_FLAGS, OwnRows, beside, columns_into_key, is_own
 from support.tasks import ANSWER_SPACES, GROUPS, KINDS, TASKS
@@ -595,7 +596,7 @@ def run_script(main):
     try:
         main()
     except KeyboardInterrupt:  # of a script that is no stage: those end as support/__init__.py says
-        print("\nstopped; what was finished is on disk, and the same command goes on from there", file=sys.stderr)
+        print(f"\n{STOPPED}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if os.environ.get("GREATER_DEBUG"):
@@ -603,6 +604,8 @@ def run_script(main):
         line, code = as_line(error)
         print(f"error: {line}", file=sys.stderr)
         sys.exit(code)
+    finally:
+        end_of_work()
 
 
 def as_line(error):

@@ -722,3 +722,18 @@ def test_forty_stages_that_start_at_once_do_not_fail(finished, tmp_path):
     failed = [(command, done.err[-600:]) for command, done in started_at_once(finished, tmp_path, 40) if done.code]
     print(f"40 starts at once, {len(failed)} failed")
     assert failed == [] and not list(tmp_path.rglob("*.tmp"))
+
+
+@linux_only
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_a_stage_that_has_done_its_work_is_not_killed_while_python_ends(tmp_path, number):
+    script = ROOT / "01_prepare_data.py"
+    # As a stage: a signal comes when main() is over and Python takes everything down.
+    code = (
+        "import atexit, os, sys; import __main__; "
+        f"__main__.__file__ = {str(script)!r}; sys.path.insert(0, {str(ROOT)!r}); "
+        "from support.settings import run_script; "
+        f"atexit.register(lambda: os.kill(os.getpid(), {int(number)})); run_script(lambda: print('done'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
