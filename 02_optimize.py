@@ -276,6 +276,7 @@ def check(job, engine, rows, calls=None):
 
 def search(flags, engine, rows, start, run_dir, evaluated):
     """The steps of the search, each on disk before the next begins. evaluated: {split: rows} that come behind it."""
+    from beyond_paper import visit
     from greater_core import optimize
 
     steps = read_steps(run_dir / "steps.jsonl", growing=True)
@@ -285,7 +286,7 @@ def search(flags, engine, rows, start, run_dir, evaluated):
         return steps
     initial = max(0, len(steps) - 1)
     with open_bar(engine.progress, True, total=flags.steps, initial=initial, unit="step", desc="search") as bar:
-        for step in optimize(engine, rows, start, flags, list(steps)):
+        for step in optimize(engine, rows, start, flags, list(steps), visit):
             append_jsonl(run_dir / "steps.jsonl", asdict(step))
             steps.append(step)
             bar.write(log_line(step, flags.steps))

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from support.answers import answer_columns, choice_log_probs, finite_rows, read_answers
 from support.engine import Context, Engine, pad
 from support.files import UserError, require
-from support.runs import Candidate, Score, Step, Tried, described, last_job, scores_of, timed
+from support.runs import Candidate, Score, Step, Tried, described, last_job, row_outcomes, scores_of, timed
 from support.settings import SearchSettings
 from support.tokens import Row, allowed_ids, ends_sentence, survives_encoding
 
@@ -158,11 +158,17 @@ def training_loss(cross_entropy, nll, settings):
     return cross_entropy + settings.fluency_weight * fluency(nll, settings)
 
 
-def objective_of(cross_entropy, wrong, nll, settings):
-    """What selection minimizes, over rows [B]: the mean loss, or the released rule, error + lambda / 10 * fluency."""
+def row_objectives(cross_entropy, wrong, nll, settings):
+    """What selection minimizes the mean of, per row [B]: the loss, or the released rule, error + lambda / 10 * fluency.
+    """
     if settings.objective == "error":
-        return (wrong + settings.fluency_weight / 10 * fluency(nll, settings)).mean().item()
-    return training_loss(cross_entropy, nll, settings).mean().item()
+        return wrong + settings.fluency_weight / 10 * fluency(nll, settings)
+    return training_loss(cross_entropy, nll, settings)
+
+
+def objective_of(cross_entropy, wrong, nll, settings):
+    """The mean of `row_objectives`."""
+    return row_objectives(cross_entropy, wrong, nll, settings).mean().item()
 
 
 # --- 3. The gradient over candidates (Eq. 7) -------------------------------------------------------
@@ -293,16 +299,21 @@ def score_prompts(search, prefix, prompts):
     scored = []
     for n, prompt in enumerate(prompts):
         own = outcomes[n * count : (n + 1) * count]
-        values = torch.tensor([[o.cross_entropy, o.wrong, o.nll] for o in own], dtype=torch.float64)  # [N, 3]
-        not_finite, hint = f"the loss is not finite under prompt ids {list(prompt)}", search.engine.dtype_hint
-        values = values[finite_rows(values, not_finite, hint)]
-        objective = objective_of(*values.unbind(1), search.settings)
-        require(math.isfinite(objective), f"{not_finite}.{hint}")
-        cross_entropy, error, nll = values.mean(0).tolist()
-        reasoning = [outcome.reasoning for outcome in own]
-        tokens = sum(map(len, reasoning))
-        scored.append((Score(tuple(prompt), cross_entropy, error, nll, objective, tokens), reasoning))
+        scored.append((score_of_rows(search, prompt, own), [outcome.reasoning for outcome in own]))
     return scored
+
+
+def score_of_rows(search, prompt, outcomes):
+    """The `Score` of a prompt from the `Outcome` of each row."""
+    values = torch.tensor([[o.cross_entropy, o.wrong, o.nll] for o in outcomes], dtype=torch.float64)  # [N, 3]
+    not_finite, hint = f"the loss is not finite under prompt ids {list(prompt)}", search.engine.dtype_hint
+    whole = values[finite_rows(values, not_finite, hint)]
+    objective = objective_of(*whole.unbind(1), search.settings)
+    require(math.isfinite(objective), f"{not_finite}.{hint}")
+    reasonings = [outcome.reasoning for outcome in outcomes]
+    objectives = row_objectives(*values.unbind(1), search.settings).tolist()
+    rows = row_outcomes(reasonings, [outcome.wrong for outcome in outcomes], objectives)
+    return Score(tuple(prompt), *whole.mean(0).tolist(), objective, sum(map(len, reasonings)), rows=rows)
 
 
 def select_candidate(search, prefix, tried, incumbent, forced=None):
@@ -349,6 +360,11 @@ def next_position(tokenizer, prompt, position, max_prompt_tokens):
     return 0 if closed else len(prompt)
 
 
+def generator_of(settings, step, purpose):
+    """One per (seed, step, purpose): a resumed run draws what an uninterrupted one draws."""
+    return random.Random(f"{settings.seed}/{step}/{purpose}")
+
+
 def search_step(search, prefix, step):
     """Steps 1-4 of the method at the prefix's position: the `Step` taken."""
     settings, tokenizer, prompt = search.settings, search.engine.tokenizer, search.current.prompt_ids
@@ -363,11 +379,8 @@ def search_step(search, prefix, step):
     def admit(token):
         return token != incumbent and survives_encoding(tokenizer, search.rows[0], with_token(token))
 
-    def draw(purpose):  # a generator per (seed, step, purpose): a resumed run draws what an uninterrupted one draws
-        return random.Random(f"{settings.seed}/{step}/{purpose}")
-
     with timed(seconds, "propose"):
-        rng, count = draw("proposal"), len(search.rows)
+        rng, count = generator_of(settings, step, "proposal"), len(search.rows)
         size = min(settings.sampled_rows, count)
         samples = [rng.sample(range(count), size) for _ in range(settings.intersections)]
         log_probs = prefix.log_probs.masked_fill(~search.allowed, float("-inf"))
@@ -378,7 +391,7 @@ def search_step(search, prefix, step):
         start = with_token(candidates[0] if grows else incumbent)
         compared = candidates if grows else [*candidates, incumbent]
         gradients = mean_gradients(search, prefix, start, compared)
-        shortlist = make_shortlist(candidates, gradients, settings, draw("shortlist"))
+        shortlist = make_shortlist(candidates, gradients, settings, generator_of(settings, step, "shortlist"))
         forced = forced_end(search, shortlist, position)
         if forced is not None:
             shortlist = shortlist[: shortlist.index(forced) + 1]
@@ -399,10 +412,13 @@ def search_step(search, prefix, step):
     )
 
 
-def optimize(engine, rows, prompt, settings, history=()):
+def optimize(engine, rows, prompt, settings, history=(), visit=search_step):
     """Search a prompt (Alg. 1) from its initial ids: yields a `Step` per position visited; step 0 is the start.
 
-    history: the steps of an interrupted run; the search goes on behind them to the same result."""
+    history: the steps of an interrupted run; the search goes on behind them to the same result. visit: how a step is
+    taken, `search_step` or beyond_paper.visit, which some settings need: without it these are a ValueError."""
+    if settings.beyond_paper and visit is search_step:
+        raise ValueError(f"beyond_paper.visit takes the steps of these settings: {settings.beyond_paper}")
     engine.counts, engine.batch_sizes = Counter(), {}
     allowed = torch.zeros(engine.model.get_input_embeddings().num_embeddings, dtype=torch.bool)
     allowed[allowed_ids(engine.tokenizer, len(allowed))] = True
@@ -421,7 +437,7 @@ def optimize(engine, rows, prompt, settings, history=()):
     for step in range(last.step + 1, settings.steps + 1):
         position = next_position(engine.tokenizer, last.prompt_ids, last.position, settings.max_prompt_tokens)
         prefix = prefix_at(engine, questions, last.prompt_ids[:position], known=prefix)
-        last = search_step(search, prefix, step)
+        last = visit(search, prefix, step)
         yield described(last, engine, rows[0], search.scores)
 
 

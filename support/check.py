@@ -220,7 +220,7 @@ def cost_of(engine, checked, rows, settings, counts):
     """The `Cost` of a search with these tokens.Rows; settings: SearchSettings; counts: {"finalists", "dev", "test"}."""
     tried = settings.tries_per_step
     generations = {
-        "search": len(rows) * (1 + settings.steps * tried),
+        "search": len(rows) * (1 + settings.steps * tried + settings.audited_prompts),
         "dev": (counts["finalists"] + 1) * counts["dev"],
         "test": 2 * counts["test"],
     }

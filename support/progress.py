@@ -131,7 +131,8 @@ def remaining(settings, steps, dev_rows, test_rows):
     training rows: the start reads the questions, too, and that is about what the gradient takes.
     """
     last, visited = steps[-1], steps[1:]
-    per_token = sum(step.seconds["select"] for step in steps) / last.totals["generated_tokens"]
+    generated = last.totals["generated_tokens"] - last.totals.get("audit_tokens", 0)
+    per_token = sum(step.seconds["select"] for step in steps) / generated
     per_row = per_token * (last.tokens / settings.train_rows + 1)  # with the end token
     tried = settings.tries_per_step
     if visited:

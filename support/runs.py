@@ -10,8 +10,10 @@ Results and predictions of prompts belong to evaluation.py.
 """
 
 import importlib.metadata
+import math
 import subprocess
 import time
+import zlib
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -43,6 +45,15 @@ from support.tokens import DATE, ends_sentence, prompt_text
 
 
 @dataclass(frozen=True)
+class RowOutcomes:
+    """What became of each training row under a prompt, in the rows' order."""
+
+    wrong: str  # 0 or 1 for each
+    objective: list[float | None]  # to six digits, the row's part of the mean; None where it is not finite
+    reasoning: str  # four hexadecimal digits for each, of a hash of its tokens: other digits, another reasoning
+
+
+@dataclass(frozen=True)
 class Score:
     """What a prompt is worth on the training rows: means over the rows, natural logarithms."""
 
@@ -52,6 +63,7 @@ class Score:
     nll: float  # negative log-likelihood of the prompt, per token
     objective: float  # what selection minimizes
     tokens: int  # of all reasonings together
+    rows: RowOutcomes | None = field(default=None, kw_only=True)  # None in the records of an older version
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,18 @@ class Tried(Score):
     token: int
     new: bool  # scored in this step, not in an earlier one
     text: str = ""
+    # The training loss behind the reasoning of the incumbent, whose slope the gradient is; None without an audit.
+    fixed_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a step measured beside the search (`--audit-every`). Nothing of it competes."""
+
+    drawn: list[Tried]  # a random shortlist, as long as the other one
+    fixed_loss: float  # of the incumbent
+    again: Score  # the incumbent once more, its rows in another order and in other batches
+    generations: int  # that this took
 
 
 @dataclass(frozen=True)
@@ -86,15 +110,16 @@ class Step(Score):
 
     step: int  # 0 is the start: the initial prompt's score, nothing tried
     position: int | None  # in the prompt's tokens; None at the start
-    seconds: dict[str, float]  # propose, gradient, select; at the start select, with the reading of the questions
+    seconds: dict[str, float]  # propose, gradient, select, audit; at the start select, with reading the questions
     k: int | None = None  # the top-k at which enough candidates were found
     grows: bool = False  # the position was behind the last token
     candidates: list[Candidate] = field(default_factory=list)
     shortlist: list[Tried] = field(default_factory=list)
     prompt: str = ""  # its text
     best: Best | None = None
+    audit: Audit | None = None  # of the steps that `--audit-every` names
     # Tokens since the start: forward_tokens (in forward passes, with decoding and padding), backward_tokens,
-    # generated_tokens.
+    # generated_tokens; of these the audits' audit_tokens, in audit_generations.
     totals: dict[str, int] = field(default_factory=dict)
     batch_sizes: dict[str, int] = field(default_factory=dict)  # {stage: rows at once}, where memory ran out
 
@@ -134,12 +159,14 @@ def described(step, engine, row, scores):
         return prompt_text(engine.tokenizer, row, prompt_ids).strip()
 
     (best,) = finalists(engine.tokenizer, scores, 1)
-    candidates = [replace(candidate, text=engine.tokenizer.decode([candidate.token])) for candidate in step.candidates]
-    shortlist = [replace(tried, text=engine.tokenizer.decode([tried.token])) for tried in step.shortlist]
+    def with_text(records):
+        return [replace(record, text=engine.tokenizer.decode([record.token])) for record in records]
+
     return replace(
         step,
-        candidates=candidates,
-        shortlist=shortlist,
+        candidates=with_text(step.candidates),
+        shortlist=with_text(step.shortlist),
+        audit=step.audit and replace(step.audit, drawn=with_text(step.audit.drawn)),
         prompt=text_of(step.prompt_ids),
         best=Best(best.objective, text_of(best.prompt_ids)),
         totals=dict(engine.counts),
@@ -149,7 +176,17 @@ def described(step, engine, row, scores):
 
 def score_of(record):
     """The `Score` part of a `Step` or a `Tried`."""
-    return Score(record.prompt_ids, record.cross_entropy, record.error, record.nll, record.objective, record.tokens)
+    return Score(**{f.name: getattr(record, f.name) for f in fields(Score)})
+
+
+def row_outcomes(reasonings, wrong, objectives):
+    """The `RowOutcomes` of lists with a list of ids, a truth value and a number for each row."""
+    hashes = [zlib.crc32(" ".join(map(str, ids)).encode()) % 2**16 for ids in reasonings]
+    return RowOutcomes(
+        wrong="".join(str(int(one)) for one in wrong),
+        objective=[float(f"{value:.6g}") if math.isfinite(value) else None for value in objectives],
+        reasoning="".join(f"{number:04x}" for number in hashes),
+    )
 
 
 @contextmanager
@@ -166,13 +203,26 @@ def as_step(record):
         step = as_dataclass(TextStep, record)
         proposed = [as_dataclass(Scored, scored) for scored in step.proposed]
         return replace(step, proposed=proposed, best=as_dataclass(Scored, step.best))
-    step = as_dataclass(Step, record, also=("prompt", "best"))
+    step = as_score(Step, record, also=("prompt", "best"))
     return replace(
         step,
         best=as_dataclass(Best, step.best),
         candidates=[as_dataclass(Candidate, candidate) for candidate in step.candidates],
-        shortlist=[as_dataclass(Tried, tried) for tried in step.shortlist],
+        shortlist=[as_score(Tried, tried) for tried in step.shortlist],
+        audit=step.audit and as_audit(step.audit),
     )
+
+
+def as_score(kind, record, also=()):
+    """A `Score` of this kind, with its rows. Errors: as of `as_dataclass`."""
+    score = as_dataclass(kind, record, also)
+    return replace(score, rows=score.rows and as_dataclass(RowOutcomes, score.rows))
+
+
+def as_audit(record):
+    """The `Audit` of a step's record. Errors: as of `as_dataclass`."""
+    audit = as_dataclass(Audit, record)
+    return replace(audit, drawn=[as_score(Tried, drawn) for drawn in audit.drawn], again=as_score(Score, audit.again))
 
 
 def as_dataclass(kind, record, also=()):

@@ -126,6 +126,7 @@ class SearchSettings(GenerationSettings):
     choose_on: str = flag("dev", "rows that choose the final prompt among the best of the run")
     max_prompt_tokens: int = flag(64, "a prompt stops growing at this length")
     gradient_batch_size: int = flag(0, "rows in one forward and backward pass; 0: by the model's size")
+    audit_every: int = flag(0, "spend generations of every so manieth step on what the gradient is worth; 0: of none")
     seed: int = flag(0, "draws the training rows and the sampled rows of each step")
 
     @property
@@ -133,11 +134,22 @@ class SearchSettings(GenerationSettings):
         """How many prompts a step scores, about: without a shortlist there are as many as candidates."""
         return self.min_candidates if self.shortlist == "all" else self.shortlist_size
 
+    @property
+    def audited_prompts(self):
+        """How many prompts all audits score, about: in each a random shortlist, and the incumbent again."""
+        return (self.tries_per_step + 1) * (self.steps // self.audit_every if self.audit_every else 0)
+
+    @property
+    def beyond_paper(self):
+        """The settings, as words, whose steps beyond_paper.py takes; "" where none does."""
+        return f"audit_every {self.audit_every}" if self.audit_every else ""
+
     def __post_init__(self):
         super().__post_init__()
         for name in AT_LEAST_ONE:
             require(getattr(self, name) >= 1, f"{as_flag(name)} must be at least 1")
-        require(self.gradient_batch_size >= 0, "--gradient-batch-size must not be negative")
+        for name in ("gradient_batch_size", "audit_every"):
+            require(getattr(self, name) >= 0, f"{as_flag(name)} must not be negative")
         require(self.steps >= 0, "--steps must not be negative")
         require(0 <= self.fluency_weight < math.inf, "--lambda must be a number not below 0")
         require(0 < self.loss_temperature < math.inf, "--loss-temperature must be a number above 0")
