@@ -19,6 +19,7 @@ from support.answerers import local_answerer, server_answerer
 from support.evaluation import Evaluation, estimate, evaluate_once, read_predictions
 from support.files import alone_in, append_jsonl, is_text, read_jsonl, require, require_fields, write_chained
 from support.identity import identity_of
+from support.instruments import signal_of, signal_verdict
 from support.progress import in_words, open_bar, remaining
 from support.runs import (
     begin_run,
@@ -228,6 +229,8 @@ def optimize_task(job):
     best = prompts[0]["prompt"]
     programs = write_programs(run_dir, job.task, best, flags.model, flags.max_new_tokens, engine.tokenizer)
     print("\n".join(["\nwhat is sent with the best prompt:", *sent(job.task, best)]))
+    if flags.method == GREATER:
+        print(f"\n{signal_of_run(run_dir, prompts, flags.train_rows)}")
     print_paths(run_dir)
     print("\n".join(f"  {path}" for path in programs))
 
@@ -416,6 +419,11 @@ def report(name, prompts, results, predictions):
     if "best" in names:
         print(f"\n{comparison_table(name, ['initial'], predictions)}")
     print(f"\n{verdict(prompts, compare_reading(*predictions, 'paper'))}")
+
+
+def signal_of_run(run_dir, prompts, train_rows):
+    """Two sentences on the gradient and the noise, from what the search recorded."""
+    return signal_verdict(signal_of(read_steps(run_dir / "steps.jsonl"), prompts, train_rows))
 
 
 def print_paths(run_dir):

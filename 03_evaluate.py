@@ -7,6 +7,7 @@
     python 03_evaluate.py --task gsm8k --endpoint http://localhost:8000/v1 --model NAME --prompt "..."
     python 03_evaluate.py --run-dir runs/demo-seed0 --regrade          # the kept texts again, without a model
     python 03_evaluate.py --report runs                                # tables and pictures of all runs
+    python 03_evaluate.py --signal runs/demo-seed0                     # what the gradient was worth, finished or not
 
 Two readings of one generation: `paper` (the answer behind the extractor) and `harness` (lm-evaluation-harness's
 flexible extraction from the reasoning itself). The last prompt is compared with each of the others row by row. What was
@@ -54,6 +55,7 @@ class Flags(GenerationSettings, ServerFlags, ModelFlags, TaskFlags):
     endpoint: str = flag("", "URL of an OpenAI-compatible server that answers; --model is its name for the model")
     regrade: bool = flag(False, "read and grade the texts in predictions.jsonl again, without a model")
     report: str = flag("", "only write tables and pictures of this run, or of all runs in this folder")
+    signal: str = flag("", "only say what this run's steps, finished or not, tell of the gradient and of the noise")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ def main():
         from support.report import write_report
 
         print("\n".join(f"  {path}" for path in write_report(flags.report)))
+        return
+    if flags.signal:
+        print_signal(flags.signal)
         return
     if not (flags.endpoint or flags.regrade):
         flags.model = flags.model_path()
@@ -158,6 +163,20 @@ def best_prompts(records, count, task):
     for rank, record in enumerate(records[1:count], 2):
         prompts.append(Prompt("candidate", f"rank {rank}", task, record["prompt"]))
     return prompts[::-1]
+
+
+def print_signal(folder):
+    """What the steps of a run in a folder tell of its gradient, and a picture of it."""
+    from support.instruments import load_search, signal_of, signal_text, signal_verdict
+    from support.pictures import draw_signal
+
+    run = load_search(folder)
+    signal = signal_of(run.steps, run.prompts, run.config.get("train_rows", 0))
+    unfinished = "" if run.prompts else " (not finished)"
+    print(f"{run.title}, {signal.steps} steps{unfinished}\n\n{signal_text(signal)}\n\n{signal_verdict(signal)}")
+    path = run.folder / "signal.png"
+    draw_signal(run, signal, path)
+    print(f"  {path}")
 
 
 # --- What is printed --------------------------------------------------------------------------------------

@@ -159,8 +159,7 @@ def training_loss(cross_entropy, nll, settings):
 
 
 def row_objectives(cross_entropy, wrong, nll, settings):
-    """What selection minimizes the mean of, per row [B]: the loss, or the released rule, error + lambda / 10 * fluency.
-    """
+    """Per row [B] what selection minimizes: the loss, or the released rule, error + lambda / 10 * fluency."""
     if settings.objective == "error":
         return wrong + settings.fluency_weight / 10 * fluency(nll, settings)
     return training_loss(cross_entropy, nll, settings)

@@ -3,6 +3,7 @@
     draw_run(run)                   a search: objective.png, evolution.png, gradient.png in the run's folder
     draw_accuracy(records, path)    test accuracy of every method
     transfer_picture(records, path) prompts found with one model on another
+    draw_signal(run, signal, path)  what the gradient of a search was worth
 
 What a picture shows is first made as plain data. matplotlib is imported where something is drawn.
 """
@@ -17,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.evaluation import INTERVALS, READINGS, estimate
+from support.evaluation import INTERVALS, READINGS, estimate, wilson
+from support.instruments import MEASURES, gradient_points, spearman, within_steps
 
 # --- What the pictures show: plain data -----------------------------------------------------------------------
 
@@ -28,13 +30,6 @@ class FinalistPoint(NamedTuple):
     low: float  # ends of its 95 % interval; both the accuracy itself where an older run does not say
     high: float
     initial: bool  # whether it is the initial prompt
-
-
-class GradientPoint(NamedTuple):
-    predicted: float  # gradient of a shortlisted candidate minus the incumbent's
-    realised: float  # its objective minus the incumbent's
-    taken: bool
-    step: int
 
 
 class Cell(NamedTuple):
@@ -127,57 +122,6 @@ def changed_cells(cells, before, now, step):
     return changed
 
 
-def gradient_points(steps):
-    """A GradientPoint for each shortlisted candidate; not where the prompt grew (there is no incumbent) or no gradient
-    was taken."""
-    points = []
-    for before, step in zip(steps, steps[1:]):
-        if step.position >= len(before.prompt_ids):
-            continue
-        gradients = {candidate.token: candidate.gradient for candidate in step.candidates}
-        incumbent = gradients.get(before.prompt_ids[step.position])
-        if incumbent is None:
-            continue
-        for tried in step.shortlist:
-            predicted = gradients[tried.token] - incumbent
-            realised = tried.objective - before.objective
-            taken = tried.prompt_ids == step.prompt_ids
-            points.append(GradientPoint(predicted, realised, taken, step.step))
-    return points
-
-
-def spearman(xs, ys):
-    """Rank correlation, ties sharing their mean rank; None where it is not defined."""
-    if len(set(xs)) < 2 or len(set(ys)) < 2:
-        return None
-    return float(np.corrcoef(mean_ranks(xs), mean_ranks(ys))[0, 1])
-
-
-def within_steps(points):
-    """(mean over the steps of the rank correlation of a step's own points, number of steps); None where none has one.
-
-    Over all points together a step in which everything changes much, like the first, stands against those in which
-    nothing does. But the search compares a step's candidates with each other only.
-    """
-    by_step = defaultdict(list)
-    for point in points:
-        by_step[point.step].append(point)
-    found = []
-    for own in by_step.values():
-        rank = spearman([point.predicted for point in own], [point.realised for point in own])
-        if rank is not None:
-            found.append(rank)
-    return (float(np.mean(found)) if found else None), len(found)
-
-
-def mean_ranks(values):
-    """The rank of each value, from 1; equal values have the mean of their ranks."""
-    values = np.asarray(values, dtype=float)
-    smaller = (values[:, None] > values).sum(1)
-    equal = (values[:, None] == values).sum(1)
-    return smaller + (equal + 1) / 2
-
-
 def transfer_groups(records):
     """{(task, method, source): {target: records}} in the records' order, and the targets."""
     groups = defaultdict(lambda: defaultdict(list))
@@ -251,9 +195,7 @@ def draw_objective(run, path):
     bottom.xaxis.get_major_locator().set_params(integer=True)
     for panel in (top, bottom):
         panel.grid(alpha=0.3)
-        handles, labels = panel.get_legend_handles_labels()
-        once = dict(zip(labels, handles))
-        panel.legend(once.values(), once.keys())
+        legend_once(panel)
     figure.savefig(path)
 
 
@@ -545,6 +487,119 @@ def threshold(values):
     sizes = np.abs(values)
     uneven = np.median(sizes) < sizes.max() / 10  # early steps change much, late ones little
     return sizes.max() / 100 if uneven else None
+
+
+# --- signal.png -----------------------------------------------------------------------------------------------
+
+
+def draw_signal(run, signal, path):
+    """Four panels of an instruments.Signal: which gradient ranks win, how predicted and realised changes agree, what
+    changes at all, and the gradient's shortlist against a random one in each audit."""
+    figure, ((ranks, agree), (changes, audits)) = new_figure(1400, 1000, 2, 2)
+    draw_ranks(ranks, signal.wins)
+    draw_agreement(agree, signal.correlations)
+    draw_changed(changes, {"shortlisted": signal.tried, "at random": signal.drawn, "itself again": signal.again})
+    draw_audits(audits, run.steps)
+    figure.suptitle(f"{run.title}; {signal.steps} steps (bars: 95 % intervals)")
+    figure.savefig(path)
+
+
+def say_nothing(panel, title):
+    """A panel of what was not recorded."""
+    panel.set(title=title, xticks=[], yticks=[])
+    panel.text(0.5, 0.5, "not recorded", transform=panel.transAxes, color=GRAY, fontsize=14, ha="center", va="center")
+
+
+def draw_ranks(panel, wins):
+    title = "wins by gradient rank (1: most negative)"
+    if wins is None:
+        say_nothing(panel, title)
+        return
+    for shift, color, label, counts in (
+        (-0.12, BLUE, "best of shortlist", wins.best),
+        (0.12, RED, "taken", wins.taken),
+    ):
+        total = sum(counts)
+        for rank, count in enumerate(counts, 1):
+            if total:
+                share, bar = count / total, error_bar(count / total, *wilson(count, total))
+                panel.errorbar(rank + shift, 100 * share, bar, fmt="o", color=color, capsize=4, label=label)
+    panel.axhline(100 / len(wins.best), color=GRAY, linestyle="--", label="chance")
+    panel.set(title=title, xlabel="gradient rank", ylabel="% of steps", ylim=(0, 100))
+    panel.set_xticks(range(1, len(wins.best) + 1))
+    legend_once(panel)
+
+
+def legend_once(panel):
+    handles, labels = panel.get_legend_handles_labels()
+    once = dict(zip(labels, handles))
+    panel.legend(once.values(), once.keys())
+
+
+def draw_agreement(panel, correlations):
+    """correlations: as of instruments.Signal."""
+    names = [
+        f"{MEASURES[measure]}{chr(10)}(random shortlist)" if drawn else MEASURES[measure]
+        for measure, drawn in correlations
+    ]
+    title = "rank correlation of predicted and realised change"
+    if not any(interval for pair in correlations.values() for interval in pair):
+        say_nothing(panel, title)
+        return
+    for place, pair in enumerate(correlations.values()):
+        for shift, color, label, interval in (
+            (-0.15, BLUE, "within steps", pair[0]),
+            (0.15, ORANGE, "over all", pair[1]),
+        ):
+            if interval:
+                bar = [[max(0, interval.value - interval.low)], [max(0, interval.high - interval.value)]]
+                panel.errorbar(interval.value, place + shift, xerr=bar, fmt="o", color=color, capsize=4, label=label)
+    panel.axvline(0, color=GRAY, linestyle="--")
+    panel.set(title=title, xlim=(-1.05, 1.05))
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    panel.invert_yaxis()
+    legend_once(panel)
+
+
+def draw_changed(panel, changed):
+    """changed: {label: instruments.Changed or None}."""
+    title = "rows that differ from those under the incumbent"
+    if not any(changed.values()):
+        say_nothing(panel, title)
+        return
+    for place, one in enumerate(changed.values()):
+        if one is None:
+            panel.text(place, 3, "not recorded", ha="center", color=GRAY)
+            continue
+        for shift, color, label, share in (
+            (-0.15, SKY, "reasoning", one.reasoning),
+            (0.15, GREEN, "outcome", one.flips),
+        ):
+            bar = error_bar(share.value, share.low, share.high)
+            panel.bar(place + shift, 100 * share.value, 0.28, yerr=bar, color=color, capsize=4, label=label)
+    panel.set(title=title, ylabel="% of rows", ylim=(0, 105))
+    panel.set_xticks(range(len(changed)), changed)
+    legend_once(panel)
+
+
+def draw_audits(panel, steps):
+    """Each audit's lowest objective, of the gradient's shortlist and of the random one, less the incumbent's."""
+    title = "lowest objective of the shortlist minus the incumbent's"
+    audited = [(before, step) for before, step in zip(steps, steps[1:]) if step.audit]
+    if not audited:
+        say_nothing(panel, title)
+        return
+    xs = [step.step for _, step in audited]
+    for marker, color, label in (("D", RED, "gradient's shortlist"), ("o", SKY, "random shortlist")):
+        lists = [step.shortlist if color == RED else step.audit.drawn for _, step in audited]
+        ys = [min(one.objective for one in tried) - before.objective for tried, (before, _) in zip(lists, audited)]
+        panel.plot(xs, ys, marker, color=color, label=label)
+    again = [step.audit.again.objective - before.objective for before, step in audited]
+    panel.plot(xs, again, "_", color=GRAY, markersize=14, label="incumbent in other batches")
+    panel.axhline(0, color="0.5", linewidth=1)
+    panel.set(title=title, xlabel="step")
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.legend()
 
 
 # --- accuracy.png and transfer.png ----------------------------------------------------------------------------

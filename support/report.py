@@ -16,7 +16,8 @@ from urllib.parse import quote
 
 from support.evaluation import INTERVALS, READINGS, estimate, tokens_text
 from support.files import read_jsonl, require
-from support.pictures import draw_accuracy, draw_run, gradient_points, split_of, transfer_groups
+from support.instruments import gradient_points
+from support.pictures import draw_accuracy, draw_run, split_of, transfer_groups
 from support.runs import changed_parts, dev_warning, load_runs
 from support.settings import SearchSettings
 from support.tables import comparison_table

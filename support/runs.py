@@ -159,6 +159,7 @@ def described(step, engine, row, scores):
         return prompt_text(engine.tokenizer, row, prompt_ids).strip()
 
     (best,) = finalists(engine.tokenizer, scores, 1)
+
     def with_text(records):
         return [replace(record, text=engine.tokenizer.decode([record.token])) for record in records]
 

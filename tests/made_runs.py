@@ -4,7 +4,7 @@ import random
 from dataclasses import asdict, replace
 
 from support.files import write_json, write_jsonl
-from support.runs import Best, Candidate, Step, Tried
+from support.runs import Audit, Best, Candidate, RowOutcomes, Score, Step, Tried
 
 LLAMA, GEMMA = "meta-llama/Meta-Llama-3-8B-Instruct", "google/gemma-2-9b-it"
 START = "read it ."
@@ -106,6 +106,40 @@ def long_run(steps, length, most):
         records.append(replace(step(number, position, prompt_ids, objective, gradients, shortlist), grows=grows))
         position = position + 1 if position + 1 < len(prompt_ids) or len(prompt_ids) < most else 0
     return records
+
+
+def rows_of(wrong, objectives, reasonings):
+    """The `RowOutcomes` of rows whose reasonings are named by a letter each."""
+    return RowOutcomes(wrong, objectives, "".join(f"{ord(letter):04x}" for letter in reasonings))
+
+
+START_ROWS = rows_of("1111", [4.0, 6.0, 8.0, 10.0], "abcd")
+TAKEN_ROWS = rows_of("0011", [1.0, 3.0, 5.0, 7.0], "xycd")  # three lower in every row
+OTHER_ROWS = rows_of("0111", [4.0, 8.0, 12.0, 12.0], "abcz")
+
+
+def audited_run():
+    """Three steps with rows and audits. The random shortlist of step 1 is better, in steps 2 and 3 the gradient's."""
+    start = replace(step(0, None, (1, 2, 3), 7.0), rows=START_ROWS)
+    steps = [start]
+    for number, position in ((1, 0), (2, 1), (3, 2)):
+        before = steps[-1].prompt_ids
+        ids = [(*before[:position], token, *before[position + 1 :]) for token in (4, 5)]
+        gradients = {4: -2.0, 5: -1.0, before[position]: 0.5}
+        tried = [(4, ids[0], 7.0 - number), (5, ids[1], 9.0 - number)]
+        taken = step(number, position, ids[0], 7.0 - number, gradients, tried)
+        shortlist = [
+            replace(one, rows=rows, fixed_loss=loss)
+            for one, rows, loss in zip(taken.shortlist, (TAKEN_ROWS, OTHER_ROWS), (6.0, 8.0), strict=True)
+        ]
+        drawn = replace(shortlist[1], objective=6.5 - number if number == 1 else 7.5 - number)
+        again = Score(**score(before, steps[-1].objective + 0.25), rows=steps[-1].rows)
+        audit = Audit(drawn=[drawn], fixed_loss=7.0, again=again, generations=8)
+        steps.append(replace(taken, shortlist=shortlist, rows=TAKEN_ROWS, audit=audit))
+    return tuple(steps)
+
+
+AUDITED = audited_run()
 
 
 def finalist(prompt_ids, accuracy, initial=False):

@@ -1,6 +1,5 @@
 """Pictures: what they show against hand-computed values; their sizes, and what they say."""
 
-import math
 import os
 import re
 from dataclasses import replace
@@ -8,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import ROOT
-from made_runs import LLAMA, STEPS, TEXTS, TRANSFERS, WORDS, finalist, long_run, make_run, result, step
+from made_runs import AUDITED, LLAMA, STEPS, TEXTS, TRANSFERS, WORDS, finalist, long_run, make_run, result
 
 from support import pictures
+from support.instruments import load_search, signal_of
 from support.report import write_report
 from support.runs import load_run
 
@@ -79,40 +79,6 @@ def test_token_texts_come_from_the_records_then_the_tokenizer_and_else_the_words
     )
     demo = [replace(STEPS[0], prompt_ids=(75, 92))]
     assert pictures.token_texts(demo, ROOT / "demo" / "model") == {75: "check", 92: "every"}
-
-
-def test_a_gradient_point_is_the_candidate_minus_the_incumbent_in_gradient_and_objective():
-    # Step 4 grows the prompt, so that it has no incumbent.
-    assert pictures.gradient_points(STEPS) == [
-        (-2.5, -3.0, True, 1),
-        (-2.0, 1.0, False, 1),
-        (-0.75, 0.5, False, 2),
-        (-0.25, -0.5, True, 3),
-    ]
-    random_shortlist = [STEPS[0], step(1, 0, (4, 2, 3), 5.0, {4: None, 1: None}, [(4, (4, 2, 3), 5.0)])]
-    assert pictures.gradient_points(random_shortlist) == []
-
-
-def test_the_rank_correlation_is_spearmans():
-    # Ranks 1 2 3 4 5 against 2 1 4 3 5: 1 - 6 * 4 / (5 * 24) = 0.8.
-    assert pictures.spearman([1, 2, 3, 4, 50], [0.2, 0.1, 7, 6, 8]) == pytest.approx(0.8)
-    # Two share ranks 1 and 2: from the means -1 -1 0.5 1.5 and -1.5 -0.5 0.5 1.5, so 4.5 / sqrt(4.5 * 5).
-    assert pictures.spearman([5, 5, 6, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert pictures.spearman([1, 2, 3], [9, 4, -1]) == pytest.approx(-1)
-    assert pictures.spearman([1, 1, 1], [1, 2, 3]) is None
-
-
-def test_the_correlation_within_steps_is_the_mean_over_steps_and_not_what_all_points_together_say():
-    # Within each step the order is the other way round, but the second step is all above the first.
-    points = [
-        pictures.GradientPoint(predicted + 100 * step, 100 * step - predicted, False, step)
-        for step in (1, 2)
-        for predicted in (1, 2, 3)
-    ]
-    assert pictures.within_steps(points) == (pytest.approx(-1), 2)
-    assert "within steps -1.00 (mean of 2), over all 6 candidates 0.54" in pictures.correlations(points)
-    alone = [pictures.GradientPoint(1.0, 1.0, True, 1), pictures.GradientPoint(2.0, 1.0, False, 2)]
-    assert pictures.within_steps(alone) == (None, 0) and "within steps not defined" in pictures.correlations(alone)
 
 
 class Panel:
@@ -190,6 +156,13 @@ def test_every_picture_of_a_run_is_drawn_legibly_wide_and_not_endlessly_high(tmp
     sizes = {path.name: png_size(path) for path in written if path.suffix == ".png"}
     assert set(sizes) == {"accuracy.png", "objective.png", "evolution.png"} | ({"gradient.png"} if steps else set())
     assert all(1200 <= width <= 1600 and height <= 2800 for width, height in sizes.values())
+
+
+@pytest.mark.parametrize("steps", [STEPS, long_run(40, 10, 12), AUDITED])
+def test_the_picture_of_the_signal_is_drawn_also_of_what_was_not_recorded(tmp_path, steps):
+    run = load_search(make_run(tmp_path / "run", steps=steps))
+    pictures.draw_signal(run, signal_of(run.steps, run.prompts), tmp_path / "signal.png")
+    assert png_size(tmp_path / "signal.png") == (1400, 1000)
 
 
 def test_the_cap_on_rows_is_said_in_the_picture(tmp_path, monkeypatch):
