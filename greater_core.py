@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from support.answers import answer_columns, choice_log_probs, finite_rows, read_answers
 from support.engine import Context, Engine, pad
 from support.files import UserError, require
+from support.instruments import paired_gain
 from support.runs import Candidate, Score, Step, Tried, described, last_job, row_outcomes, scores_of, timed
 from support.settings import SearchSettings
 from support.tokens import Row, allowed_ids, ends_sentence, survives_encoding
@@ -159,10 +160,12 @@ def training_loss(cross_entropy, nll, settings):
 
 
 def row_objectives(cross_entropy, wrong, nll, settings):
-    """Per row [B] what selection minimizes: the loss, or the released rule, error + lambda / 10 * fluency."""
-    if settings.objective == "error":
-        return wrong + settings.fluency_weight / 10 * fluency(nll, settings)
-    return training_loss(cross_entropy, nll, settings)
+    """Per row [B] what selection minimizes: the loss; or the released rule, error + lambda / 10 * fluency; or that with
+    minus the gold answer's probability (at the loss temperature), 0 in a wrong row, in the error's place."""
+    if settings.objective == "loss":
+        return training_loss(cross_entropy, nll, settings)
+    error = wrong if settings.objective == "error" else (wrong - 1) * (-cross_entropy).exp()
+    return error + settings.fluency_weight / 10 * fluency(nll, settings)
 
 
 def objective_of(cross_entropy, wrong, nll, settings):
@@ -292,12 +295,15 @@ def reason_and_score(search, prefix, jobs):
 
 
 def score_prompts(search, prefix, prompts):
-    """[(Score, reasoning of each row)] of prompts, tuples of ids that begin with the prefix's, as one job."""
-    count = len(search.rows)
-    outcomes = reason_and_score(search, prefix, [(prompt, i) for prompt in prompts for i in range(count)])
+    """[(Score, reasoning of each row)] of prompts, tuples of ids that begin with the prefix's, as one job for each
+    length."""
+    numbers, outcomes = range(len(search.rows)), {}
+    for length in dict.fromkeys(map(len, prompts)):
+        jobs = [(prompt, i) for prompt in prompts if len(prompt) == length for i in numbers]
+        outcomes |= zip(jobs, reason_and_score(search, prefix, jobs))
     scored = []
-    for n, prompt in enumerate(prompts):
-        own = outcomes[n * count : (n + 1) * count]
+    for prompt in prompts:
+        own = [outcomes[prompt, i] for i in numbers]
         scored.append((score_of_rows(search, prompt, own), [outcome.reasoning for outcome in own]))
     return scored
 
@@ -326,7 +332,8 @@ def select_candidate(search, prefix, tried, incumbent, forced=None):
         search.scores[score.prompt_ids] = score
         reasonings[score.prompt_ids] = reasoning
     rivals = [] if incumbent is None else [incumbent]
-    rivals += [search.scores[prompt] for prompt in tried]
+    scores = [search.scores[prompt] for prompt in tried]
+    rivals += [score for score in scores if may_replace(incumbent, score, search.settings.margin)]
     if search.settings.ties == "last":
         rivals.reverse()
     winner = search.scores[forced] if forced else min(rivals, key=lambda score: score.objective)
@@ -336,6 +343,12 @@ def select_candidate(search, prefix, tried, incumbent, forced=None):
         ((_, search.reasoning),) = score_prompts(search, prefix, [winner.prompt_ids])
     search.current = winner
     return new
+
+
+def may_replace(incumbent, score, margin):
+    """Whether a gain over the rows exceeds so many of its standard errors; always where the margin is 0, as in the
+    paper, or there is no incumbent."""
+    return not margin or incumbent is None or paired_gain(incumbent.rows, score.rows).size > margin
 
 
 def forced_end(search, shortlist, position):
@@ -359,9 +372,26 @@ def next_position(tokenizer, prompt, position, max_prompt_tokens):
     return 0 if closed else len(prompt)
 
 
+def position_behind(search, last):
+    """The position at which the search goes on behind a `Step`. Where all positions are searched at once it is 0, from
+    where they are scored, unless the prompt grows."""
+    prompt, settings = last.prompt_ids, search.settings
+    position = len(prompt) - 1 if settings.positions == "all" else last.position
+    return next_position(search.engine.tokenizer, prompt, position, settings.max_prompt_tokens)
+
+
 def generator_of(settings, step, purpose):
     """One per (seed, step, purpose): a resumed run draws what an uninterrupted one draws."""
     return random.Random(f"{settings.seed}/{step}/{purpose}")
+
+
+def proposals(search, prefix, step, admit):
+    """(candidate ids, k) at the prefix's position, from rows drawn for the step. admit: as of `propose_candidates`."""
+    settings, count = search.settings, len(search.rows)
+    rng, size = generator_of(settings, step, "proposal"), min(settings.sampled_rows, count)
+    samples = [rng.sample(range(count), size) for _ in range(settings.intersections)]
+    log_probs = prefix.log_probs.masked_fill(~search.allowed, float("-inf"))
+    return propose_candidates(log_probs, samples, settings.top_k, settings.min_candidates, admit)
 
 
 def search_step(search, prefix, step):
@@ -379,11 +409,7 @@ def search_step(search, prefix, step):
         return token != incumbent and survives_encoding(tokenizer, search.rows[0], with_token(token))
 
     with timed(seconds, "propose"):
-        rng, count = generator_of(settings, step, "proposal"), len(search.rows)
-        size = min(settings.sampled_rows, count)
-        samples = [rng.sample(range(count), size) for _ in range(settings.intersections)]
-        log_probs = prefix.log_probs.masked_fill(~search.allowed, float("-inf"))
-        candidates, k = propose_candidates(log_probs, samples, settings.top_k, settings.min_candidates, admit)
+        candidates, k = proposals(search, prefix, step, admit)
 
     with timed(seconds, "gradient"):
         # A growing prompt has no token here yet: the gradient is taken at the likeliest proposal.
@@ -418,6 +444,7 @@ def optimize(engine, rows, prompt, settings, history=(), visit=search_step):
     taken, `search_step` or beyond_paper.visit, which some settings need: without it these are a ValueError."""
     if settings.beyond_paper and visit is search_step:
         raise ValueError(f"beyond_paper.visit takes the steps of these settings: {settings.beyond_paper}")
+    settings.require_rows(len(rows))
     engine.counts, engine.batch_sizes = Counter(), {}
     allowed = torch.zeros(engine.model.get_input_embeddings().num_embeddings, dtype=torch.bool)
     allowed[allowed_ids(engine.tokenizer, len(allowed))] = True
@@ -434,7 +461,7 @@ def optimize(engine, rows, prompt, settings, history=(), visit=search_step):
         yield described(last, engine, rows[0], search.scores)
 
     for step in range(last.step + 1, settings.steps + 1):
-        position = next_position(engine.tokenizer, last.prompt_ids, last.position, settings.max_prompt_tokens)
+        position = position_behind(search, last)
         prefix = prefix_at(engine, questions, last.prompt_ids[:position], known=prefix)
         last = visit(search, prefix, step)
         yield described(last, engine, rows[0], search.scores)
@@ -457,8 +484,7 @@ def resume(search, questions, history):
             "another machine or library; start a new run with another --run-dir"
         )
     search.current = search.scores[last.prompt_ids]
-    # All but the last token before the position at which the search goes on: that one it reads, and counts, itself.
-    following = next_position(engine.tokenizer, last.prompt_ids, last.position, search.settings.max_prompt_tokens)
-    prefix = prefix_at(engine, questions, last.prompt_ids[: max(0, following - 1)])
+    # Where the last step stood: what is read behind that the search reads, and counts, itself.
+    prefix = prefix_at(engine, questions, last.prompt_ids[: last.position or 0])
     engine.counts, engine.batch_sizes = Counter(last.totals), dict(last.batch_sizes)
     return prefix

@@ -72,17 +72,31 @@ def gradient_points(steps, measure="objective", drawn=False):
     measure: one of `MEASURES`."""
     points = []
     for before, step in with_incumbent(steps):
-        gradients = {candidate.token: candidate.gradient for candidate in step.candidates}
-        incumbent = gradients.get(before.prompt_ids[step.position])
+        changes = predicted_changes(before, step)
         base = step.audit and step.audit.fixed_loss if measure == "fixed_loss" else getattr(before, measure)
-        if incumbent is None or base is None:
-            continue
         for tried in tried_in(step, drawn):
-            value = getattr(tried, measure)
-            if value is not None:
-                taken = tried.prompt_ids == step.prompt_ids
-                points.append(GradientPoint(gradients[tried.token] - incumbent, value - base, taken, step.step))
+            value, predicted = getattr(tried, measure), changes.get(place_of(tried))
+            if None not in (value, predicted, base):
+                points.append(GradientPoint(predicted, value - base, tried.prompt_ids == step.prompt_ids, step.step))
     return points
+
+
+def predicted_changes(before, step):
+    """{(position, token): gradient less that of the token there} of the step's substitutions; {} without gradients."""
+    own = [one for one in step.candidates if one.edit == "substitute" and one.gradient is not None]
+    gradients = {place_of(one): one.gradient for one in own}
+    changes = {}
+    for (position, token), gradient in gradients.items():
+        there = step.position if position is None else position
+        incumbent = gradients.get((position, before.prompt_ids[there]))
+        if incumbent is not None:
+            changes[position, token] = gradient - incumbent
+    return changes
+
+
+def place_of(record):
+    """(position, token) of a `Candidate` or a `Tried`; the position is None where it is the step's."""
+    return record.position, record.token
 
 
 def with_incumbent(steps):
@@ -92,10 +106,10 @@ def with_incumbent(steps):
 
 
 def tried_in(step, drawn=False):
-    """The shortlist of a step, or the random one of its audit; [] where there was none."""
+    """The tokens that were tried in place of another: the shortlist's, or the random one's of an audit."""
     if drawn:
         return step.audit.drawn if step.audit else []
-    return step.shortlist
+    return [tried for tried in step.shortlist if tried.edit == "substitute"]
 
 
 def spearman(xs, ys):
@@ -174,23 +188,22 @@ class Wins:
     best: list[int]  # of each rank: steps in which it had the lowest objective of the shortlist
     taken: list[int]  # of each rank: steps in which it was taken
     kept: int  # steps in which the incumbent stayed
-
-    @property
-    def steps(self):
-        return sum(self.taken) + self.kept
+    steps: int  # in some of them an insertion or a deletion may have won
 
 
 def wins_of(steps):
     """The `Wins` over the steps whose shortlist has the run's commonest length; None where no gradient was taken.
     Steps in which several share the lowest objective have no best."""
-    ranked = [(step, ranks) for _, step in with_incumbent(steps) if (ranks := by_gradient(step))]
-    if not ranked:
+    ranked = [(before, step, by_gradient(before, step)) for before, step in with_incumbent(steps)]
+    lengths = Counter(len(ranks) for *_, ranks in ranked if ranks)
+    if not lengths:
         return None
-    size = Counter(len(ranks) for _, ranks in ranked).most_common(1)[0][0]
-    best, taken, kept = [0] * size, [0] * size, 0
-    for step, ranks in ranked:
+    size = lengths.most_common(1)[0][0]
+    best, taken, kept, count = [0] * size, [0] * size, 0, 0
+    for before, step, ranks in ranked:
         if len(ranks) != size:
             continue
+        count += 1
         lowest = min(tried.objective for tried in ranks)
         winners = [rank for rank, tried in enumerate(ranks) if tried.objective == lowest]
         if len(winners) == 1:
@@ -198,17 +211,16 @@ def wins_of(steps):
         places = [rank for rank, tried in enumerate(ranks) if tried.prompt_ids == step.prompt_ids]
         if places:
             taken[places[0]] += 1
-        else:
-            kept += 1
-    return Wins(best, taken, kept)
+        kept += step.prompt_ids == before.prompt_ids
+    return Wins(best, taken, kept, count)
 
 
-def by_gradient(step):
-    """The shortlist of a step, the most negative gradient first; [] where no gradient was taken."""
-    gradients = {candidate.token: candidate.gradient for candidate in step.candidates}
-    if any(gradients.get(tried.token) is None for tried in step.shortlist):
+def by_gradient(before, step):
+    """The tokens tried in place of another, the one that promises most first; [] where no gradient was taken."""
+    changes, tried = predicted_changes(before, step), tried_in(step)
+    if any(place_of(one) not in changes for one in tried):
         return []
-    return sorted(step.shortlist, key=lambda tried: gradients[tried.token])
+    return sorted(tried, key=lambda one: changes[place_of(one)])
 
 
 # --- What changes at all ----------------------------------------------------------------------------------
@@ -322,7 +334,7 @@ def signal_of(steps, prompts=(), rows=0):
         for drawn in (False, True)
     }
     audited = [(before, step) for before, step in pairs if step.audit]
-    differences = [lowest(step.audit.drawn) - lowest(step.shortlist) for _, step in audited]
+    differences = [lowest(step.audit.drawn) - lowest(tried_in(step)) for _, step in audited]
     return Signal(
         steps=len(steps) - 1,
         audits=len(audited),

@@ -10,7 +10,7 @@ each run. Also the table of prompts moved between models. Works without torch; t
 import math
 import statistics
 from collections import defaultdict
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
 
@@ -116,7 +116,7 @@ def method_labels(runs):
 
 def usual_settings(task):
     """{setting: its default} of a search on a task, given by name."""
-    usual = {f.name: f.default for f in fields(SearchSettings)}
+    usual = asdict(SearchSettings())
     if task in TASKS:
         usual |= {"initial_prompt": TASKS[task].initial_prompt} | TASKS[task].parts | TASKS[task].defaults
     return usual

@@ -73,6 +73,8 @@ class Candidate:
     token: int
     gradient: float | None  # of the loss, mean over the rows; None where no gradient was taken
     text: str = ""
+    edit: str = "substitute"  # or insert: the token would stand before the one there; or delete: it would go
+    position: int | None = None  # None: the step's
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Tried(Score):
     token: int
     new: bool  # scored in this step, not in an earlier one
     text: str = ""
+    edit: str = "substitute"  # as of a `Candidate`
+    position: int | None = None
     # The training loss behind the reasoning of the incumbent, whose slope the gradient is; None without an audit.
     fixed_loss: float | None = None
 
@@ -109,7 +113,7 @@ class Step(Score):
     """One position visited: the score of the prompt behind it, and how it was found."""
 
     step: int  # 0 is the start: the initial prompt's score, nothing tried
-    position: int | None  # in the prompt's tokens; None at the start
+    position: int | None  # in the prompt's tokens; None at the start; where all are searched at once 0
     seconds: dict[str, float]  # propose, gradient, select, audit; at the start select, with reading the questions
     k: int | None = None  # the top-k at which enough candidates were found
     grows: bool = False  # the position was behind the last token
@@ -332,10 +336,16 @@ def read_run(folder, **kinds):
     return record
 
 
+NEWER = {"audit_every": 0, "margin": 0.0, "positions": "one"}  # as it was before there were these settings
+
+
 def with_answer_space(record):
     """The record of a run; one from before there were answer spaces gets what was used then."""
     config, task = record["config"], record["task"]
     config.setdefault("system", "")  # as it was before there were system messages
+    if "shortlist" in config:  # of GReaTer
+        for name, value in {**NEWER, "edits": ["substitute"]}.items():
+            config.setdefault(name, value)
     if "answer_space" not in config:
         known = TASKS.get(task.get("name"))
         config |= {"answer_space": "vocabulary", "extractor": task["extractor"], "template": task["template"]}

@@ -87,7 +87,8 @@ KNOWN_VALUES = {  # of flags; an empty one leaves it to the task
     "preset": tuple(PRESETS),
     "shortlist": ("gradient", "random", "all"),
     "fluency": ("nll", "perplexity"),
-    "objective": ("loss", "error"),
+    "objective": ("loss", "error", "probability"),
+    "positions": ("one", "all"),
     "ties": ("first", "last"),
     "choose_on": ("dev", "train"),
     "kind": ("", *KINDS),
@@ -96,6 +97,10 @@ KNOWN_VALUES = {  # of flags; an empty one leaves it to the task
     "answer_turn": ("continue", "prefill", "ask"),
     "split": ("dev", "test"),
 }
+
+
+EDITS = ("substitute", "insert", "delete")
+MARGIN_ROWS = 24  # the least that a standard error over rows is taken of
 
 
 @dataclass
@@ -120,7 +125,18 @@ class SearchSettings(GenerationSettings):
     fluency_weight: float = flag(0.2, "lambda: weight of the prompt's fluency term in the loss", "--lambda")
     fluency: str = flag("nll", "the fluency term: mean nll of the prompt, or its exponential")
     loss_temperature: float = flag(0.2, "divides the answer's logits in the loss, or the choices' log-probabilities")
-    objective: str = flag("loss", "what selection minimizes; error: error rate + lambda / 10 * fluency")
+    objective: str = flag(
+        "loss",
+        "what selection minimizes; error: error rate + lambda / 10 * fluency; probability: that with minus the gold "
+        "answer's probability, 0 in a wrong row, for the error",
+    )
+    margin: float = flag(
+        0.0, "a try replaces the incumbent only if its gain over the rows exceeds so many standard errors; 0: any gain"
+    )
+    positions: str = flag("one", "what a step searches: one position after the other, or all at once")
+    edits: list[str] = field(
+        default_factory=lambda: ["substitute"], metadata={"help": f"what a step tries: {', '.join(EDITS)}"}
+    )
     ties: str = flag("first", "which of equal objectives is taken; first: the incumbent, then by gradient")
     force_sentence_end: bool = flag(False, "take a shortlisted full stop at once in the prompt's second half")
     choose_on: str = flag("dev", "rows that choose the final prompt among the best of the run")
@@ -132,17 +148,20 @@ class SearchSettings(GenerationSettings):
     @property
     def tries_per_step(self):
         """How many prompts a step scores, about: without a shortlist there are as many as candidates."""
-        return self.min_candidates if self.shortlist == "all" else self.shortlist_size
+        shortlist = self.min_candidates if self.shortlist == "all" else self.shortlist_size
+        return shortlist * len({"substitute", "insert"} & set(self.edits)) + ("delete" in self.edits)
 
     @property
     def audited_prompts(self):
         """How many prompts all audits score, about: in each a random shortlist, and the incumbent again."""
-        return (self.tries_per_step + 1) * (self.steps // self.audit_every if self.audit_every else 0)
+        return (self.shortlist_size + 1) * (self.steps // self.audit_every if self.audit_every else 0)
 
     @property
     def beyond_paper(self):
         """The settings, as words, whose steps beyond_paper.py takes; "" where none does."""
-        return f"audit_every {self.audit_every}" if self.audit_every else ""
+        usual = {"audit_every": 0, "positions": "one", "edits": ["substitute"]}
+        found = {name: getattr(self, name) for name in usual}
+        return ", ".join(f"{name} {value}" for name, value in found.items() if value != usual[name])
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,6 +175,20 @@ class SearchSettings(GenerationSettings):
         for name in KNOWN_VALUES:
             if hasattr(self, name):
                 require_known(name, getattr(self, name))
+        require(0 <= self.margin < math.inf, "--margin must be a number not below 0")
+        self.require_rows(self.train_rows)
+        edits = self.edits and set(self.edits) <= set(EDITS) and len(set(self.edits)) == len(self.edits)
+        require(edits, f"--edits must be some of {', '.join(EDITS)}, each once, not {' '.join(self.edits)!r}")
+        moves = self.positions != "one" or self.edits != ["substitute"]
+        forced = "--force-sentence-end knows one position and substitution only: leave out --positions and --edits"
+        require(not (moves and self.force_sentence_end), forced)
+        every = self.positions == "all" and self.shortlist == "all"
+        require(not every, "--positions all with --shortlist all would try hundreds of prompts in a step: choose one")
+
+    def require_rows(self, count):
+        """Errors: UserError if so many training rows are too few for --margin."""
+        few = f"--margin needs at least {MARGIN_ROWS} training rows to know a standard error, there are {count}"
+        require(not self.margin or count >= MARGIN_ROWS, few)
 
 
 # --- Optimizers that work in text (text_optimizers.py) -------------------------------------------------------------

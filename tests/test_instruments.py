@@ -94,13 +94,15 @@ def test_wins_are_counted_by_gradient_and_not_by_the_order_of_the_records():
     gradients = {4: -1.0, 5: -2.0, 1: 0.0}  # token 5 has rank 1
     taken = step(1, 0, (4, 2, 3), 5.0, gradients, [(4, (4, 2, 3), 5.0), (5, (5, 2, 3), 9.0)])
     kept = step(2, 0, (4, 2, 3), 5.0, gradients | {4: 0.0, 1: -3.0}, [(1, (1, 2, 3), 8.0), (5, (5, 2, 3), 8.0)])
-    assert instruments.wins_of([start, taken, kept]) == Wins(best=[0, 1], taken=[0, 1], kept=1)  # equals have no best
+    assert instruments.wins_of([start, taken, kept]) == Wins(
+        best=[0, 1], taken=[0, 1], kept=1, steps=2
+    )  # equals have no best
     assert instruments.wins_of([start, step(1, 0, (4, 2, 3), 5.0, {4: None}, [(4, (4, 2, 3), 5.0)])]) is None
 
 
 def test_growing_steps_and_shortlists_of_another_length_do_not_count():
     # Steps 2 and 3 have one token, step 1 has two, step 4 grows.
-    assert instruments.wins_of(STEPS) == Wins(best=[2], taken=[1], kept=1)
+    assert instruments.wins_of(STEPS) == Wins(best=[2], taken=[1], kept=1, steps=2)
 
 
 def test_changed_rows_are_shares_of_other_reasonings_and_other_outcomes():
@@ -123,7 +125,7 @@ def test_a_paired_gain_is_the_mean_difference_and_its_standard_error_without_bro
 def test_the_signal_of_a_run_is_the_one_worked_out_by_hand():
     signal = instruments.signal_of(AUDITED)
     assert (signal.steps, signal.audits, signal.audit_generations) == (3, 3, 24)
-    assert signal.wins == Wins(best=[3, 0], taken=[3, 0], kept=0)
+    assert signal.wins == Wins(best=[3, 0], taken=[3, 0], kept=0, steps=3)
     # The random shortlist is lower by 0.5 once and higher by 0.5 twice.
     assert signal.advantage.value == pytest.approx(0.5 / 3) and signal.ahead == (2, 1)
     # Step 1 compares the start with both prompts, steps 2 and 3 the taken rows with themselves and the others.
