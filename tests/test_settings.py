@@ -1,5 +1,6 @@
 """Settings: ranges, presets, the paper's defaults, the command line, threads."""
 
+import math
 import os
 import re
 import subprocess
@@ -250,7 +251,7 @@ def test_help_shows_the_values_that_a_flag_may_have_and_its_default_where_there_
         ("--task demo extra", "'extra' belongs to no flag: put a text of several words in quotation marks"),
         ("--steps many", "argument --steps: invalid int value: 'many'"),
         ("--dry-run maybe", "argument --dry-run: yes or no, not 'maybe'"),
-        ("--objective los", "--objective must be one of loss, error, not 'los'"),
+        ("--objective los", "--objective must be one of loss, error, probability, not 'los'"),
         ("--device gpu", "--device must be auto, cpu, cuda, cuda:N or mps, not 'gpu'"),
         ("--dtype half", "--dtype must be one of auto, float32, bfloat16, float16, not 'half'"),
         ("--kind words", "--kind must be one of number, choice, boolean, label, text, not 'words'"),
@@ -313,3 +314,31 @@ def test_only_a_task_of_own_rows_keeps_the_flags_for_them():
     assert "split_seed" not in TaskFlags("demo").used()
     assert TaskFlags("mine.csv", split_seed=3).used()["split_seed"] == 3
     assert TaskFlags("mine", train_file="a.csv").own_rows == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"margin": -1.0}, "--margin must be"),
+        ({"margin": math.nan}, "--margin must be"),
+        ({"edits": ["swap"]}, "--edits must be some of"),
+        ({"edits": []}, "--edits must be some of"),
+        ({"edits": ["delete", "delete"]}, "--edits must be some of"),
+        ({"positions": "two"}, "--positions must be one of"),
+        ({"positions": "all", "shortlist": "all"}, "choose one"),
+        ({"positions": "all", "force_sentence_end": True}, "leave out --positions"),
+        ({"edits": ["insert"], "force_sentence_end": True}, "leave out --positions"),
+        ({"audit_every": -1}, "--audit-every must not be negative"),
+    ],
+)
+def test_settings_beyond_the_paper_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        SearchSettings(**changes)
+
+
+def test_a_step_s_tries_are_counted_for_each_kind_of_edit():
+    assert SearchSettings().tries_per_step == 3 and SearchSettings().beyond_paper == ""
+    assert SearchSettings(edits=["substitute", "insert", "delete"], positions="all").tries_per_step == 7
+    assert SearchSettings(edits=["delete"]).tries_per_step == 1
+    assert SearchSettings(audit_every=5, steps=104).audited_prompts == 80
+    assert "positions all" in SearchSettings(positions="all").beyond_paper
