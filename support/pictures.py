@@ -115,10 +115,13 @@ def evolution_rows(steps, parts):
 
 def changed_cells(cells, before, now, step):
     """The cells of a prompt after a step. cells: those before it; before, now: the prompts' parts."""
+    more = len(now) - len(before)  # parts that came, or below 0 went, at the first difference
+    first = next((place for place, (a, b) in enumerate(zip(before, now)) if a != b), min(len(before), len(now)))
     changed = []
     for place, (key, text) in enumerate(now):
-        kept = place < len(before) and before[place][0] == key
-        changed.append(Cell(text, cells[place].set_at if kept else step))
+        was = place if place < first else place - more
+        kept = not first <= place < first + more and was < len(before) and before[was][0] == key
+        changed.append(Cell(text, cells[was].set_at if kept else step))
     return changed
 
 

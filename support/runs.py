@@ -622,9 +622,15 @@ def dev_warning(prompts):
     return f"On dev the chosen prompt is {how}: the training objective chose it."
 
 
+def changed_position(step):
+    """The position of the edit that a step took, where its tries were at several; else the step's own."""
+    taken = [tried.position for tried in step.shortlist if tried.prompt_ids == step.prompt_ids]
+    return step.position if not taken or taken[0] is None else taken[0]
+
+
 def log_line(step, steps):
     """One line about a step of `steps`."""
-    position = "start" if step.position is None else f"{step.position:5d}"
+    position = "start" if step.position is None else f"{changed_position(step):5d}"
     return (
         f"step {step.step:3d}/{steps}  position {position}  objective {step.objective:7.3f}  "
         f"ce {step.cross_entropy:7.3f}  error {step.error:.2f}  nll {step.nll:5.2f}  "

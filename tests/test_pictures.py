@@ -69,6 +69,19 @@ def test_the_evolution_has_a_row_for_each_change_and_tells_when_each_token_was_s
     assert grown.cells == [*second.cells, (".", 4)]
 
 
+def test_a_token_that_came_or_went_leaves_the_others_their_steps():
+    before = [(1, "a"), (2, "b"), (3, "c")]
+    cells = [pictures.Cell("a", 5), pictures.Cell("b", 6), pictures.Cell("c", 7)]
+
+    def steps(now):
+        return [cell.set_at for cell in pictures.changed_cells(cells, before, now, 9)]
+
+    assert steps([before[0], (8, "x"), *before[1:]]) == [5, 9, 6, 7]
+    assert steps([before[0], before[2]]) == [5, 7]
+    assert steps([*before, before[2]]) == [5, 6, 7, 9]  # grown by the same token
+    assert steps([before[0], (8, "x"), before[2]]) == [5, 9, 7]
+
+
 def test_token_texts_come_from_the_records_then_the_tokenizer_and_else_the_words_of_the_prompt():
     texts = pictures.token_texts(STEPS, "no/such/model")
     assert texts == WORDS

@@ -20,6 +20,7 @@ from support.runs import (
     Tried,
     Unfinished,
     as_step,
+    begin_run,
     changed_parts,
     described,
     dev_warning,
@@ -37,6 +38,7 @@ from support.runs import (
     text_finalists,
     text_log_line,
 )
+from support.settings import SearchSettings
 from support.tasks import TASKS
 from support.tokens import Row, encode
 
@@ -381,3 +383,24 @@ def test_generations_of_a_search_are_its_scored_prompts_on_all_rows():
     assert [generations_of([start, *more[:n]], 10) for n in range(1, 5)] == [30, 40, 50, 60]
     again = replace(more[0], step=5, shortlist=[replace(more[0].shortlist[0], new=False)])
     assert generations_of([*STEPS, again], 10) == 70  # an earlier prompt reasons once more
+
+
+def test_a_run_from_before_the_settings_beyond_the_paper_goes_on_as_it_began(tmp_path):
+    record = {
+        "config": {"task": "demo", "model": "m", "shortlist": "gradient", "answer_space": "choices"},
+        "task": {"name": "demo"},
+    }
+    begin_run(tmp_path, record)
+    config = read_run(tmp_path, task=str)["config"]
+    new = ("audit_every", "margin", "positions", "edits")
+    assert {name: config[name] for name in new} == {name: getattr(SearchSettings(), name) for name in new}
+    del record["config"]["shortlist"]  # a text method has none of them
+    begin_run(tmp_path, record)
+    assert not set(new) & read_run(tmp_path, task=str)["config"].keys()
+
+
+def test_the_log_names_the_position_of_the_edit_that_was_taken():
+    taken = replace(STEPS[1], shortlist=[replace(one, position=7) for one in STEPS[1].shortlist])
+    assert "position     7" in log_line(taken, 9) and "position     0" in log_line(STEPS[1], 9)
+    kept = replace(STEPS[2], shortlist=[replace(one, position=7) for one in STEPS[2].shortlist])
+    assert "position     1" in log_line(kept, 9)

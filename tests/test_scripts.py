@@ -63,6 +63,15 @@ def test_stage_2_prepares_the_data_and_prints_both_prompts_with_intervals_and_pa
         assert f"runs/demo-seed0/{name}" in printed and (folder / "runs" / "demo-seed0" / name).exists()
 
 
+def test_stage_2_says_at_its_end_what_stage_3_says_of_the_gradient_and_the_noise(finished):
+    folder, printed = finished
+    said = good("03_evaluate.py", "--signal", "runs/demo-seed0", folder=folder)
+    verdict = said.splitlines()[-3:-1]
+    assert verdict[0].startswith("The gradient ordered") and "The gain on training rows" in verdict[1]
+    assert "\n".join(verdict) in printed
+    assert (folder / "runs" / "demo-seed0" / "signal.png").exists()
+
+
 def test_stage_2_ends_with_the_comparison_of_its_predictions_and_the_verdict_on_it(finished):
     folder, printed = finished
     run_dir = folder / "runs" / "demo-seed0"
