@@ -230,6 +230,8 @@ def make_shortlist(candidates, gradients, settings, rng):
     """The candidates to try for real: those with the most negative gradient, or as the ablations say."""
     if settings.shortlist == "all":
         return list(candidates)
+    if settings.shortlist == "likeliest":
+        return candidates[: settings.shortlist_size]
     if settings.shortlist == "random":
         return rng.sample(candidates, min(settings.shortlist_size, len(candidates)))
     return sorted(candidates, key=gradients.get)[: settings.shortlist_size]

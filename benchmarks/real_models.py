@@ -76,6 +76,7 @@ TASK_FLAGS = {  # task: how it is asked, where that is not the table's way
 METHODS = {  # what --methods calls it: (its name in tables, flags of stage 2)
     "greater": ("GReaTer", {}),
     "random": ("random shortlist", {"shortlist": "random"}),
+    "likeliest": ("likeliest shortlist", {"shortlist": "likeliest"}),
 }
 BASELINES = ("empty", "zero-shot chain of thought")
 # Tasks of which --headroom finds those to run: a closed set of answers, questions of less than 500 letters.

@@ -33,8 +33,8 @@ def stop_on_signals():
 
 
 def end_of_work():
-    """From here on no signal cuts the process short: it ends by itself at once. Python puts the usual handlers back while
-    it ends, under which a stage that has done all would seem to have been killed."""
+    """From here on no signal cuts the process short: it ends by itself at once. Python puts the usual handlers back
+    while it ends, under which a stage that has done all would seem to have been killed."""
     if hasattr(signal, "pthread_sigmask") and is_stage(sys.modules["__main__"]):  # Windows has no such mask
         signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, name) for name in EXIT_CODES})
 

@@ -85,7 +85,7 @@ AT_LEAST_ONE = (
 )
 KNOWN_VALUES = {  # of flags; an empty one leaves it to the task
     "preset": tuple(PRESETS),
-    "shortlist": ("gradient", "random", "all"),
+    "shortlist": ("gradient", "random", "likeliest", "all"),
     "fluency": ("nll", "perplexity"),
     "objective": ("loss", "error"),
     "ties": ("first", "last"),
@@ -114,7 +114,7 @@ class SearchSettings(GenerationSettings):
     sampled_rows: int = flag(5, "q: rows whose top-k are intersected")
     intersections: int = flag(1, "intersections whose union is proposed")
     min_candidates: int = flag(6, "k grows by 2 until so many proposals are found")
-    shortlist: str = flag("gradient", "how proposals are shortlisted; all: no shortlist")
+    shortlist: str = flag("gradient", "how proposals are shortlisted; likeliest: without a gradient; all: no shortlist")
     shortlist_size: int = flag(3, "mu: proposals tried for real at each position", "--mu")
     gradient_without_reasoning: bool = flag(False, "take the gradient over question, prompt and extractor only")
     fluency_weight: float = flag(0.2, "lambda: weight of the prompt's fluency term in the loss", "--lambda")

@@ -263,19 +263,20 @@ def test_the_two_readings_are_two_columns_never_mixed():
 def test_the_first_seed_of_everything_comes_before_the_second():
     flags = real_models.Flags(models=["a/x", "a/y"], tasks=["demo", "gsm8k"], seeds=[3, 4])
     pieces = real_models.plan(flags)
-    assert len(pieces) == len({piece.label for piece in pieces}) == 4 + 2 * (8 + 4)
+    assert len(pieces) == len({piece.label for piece in pieces}) == 4 + 2 * (12 + 4)
     seeds = [piece.seed for piece in pieces if piece.kind != "fixed"]
-    assert seeds == [3] * 12 + [4] * 12
+    assert seeds == [3] * 16 + [4] * 16
     for number, piece in enumerate(pieces):
         if piece.kind == "transfer":
             assert piece.search in pieces[:number]
 
 
-def test_both_methods_take_as_many_steps_and_tries():
+def test_all_methods_take_as_many_steps_and_tries():
     flags = real_models.Flags(models=["a/x"], tasks=["demo"], seeds=[0])
-    greater, random = [piece for piece in real_models.plan(flags) if piece.kind == "search"]
+    greater, *others = [piece for piece in real_models.plan(flags) if piece.kind == "search"]
     values = real_models.stage_call(greater, flags)[1]
-    assert real_models.stage_call(random, flags)[1] == values | {"shortlist": "random"}
+    calls = [real_models.stage_call(piece, flags)[1] for piece in others]
+    assert calls == [values | {"shortlist": name} for name in ("random", "likeliest")]
 
 
 def open_tickets(folder):

@@ -458,10 +458,12 @@ def test_the_position_walks_on_grows_an_open_prompt_and_wraps_a_closed_or_full_o
     assert core.next_position(demo_tokenizer, open_, 3, 4) == 0
 
 
-def test_shortlists_are_the_most_negative_gradients_or_random_or_all():
+def test_shortlists_are_the_most_negative_gradients_or_the_likeliest_or_random_or_all():
     gradients = {5: 0.3, 6: -2.0, 7: -0.1, 8: 0.0}
     assert core.make_shortlist([5, 6, 7, 8], gradients, settings(shortlist_size=2), None) == [6, 7]
     assert core.make_shortlist([5, 6, 7, 8], {}, settings(shortlist="all"), None) == [5, 6, 7, 8]
+    likeliest = settings(shortlist="likeliest", shortlist_size=2)
+    assert core.make_shortlist([8, 5, 7, 6], {}, likeliest, None) == [8, 5]  # candidates come most likely first
     draws = {
         tuple(core.make_shortlist([5, 6, 7, 8], {}, settings(shortlist="random", shortlist_size=2), random.Random(s)))
         for s in range(20)

@@ -234,7 +234,7 @@ def test_help_shows_each_flag_once_in_dashes_in_groups_with_an_example(script):
 
 def test_help_shows_the_values_that_a_flag_may_have_and_its_default_where_there_is_one():
     text = " ".join(called("02_optimize.py", "--help").stdout.split())
-    assert "--shortlist gradient|random|all how" in text and "--answer-space choices|vocabulary" in text
+    assert "--shortlist gradient|random|likeliest|all how" in text and "--answer-space choices|vocabulary" in text
     assert "--kind number|choice|boolean|label|text what" in text and "--dry-run [yes|no]" in text
     assert "--steps N T: positions visited (default: 20)" in text
     assert "0: all --run-dir" in text  # a default that its text explains is not repeated
