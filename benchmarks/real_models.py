@@ -120,6 +120,7 @@ class PieceFlags:
     shortlist_size: int = flag(0, "prompts scored at each step")
     finalists: int = flag(0, "prompts that compete on dev rows")
     eval_rows: int = flag(0, "dev and test rows, at most so many of each")
+    initial_prompt: str = flag("", "for all models, instead of the script's table, and of the task's own")
 
     def __post_init__(self):
         require(self.models, "say which models: --models with folders or hub names")
