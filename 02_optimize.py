@@ -50,7 +50,7 @@ from support.settings import (
     run_script,
 )
 from support.sources import open_task, read_prepared
-from support.tables import LEGEND, accuracy_table, compare_reading, comparison_table, prompt_list, verdict
+from support.tables import accuracy_table, compare_reading, comparison_table, legend_of, prompt_list, verdict
 from support.takeaway import messages_of, sent, write_programs
 from support.tokens import encode_prompt, encode_row, prompt_text
 
@@ -94,6 +94,7 @@ def main():
     if flags.optimizer_model and not flags.optimizer_endpoint:
         flags.optimizer_model = ModelFlags(flags.optimizer_model, flags.device, flags.dtype).model_path()
     task, splits = open_task(flags)
+    require_loss(flags, task)
     seeds = starting_prompts(flags, task)
     task = replace(task, initial_prompt=seeds[0])
     available = len(splits["train"])
@@ -130,6 +131,15 @@ def require_own_settings(flags):
     usual = parse_flags(Flags, "", given=[])
     changed = [as_flag(name) for name in greater_settings() if getattr(flags, name) != getattr(usual, name)]
     require(not changed, f"{', '.join(changed)}: only GReaTer has this setting, not --method {flags.method}")
+
+
+def require_loss(flags, task):
+    """Errors: UserError if GReaTer shall search on texts to be generated. Its loss is that of an answer behind the
+    model's own reasoning, and here no reasoning comes before the answer. With an empty one the gradient would be of how
+    likely one of many good texts is, word by word, which the score does not ask."""
+    others = ", ".join(method for method in TITLES if method != GREATER)
+    why = f"--kind {task.kind}: the whole reply is the answer, and GReaTer's loss is that of an answer behind reasoning"
+    require(flags.method != GREATER or not task.is_generation, f"{why}: choose another --method ({others})")
 
 
 def greater_settings():
@@ -411,7 +421,7 @@ def report(name, prompts, results, predictions):
     print(f"\n{prompt_list(names.values(), [texts[role] for role in names])}\n")
     print(accuracy_table([f"{names[role]}, {split}" for role, split in shown], [results[key] for key in shown]))
     dev, test = (results["initial", split]["n"] for split in ("dev", "test"))
-    print(f"\ndev {dev} rows, test {test} rows; {LEGEND}")
+    print(f"\ndev {dev} rows, test {test} rows; {legend_of(list(results.values()))}")
     if "best" in names:
         print(f"\n{comparison_table(name, ['initial'], predictions)}")
     print(f"\n{verdict(prompts, compare_reading(*predictions, 'paper'))}")

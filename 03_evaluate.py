@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from support.answerers import open_answerer, require_known
-from support.evaluation import READINGS, Evaluation, evaluate_once, read_predictions, regrade
+from support.evaluation import READINGS, Evaluation, are_scores, evaluate_once, read_predictions, regrade
 from support.files import alone_in, is_text, require
 from support.progress import open_bar
 from support.runs import dev_warning, read_prompts, read_run
@@ -33,7 +33,7 @@ from support.settings import (
     run_script,
 )
 from support.sources import open_task
-from support.tables import LEGEND, accuracy_table, comparison_table, confusion_table, prompt_list
+from support.tables import accuracy_table, comparison_table, confusion_table, legend_of, prompt_list
 from support.tasks import Task
 
 
@@ -183,7 +183,7 @@ def print_results(flags, run_dir, task, results, rows):
     print(f"\n{prompt_list(labels, [result['prompt'] for result in results])}\n")
     print(accuracy_table(labels, results))
     minutes = sum(result["minutes"] for result in results)
-    print(f"\n{flags.split}, {len(rows)} rows; {minutes:.1f} minutes of generation; {LEGEND}")
+    print(f"\n{flags.split}, {len(rows)} rows; {minutes:.1f} minutes of generation; {legend_of(results)}")
     predictions = [read_predictions(run_dir, result, rows) for result in results]
     if len(results) > 1:
         print(f"\n{comparison_table('last', labels[:-1], predictions)}")
@@ -203,6 +203,9 @@ def labels_of(results):
 
 
 def show_mistakes(predictions, rows, flags):
+    if are_scores(prediction["correct"] for prediction in predictions):
+        show_worst(predictions, rows, flags)
+        return
     wrong = [(row, prediction) for row, prediction in zip(rows, predictions) if not prediction["correct"]]
     shown = wrong[: flags.mistakes]
     if shown:
@@ -213,6 +216,19 @@ def show_mistakes(predictions, rows, flags):
         print(f"    question   {row['question'][-200:]!r}")
         print(f"    reasoning  {prediction['text'][-200:]!r}")
         print(f"    reply      {prediction['reply'][:200]!r}")
+
+
+def show_worst(predictions, rows, flags):
+    """The rows with the lowest scores, of equals the first."""
+    worst = sorted(zip(rows, predictions), key=lambda pair: pair[1]["correct"])[: flags.mistakes]
+    if worst:
+        print(f"\nthe {len(worst)} of {len(rows)} texts of the last prompt with the lowest scores:")
+    for row, prediction in worst:
+        references = row.get("references", [row["answer"]])
+        print(f"  {prediction['id']}  ROUGE-L {100 * prediction['correct']:.1f} %")
+        print(f"    question   {row['question'][-200:]!r}")
+        print(f"    written    {prediction['text'][:200]!r}")
+        print(f"    reference  {references[0][:200]!r}, {len(references)} in all")
 
 
 def print_paths(run_dir):

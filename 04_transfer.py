@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from support.answerers import open_answerer, require_known
-from support.evaluation import Evaluation, evaluate_once, rows_hash
+from support.evaluation import Evaluation, evaluate_once, has_scores, rows_hash
 from support.files import alone_in, as_bytes, require, short_name, write_jsonl, write_whole
 from support.own import OWN_FLAGS
 from support.progress import open_bar
@@ -44,6 +44,7 @@ RESULT_FIELDS = (
     "max_new_tokens",
     "prompt",
 )
+SCORE_FIELDS = ("kind", "low", "high", "harness_low", "harness_high")  # of a mean score, which has no Wilson interval
 
 
 @dataclass
@@ -138,7 +139,8 @@ def evaluate_job(job, answerer, split, out):
         "target": target_name(answerer, evaluation),
         "answer_space": result.get("answer_space", ""),
     }
-    return record | {name: result[name] for name in RESULT_FIELDS}
+    names = (*RESULT_FIELDS, *(SCORE_FIELDS if has_scores(result) else ()))
+    return record | {name: result[name] for name in names}
 
 
 def target_name(answerer, evaluation):

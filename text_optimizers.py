@@ -95,7 +95,7 @@ class Opro(Method):
     def propose(self, search):
         settings = search.settings
         examples = search.trials.show_rows(search.draw_rows(settings.exemplars, "exemplars"))
-        meta = OPRO_META.format(earlier=show_scored(reversed(search.pool)), examples=examples)
+        meta = search.trials.worded(OPRO_META).format(earlier=show_scored(reversed(search.pool)), examples=examples)
         return search.write_prompts([[meta]], settings.samples)
 
     def keep(self, search, scored):
@@ -155,7 +155,7 @@ class Gpo(Method):
         else:
             memory = GPO_MEMORY.format(earlier=show_scored(self.retrieve(search)))
         words = word_limit(settings.word_schedule, search.step, search.rounds)
-        meta = GPO_META.format(
+        meta = search.trials.worded(GPO_META).format(
             memory=memory,
             current=current.prompt,
             examples=search.trials.show_rows(search.draw_rows(settings.exemplars, "exemplars")),
@@ -260,14 +260,15 @@ class Apo(Method):
     def children_of(self, search, prompt, batch, rng):
         """Some of a prompt's edits and rewordings. batch: ids of the rows whose mistakes count; rng: draws."""
         settings = search.settings
-        wrong = [case for case in search.trials.cases(prompt, [False]) if case[0]["id"] in batch]
+        wrong = [case for case in search.trials.mistakes(prompt) if case[0]["id"] in batch]
         groups = []
         for _ in range(settings.groups if wrong else 0):  # without a mistake there is nothing to explain
             cases = show_cases(rng.sample(wrong, min(settings.errors, len(wrong))))
             groups.append({"prompt": prompt, "place": search.trials.place(), "cases": cases})
-        chats = [[APO_REASON.format(**group)] for group in groups]
+        ask_reason, ask_edit = map(search.trials.worded, (APO_REASON, APO_EDIT))
+        chats = [[ask_reason.format(**group)] for group in groups]
         reasons = search.trials.ask(chats, 1, settings.optimizer_temperature, "reason")
-        chats = [[APO_EDIT.format(**group, reason=shortened(reason))] for group, [reason] in zip(groups, reasons)]
+        chats = [[ask_edit.format(**group, reason=shortened(reason))] for group, [reason] in zip(groups, reasons)]
         edits = [edit for edit in search.write_prompts(chats) if edit]
         new = dict.fromkeys(edits + reword(search, [prompt, *edits], settings.paraphrases))
         unseen = [child for child in new if child and child not in search.archive]
@@ -309,15 +310,15 @@ class Pe2(Method):
         for number, kept in enumerate(search.pool):
             rng = search.rng(f"mistakes {number}")
             # Without a mistake cases that are right show what the prompt is good for.
-            cases = search.trials.cases(kept.prompt, [False]) or search.trials.cases(kept.prompt)
+            cases = search.trials.mistakes(kept.prompt) or search.trials.cases(kept.prompt)
             place = search.trials.place(kept.prompt)
             for _ in range(settings.samples):
                 shown = show_cases(rng.sample(cases, min(settings.errors, len(cases))))
-                form = PE2_FORM.format(prompt=kept.prompt, place=place, cases=shown)
+                form = search.trials.worded(PE2_FORM).format(prompt=kept.prompt, place=place, cases=shown)
                 chats.append([PE2_PLAN, PE2_AGREED, form])
                 parents.append(kept.prompt)
         findings = search.trials.ask(chats, 1, EXAMINE_TEMPERATURE, "examination")
-        requests = [PE2_REFINE.format(prompt=prompt) for prompt in parents]
+        requests = [search.trials.worded(PE2_REFINE).format(prompt=prompt) for prompt in parents]
         return search.write_prompts([[*chat, found, ask] for chat, [found], ask in zip(chats, findings, requests)])
 
 
@@ -364,8 +365,8 @@ class Textgrad(Method):
         batch = [row["id"] for row in search.draw_rows(settings.errors, "batch")]
         cases = [case for case in search.trials.cases(prompt) if case[0]["id"] in batch]
         shown = [show_cases([case]) for case in cases]
-        outcomes = ["right" if prediction["correct"] else "wrong" for _, prediction in cases]
-        chats = [[TEXTGRAD_ANSWER.format(case=case, outcome=outcome)] for case, outcome in zip(shown, outcomes)]
+        parts = [{"case": text, "outcome": search.trials.outcome(case)} for text, case in zip(shown, cases)]
+        chats = [[TEXTGRAD_ANSWER.format(**part)] for part in parts]
         on_answers = search.trials.ask(chats, purpose="feedback on a response")
         chats = []
         for case, [feedback] in zip(shown, on_answers):

@@ -111,12 +111,15 @@ class LocalModel:
         return written
 
     def answered(self, task, rows, ended, settings):
-        """The `Generation` of each of the rows whose reasoning has `Ended`: the answer stands behind the extractor."""
+        """The `Generation` of each of the rows whose reasoning has `Ended`: the answer stands behind the extractor, if
+        there is one."""
         tokenizer, extractor = self.engine.tokenizer, extractor_ids(self.engine.tokenizer, task)
         for row, finite in zip(rows, ended.finite):
             require(finite, f"row {row['id']}: the model's logits are not finite.{self.engine.dtype_hint}")
         if task.ranks_choices:
             replies, choices = self.ranked(task, ended, extractor)
+        elif task.is_generation:
+            replies, choices = [[]] * len(rows), [None] * len(rows)
         else:
             replies = self.engine.go_on(ended, extractor, settings.answer_tokens(task))
             choices = [None] * len(rows)

@@ -42,7 +42,8 @@ from support.files import (
 from support.harness import grade_harness, read_answer_harness
 from support.progress import Progress, open_bar
 from support.reading import GRADER_VERSION, grade, read_answer
-from support.tasks import Task
+from support.rouge import rouge_l
+from support.tasks import GENERATION, Task
 
 # --- Records ------------------------------------------------------------------------------------------------
 
@@ -69,9 +70,9 @@ class Prediction(TypedDict):
     truncated: bool  # the reasoning was cut at max_new_tokens
     gold: str  # the right answer
     answer: str | None  # `paper` reading: the likeliest choice, or the answer in the reply, None if none was found
-    correct: bool  # whether that is the right one
+    correct: bool | float  # whether that is the right one; of a text that was to be generated its score, 0.0 to 1.0
     harness_answer: str | None  # `harness` reading: the answer in the reasoning, None if none was found
-    harness_correct: bool  # whether that is the right one
+    harness_correct: bool | float  # whether that is the right one; of a generated text as before
     grader_version: int  # of reading.py, that gave the readings and the grades
 
 
@@ -93,10 +94,10 @@ class Result(TypedDict):
     prompt: str  # its text
     max_new_tokens: int  # the limit of the reasoning
     n: int  # rows
-    correct: int  # rows answered right, `paper` reading
-    accuracy: float  # `paper` reading: share of right answers
+    correct: int | float  # rows answered right, `paper` reading; of generated texts the sum of their scores
+    accuracy: float  # `paper` reading: share of right answers; of generated texts (kind) their mean score
     stderr: float  # of the accuracy
-    low: NotRequired[float]  # ends of its 95 % interval, see `wilson`; older files lack them
+    low: NotRequired[float]  # ends of its 95 % interval, see `accuracy_fields`; older files lack them
     high: NotRequired[float]
     harness_accuracy: float  # the same four of the `harness` reading
     harness_stderr: float
@@ -166,6 +167,11 @@ def graded(task, generation):
 def readings(task, row, written):
     """What of a prediction comes from the grader alone, so that it can be made again without a model. `written`: the
     fields text, reply and choices of a `Prediction`."""
+    if task.is_generation:  # there is one reading: all that was written
+        answer = written["text"].strip() or None
+        score = rouge_l(row.get("references", [row["answer"]]), answer or "")
+        both = {"answer": answer, "correct": score, "harness_answer": answer, "harness_correct": score}
+        return {"gold": row["answer"]} | both | {"grader_version": GRADER_VERSION}
     choices = written.get("choices")
     answer = max(choices, key=choices.get) if choices else read_answer(task, written["reply"])
     harness_answer = read_answer_harness(task, row["question"], written["text"])
@@ -365,8 +371,8 @@ def read_results(path):
 def read_all_predictions(path):
     """The predictions of all evaluations in the file at `path`, [] if there is none. Errors: as `read_results`."""
     texts = (*Reference._fields, "id", "text", "reply")
-    outcomes = ("truncated", "correct", "harness_correct")
-    kinds = dict.fromkeys(texts, str) | dict.fromkeys(outcomes, bool) | {"tokens": (int, NoneType)}
+    outcomes = ("truncated", "correct", "harness_correct")  # true or false, or a score
+    kinds = dict.fromkeys(texts, str) | dict.fromkeys(outcomes, (bool, float)) | {"tokens": (int, NoneType)}
     return require_fields(read_appended(path), path, **kinds)
 
 
@@ -470,10 +476,20 @@ def tokens_text(mean_tokens):
     return "n/a" if mean_tokens is None else f"{mean_tokens:.1f}"
 
 
+def are_scores(outcomes):
+    """Whether the outcomes of rows are scores from 0.0 to 1.0, not right or wrong."""
+    return any(isinstance(outcome, float) for outcome in outcomes)
+
+
 def accuracy_fields(outcomes, reading):
-    """The fields of a `Result` on the accuracy of a reading, from booleans."""
-    mean, stderr = accuracy(outcomes)
-    low, high = wilson(sum(outcomes), len(outcomes))
+    """The fields of a `Result` on the accuracy of a reading: of booleans with the `wilson` interval, of scores with the
+    `bootstrap` interval of their mean."""
+    if are_scores(outcomes):
+        mean, stderr = mean_score(outcomes)
+        low, high = bootstrap(outcomes)
+    else:
+        mean, stderr = accuracy(outcomes)
+        low, high = wilson(sum(outcomes), len(outcomes))
     numbers = {"accuracy": mean, "stderr": stderr, "low": low, "high": high}
     return {READINGS[reading] + name: number for name, number in numbers.items()}
 
@@ -482,6 +498,25 @@ def accuracy(outcomes):
     """(mean, standard error) of booleans; the standard error is the sample's, sd / sqrt(n)."""
     mean = sum(outcomes) / len(outcomes)
     return mean, (mean * (1 - mean) / max(1, len(outcomes) - 1)) ** 0.5
+
+
+def mean_score(scores):
+    """(mean, standard error) of scores; of one score the error is 0, as there is nothing to estimate it from."""
+    return statistics.fmean(scores), (statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0)
+
+
+DRAWS = 10_000  # resamples of the rows
+
+
+def bootstrap(values):
+    """(low, high): the 95 % bootstrap interval of a mean, percentiles over `DRAWS` resamples, the same each time.
+
+    On few rows it is somewhat too narrow, and it has no width where all values are the same.
+    """
+    rng, values = np.random.default_rng(0), np.asarray(values)
+    low, high = np.percentile([rng.choice(values, len(values)).mean() for _ in range(DRAWS)], [2.5, 97.5])
+    mean = values.mean()  # which rounding must not leave outside
+    return float(min(low, mean)), float(max(high, mean))
 
 
 def wilson(correct, n):
@@ -520,6 +555,34 @@ def compare(first, second, draws=10_000, seed=0):
     }
 
 
+def compare_scores(first, second):
+    """Two lists of scores, the same rows in the same order: what `compare` says, as far as scores allow.
+
+    difference of the means with its 95 % paired bootstrap interval, rows with a higher (gained) and a lower score
+    (lost), and the two-sided p-value of the permutation test of the mean difference, see `sign_flips`.
+    """
+    differences = np.subtract(second, first)
+    low, high = bootstrap(differences)
+    return {
+        "n": len(differences),
+        "gained": int((differences > 0).sum()),
+        "lost": int((differences < 0).sum()),
+        "difference": float(differences.mean()),
+        "low": low,
+        "high": high,
+        "p": sign_flips(differences),
+        "scores": True,
+    }
+
+
+def sign_flips(differences):
+    """The two-sided p-value of the permutation test of paired differences: the share of `DRAWS` random choices of their
+    signs, the same each time, whose sum is at least as far from 0 as the one seen, which counts as one of them."""
+    rng, seen = np.random.default_rng(0), abs(differences.sum())
+    far = sum(abs(rng.choice((-1, 1), len(differences)) @ differences) >= seen - 1e-9 for _ in range(DRAWS))
+    return float((1 + far) / (1 + DRAWS))
+
+
 def mcnemar(gained, lost):
     """Exact two-sided p-value that gains and losses are equally likely: a fair coin's chance of a split so uneven."""
     discordant = gained + lost
@@ -537,7 +600,7 @@ class Estimate(NamedTuple):
     """
 
     accuracy: float
-    low: float  # of one result the ends of the 95 % Wilson interval; of several their mean, one standard error less
+    low: float  # of one result the ends of its 95 % interval; of several their mean, one standard error less
     high: float  # or more
     several: bool
 
@@ -554,11 +617,24 @@ class Estimate(NamedTuple):
 
 # What the two forms of an `Estimate` are, for the titles of tables and pictures.
 INTERVALS = "in brackets the 95 % Wilson interval; ± one standard error of the mean of several runs"
+OF_SCORES = "of generated texts the mean ROUGE-L, with its 95 % bootstrap interval"
+
+
+def has_scores(result):
+    """Whether the accuracy in a `Result` is a mean of scores."""
+    return result.get("kind") == GENERATION
+
+
+def intervals_in(results):
+    """`INTERVALS`, with `OF_SCORES` where that is among the results."""
+    return f"{INTERVALS}; {OF_SCORES}" if any(map(has_scores, results)) else INTERVALS
 
 
 def estimate(results, reading):
     """The `Estimate` of one `Result` or of the mean of several runs' results. Older results do, too."""
     shares = [result[READINGS[reading] + "accuracy"] for result in results]
+    if len(shares) == 1 and has_scores(results[0]):
+        return Estimate(shares[0], *(results[0][READINGS[reading] + end] for end in ("low", "high")), False)
     if len(shares) == 1:
         n = results[0]["n"]
         return Estimate(shares[0], *wilson(round(shares[0] * n), n), False)

@@ -182,7 +182,7 @@ def rows_of(records, path, own=DEFAULT, beginning=""):
         row = {"id": as_text(record.get("id", f"{beginning}line-{number}"))}
         require(row["id"], f"{place}: its id is no text or number")
         row["question"] = question_of(record, own.question_key, place)
-        row["answer"] = value_of(record, own.answer_key, place, "answer")
+        row |= answer_of(record, own.answer_key, place)
         rows.append(row)
     require(rows, f"{path} has no rows")
     ids = set()
@@ -197,6 +197,27 @@ def question_of(record, key, place):
     if key in record or not COLUMN.search(key):
         return value_of(record, key, place, "question")
     return COLUMN.sub(lambda found: value_of(record, found[1], place, "question"), key).strip()
+
+
+def answer_of(record, key, place):
+    """{"answer"} of a record; where it has a list of texts also {"references"}, all of them: the answer is the first.
+
+    Errors: UserError for a list without texts.
+    """
+    if not isinstance(record.get(key), list):
+        return {"answer": value_of(record, key, place, "answer")}
+    references = list(map(as_text, record[key]))
+    require(references and all(references), f"{place}: its list of answers is empty, or not all of them are texts")
+    return {"answer": references[0], "references": references}
+
+
+def with_references(row):
+    """The row; where its answer spells a JSON list, as a table's cell may, with the texts in it as references."""
+    try:
+        answers = json.loads(row["answer"])
+    except (ValueError, RecursionError):
+        answers = None
+    return row | answer_of({"answer": answers}, "answer", f"row {row['id']}") if isinstance(answers, list) else row
 
 
 def value_of(record, key, place, what):

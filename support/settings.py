@@ -54,7 +54,7 @@ class GenerationSettings:
     @staticmethod
     def answer_tokens(task):
         """How many tokens an answer behind the extractor may take."""
-        limits = {"number": 12, "choice": 8, "boolean": 8, "label": 24, "text": 128}
+        limits = {"number": 12, "choice": 8, "boolean": 8, "label": 24, "text": 128, "generation": 0}
         return limits[task.kind]
 
 

@@ -5,14 +5,31 @@ Prompts may be long, so they stand in a list of their own.
 
 from collections import Counter
 
-from support.evaluation import READINGS, Estimate, compare, estimate, tokens_text, wilson
+from support.evaluation import (
+    READINGS,
+    Estimate,
+    are_scores,
+    compare,
+    compare_scores,
+    estimate,
+    has_scores,
+    tokens_text,
+    wilson,
+)
 from support.reading import canonical
 from support.runs import dev_warning, initial_of
 from support.tasks import LISTED
 
 LEGEND = """in brackets the 95 % Wilson interval
 unread: no answer found behind the extractor; cut: at --max-new-tokens"""
+LEGEND_OF_SCORES = """ROUGE-L: mean of the rows' scores, in brackets its 95 % bootstrap interval
+unread: nothing was written; cut: at --max-new-tokens"""
 SIGNIFICANT = 0.05  # a p-value below it tells a difference from chance
+
+
+def legend_of(results):
+    """What the numbers of `accuracy_table` are."""
+    return LEGEND_OF_SCORES if has_scores(results[0]) else LEGEND
 
 
 def width_of(labels):
@@ -26,12 +43,15 @@ def prompt_list(labels, texts):
 
 
 def accuracy_table(labels, results):
-    """A line for each `Result`: in %, the accuracy of both readings, unread answers, cut reasonings; mean tokens."""
+    """A line for each `Result`: in %, the accuracy of both readings, or the mean score of generated texts, unread
+    answers, cut reasonings; mean tokens."""
     width = width_of(labels)
-    lines = [f"{'':{width}s}  {'paper, %':>21s}  {'harness, %':>21s}  {'unread':>7s}  {'cut':>7s}  {'tokens':>6s}"]
+    readings = {"paper": "ROUGE-L, %"} if has_scores(results[0]) else {name: f"{name}, %" for name in READINGS}
+    heads = "".join(f"  {head:>21s}" for head in readings.values())
+    lines = [f"{'':{width}s}{heads}  {'unread':>7s}  {'cut':>7s}  {'tokens':>6s}"]
     for label, result in zip(labels, results, strict=True):
         line = f"{label:{width}s}"
-        for reading in READINGS:
+        for reading in readings:
             line += f"  {str(estimate([result], reading)):>21s}"
         line += f"  {100 * result['unread']:5.1f} %  {100 * result['truncated']:5.1f} %"
         lines.append(f"{line}  {tokens_text(result['mean_tokens']):>6s}")
@@ -69,22 +89,26 @@ def comparison_table(name, labels, predictions):
     *others, last = predictions
     head = f"{name} against"
     width = width_of([head, *labels])
-    lines = [f"{head:{width}s}  reading   difference  95 % interval     gained  lost  p (exact McNemar)"]
+    scores = are_scores(prediction["correct"] for prediction in last)
+    readings = {"paper": "ROUGE-L"} if scores else {reading: reading for reading in READINGS}
+    test = "sign flips" if scores else "exact McNemar"
+    lines = [f"{head:{width}s}  reading   difference  95 % interval     gained  lost  p ({test})"]
     for label, other in zip(labels, others, strict=True):
-        for reading in READINGS:
+        for reading, shown in readings.items():
             change = compare_reading(other, last, reading)
             interval = f"{100 * change['low']:+6.1f} to {100 * change['high']:+6.1f}"
             lines.append(
-                f"{label:{width}s}  {reading:7s}  {100 * change['difference']:+9.1f} %  {interval}  "
+                f"{label:{width}s}  {shown:7s}  {100 * change['difference']:+9.1f} %  {interval}  "
                 f"{change['gained']:6d}  {change['lost']:4d}  {p_text(change['p'])}"
             )
     return "\n".join(lines)
 
 
 def compare_reading(first, second, reading):
-    """What `compare` says of two lists of predictions of the same rows, in one reading."""
+    """What `compare`, or `compare_scores`, says of two lists of predictions of the same rows, in one reading."""
     field = READINGS[reading] + "correct"
-    return compare([p[field] for p in first], [p[field] for p in second])
+    outcomes = [p[field] for p in first], [p[field] for p in second]
+    return compare_scores(*outcomes) if are_scores(outcomes[0]) else compare(*outcomes)
 
 
 def p_text(p):
@@ -109,13 +133,16 @@ def verdict(prompts, comparison):
     warning = dev_warning(prompts)
     chosen = "chosen" if warning else "best"
     more = comparison["gained"] - comparison["lost"]  # rows right with the chosen prompt than with the initial one
-    count = f"{row_count(abs(more))} of {comparison['n']}"
+    count, fewer, further = f"{row_count(abs(more))} of {comparison['n']}", " fewer right", " more right"
+    if comparison.get("scores"):
+        more = comparison["difference"]
+        count, fewer, further = f"{100 * abs(more):.1f} points of ROUGE-L", " less", " more"
     p = f"p = {p_text(comparison['p'])}"
     if comparison["p"] < SIGNIFICANT:
         how = "better" if more > 0 else "worse"
         on_test = f"On test the {chosen} prompt is {how} than the initial one by {count}, {p}."
     else:
-        count += " fewer right" if more < 0 else " more right"
+        count += fewer if more < 0 else further
         on_test = (
             f"On test there is no difference between the {chosen} and the initial prompt that could be told from "
             f"chance: {count}, {p}, not below {SIGNIFICANT}."
