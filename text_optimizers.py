@@ -427,8 +427,7 @@ class EvoPromptGa(Method):
     def begin(self, search):
         """Rewordings of the best given prompts, as many as the population lacks."""
         best = self.best_given(search)
-        missing = search.settings.beam - len(best)
-        return reword(search, [best[number % len(best)].prompt for number in range(missing)])
+        return reword(search, [best[number % len(best)].prompt for number in range(search.settings.beam - len(best))])
 
     def best_given(self, search):
         """At most half a population."""

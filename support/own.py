@@ -200,24 +200,27 @@ def question_of(record, key, place):
 
 
 def answer_of(record, key, place):
-    """{"answer"} of a record; where it has a list of texts also {"references"}, all of them: the answer is the first.
-
-    Errors: UserError for a list without texts.
-    """
-    if not isinstance(record.get(key), list):
+    """{"answer"} of a record; where it has a list of texts also {"references"}, all of them, and the answer is the
+    first. Errors: UserError as `value_of`."""
+    answer = record.get(key)
+    if not are_texts(answer):
         return {"answer": value_of(record, key, place, "answer")}
-    references = list(map(as_text, record[key]))
-    require(references and all(references), f"{place}: its list of answers is empty, or not all of them are texts")
+    references = list(map(as_text, answer))
+    require(all(references), f"{place}: one of its answers is empty")
     return {"answer": references[0], "references": references}
 
 
+def are_texts(value):
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
 def with_references(row):
-    """The row; where its answer spells a JSON list, as a table's cell may, with the texts in it as references."""
+    """The row; where its answer spells a JSON list of texts, as a table's cell may, with these as references."""
     try:
-        answers = json.loads(row["answer"])
+        answer = json.loads(row["answer"])
     except (ValueError, RecursionError):
-        answers = None
-    return row | answer_of({"answer": answers}, "answer", f"row {row['id']}") if isinstance(answers, list) else row
+        return row
+    return row | answer_of({"answer": answer}, "answer", f"row {row['id']}") if are_texts(answer) else row
 
 
 def value_of(record, key, place, what):

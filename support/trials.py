@@ -173,7 +173,7 @@ class Trials:
         return [case for case in cases if not case[1]["correct"]]
 
     def worded(self, template):
-        """A meta-prompt as it is for the task: where texts are generated it asks for good ones, not for right answers."""
+        """A meta-prompt as the task needs it: of texts to be generated it speaks as of good ones, not right ones."""
         for right_or_wrong, scored in FOR_SCORES.items() if self.task.is_generation else ():
             template = template.replace(right_or_wrong, scored)
         return template

@@ -91,7 +91,7 @@ def test_a_prompt_is_scored_once_and_its_rows_are_on_disk_as_they_come(tmp_path)
     write_jsonl(tmp_path / "train_predictions.jsonl", lines[:1])  # killed behind the first row
     again = trials_of(model, tmp_path)
     assert again.accuracy("think .") == 0.5 and model.generated[2:] == [("think .", "b")]
-    assert [row["id"] for row, _ in again.cases("think .", [False])] == ["b"] and len(again.cases("think .")) == 2
+    assert [row["id"] for row, _ in again.mistakes("think .")] == ["b"] and len(again.cases("think .")) == 2
 
 
 def test_rows_of_another_version_of_the_grader_are_refused(tmp_path):
@@ -132,7 +132,7 @@ def test_draws_of_a_step_depend_on_seed_step_and_purpose_alone(tmp_path):
 def test_long_texts_are_shown_with_head_and_tail():
     text = "h" * 400 + "t" * 400
     assert shortened(text).startswith("h" * 300) and shortened(text).endswith("t" * 300) and len(shortened(text)) < 620
-    shown = show_cases([(ROWS[0], {"text": text, "answer": "7"})])
+    shown = show_cases([(ROWS[0], {"text": text, "answer": "7", "correct": False})])
     assert shortened(text) in shown and shown.endswith("Its answer: 7\nRight answer: 2")
 
 
