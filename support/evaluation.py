@@ -563,7 +563,7 @@ def compare_scores(first, second):
     difference of the means with its 95 % paired bootstrap interval, rows with a higher (gained) and a lower score
     (lost), and the two-sided p-value of the permutation test of the mean difference, see `sign_flips`.
     """
-    differences = np.subtract(second, first)
+    differences = np.array([after - before for before, after in zip(first, second, strict=True)])
     low, high = bootstrap(differences)
     return {
         "n": len(differences),

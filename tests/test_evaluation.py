@@ -16,9 +16,21 @@ from hypothesis import strategies as st
 
 from support import evaluation
 from support.answerers import Answerer
-from support.evaluation import Evaluation, Generation, compare, evaluate, evaluate_once, mcnemar, regrade
+from support.evaluation import (
+    Evaluation,
+    Generation,
+    bootstrap,
+    compare,
+    compare_scores,
+    evaluate,
+    evaluate_once,
+    mcnemar,
+    regrade,
+    sign_flips,
+)
 from support.files import UserError, read_jsonl, text_hash, write_jsonl
 from support.reading import GRADER_VERSION
+from support.rouge import rouge_l
 
 
 def test_the_standard_error_is_that_of_the_sample():
@@ -109,6 +121,127 @@ def test_equal_answers_differ_by_nothing_and_lists_of_other_lengths_are_refused(
     assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
     with pytest.raises(ValueError):
         compare([True], [True, False])
+
+
+# --- Scores instead of right or wrong -------------------------------------------------------------------------
+
+
+def scores_of(count, seed=1):
+    rng = random.Random(seed)
+    return [rng.random() ** 2 for _ in range(count)]
+
+
+def test_scores_have_a_mean_the_sample_s_standard_error_and_the_interval_of_resampled_rows():
+    scores = scores_of(300)
+    fields = evaluation.accuracy_fields(scores, "harness")
+    assert fields["harness_accuracy"] == pytest.approx(np.mean(scores))
+    assert fields["harness_stderr"] == pytest.approx(np.std(scores, ddof=1) / 300**0.5)
+    draw = np.random.default_rng(2)
+    draws = [np.mean([scores[n] for n in draw.integers(0, 300, 300)]) for _ in range(4000)]  # the plain way
+    ends = (fields["harness_low"], fields["harness_high"])
+    # A 90 % interval would be narrower by some 0.006 on either side.
+    assert ends == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.003)
+
+
+def test_an_interval_of_scores_holds_their_mean_and_does_not_depend_on_the_rows_order():
+    for scores in ([0.3] * 7, [1.0], [0.0, 1.0], scores_of(40)):
+        low, high = bootstrap(scores)
+        assert 0 <= low <= np.mean(scores) <= high <= 1
+        assert bootstrap(scores[::-1]) == (low, high)
+    assert evaluation.mean_score([0.25]) == (0.25, 0.0)
+
+
+@hypothesis_settings(deadline=None, max_examples=30)
+@given(st.lists(st.sampled_from([-0.5, -0.25, 0.0, 0.1, 0.3, 0.3]), min_size=1, max_size=7))
+def test_the_p_value_of_few_differences_is_the_share_of_all_choices_of_signs(differences):
+    signs = list(product((-1, 1), repeat=len(differences)))
+    sums = [abs(sum(sign * value for sign, value in zip(choice, differences))) for choice in signs]
+    far = sum(one >= abs(sum(differences)) - 1e-9 for one in sums)
+    assert sign_flips(np.array(differences)) == pytest.approx(far / len(signs))
+
+
+def test_the_p_value_of_many_differences_is_near_the_exact_one_and_never_0():
+    differences = np.array([0.1 * n - 0.3 for n in range(14)])
+    sums = np.array(list(product((-1, 1), repeat=14))) @ abs(differences)
+    exact = (abs(sums) >= abs(differences.sum()) - 1e-9).mean()
+    assert 0.001 < exact < 0.1 and sign_flips(differences) == pytest.approx(exact, abs=0.004)
+    assert sign_flips(np.full(50, 0.1)) == 1 / 10_001
+
+
+def test_two_lists_of_scores_are_compared_row_by_row():
+    first, second = scores_of(60), scores_of(60, seed=2)
+    second[:5] = first[:5]
+    found, back = compare_scores(first, second), compare_scores(second, first)
+    differences = [b - a for a, b in zip(first, second)]
+    assert (found["n"], found["scores"]) == (60, True)
+    assert (found["gained"], found["lost"]) == (sum(d > 0 for d in differences), sum(d < 0 for d in differences))
+    assert (back["gained"], back["lost"], back["p"]) == (found["lost"], found["gained"], found["p"])
+    assert found["difference"] == pytest.approx(sum(differences) / 60)
+    error = np.std(differences, ddof=1) / 60**0.5
+    assert (found["low"], found["high"]) == pytest.approx(
+        (found["difference"] - 1.96 * error, found["difference"] + 1.96 * error), abs=0.25 * error
+    )
+    same = compare_scores(first, first)
+    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+    with pytest.raises(ValueError):
+        compare_scores([0.5], [0.5, 0.25])
+
+
+TEXTS = [
+    {"id": str(n), "question": f"say {n}", "answer": f"this is {n}", "references": [f"this is {n}", f"{n} it is"]}
+    for n in range(6)
+]
+
+
+def writer(die_after=None):
+    """An Answerer that writes texts, near to one reference or the other, and may die."""
+
+    def generate(task, rows, prompt, settings, done):
+        for number, row in enumerate(rows):
+            if number == die_after:
+                raise Killed
+            if row["id"] not in done:
+                text = ["", f" this is {row['id']}\n", f"so {row['id']} it is now"][number % 3]
+                yield [Generation(row, text, "", 3, False)]
+
+    return Answerer("m", ("m", "float32"), generate)
+
+
+def of_texts(folder, answerer):
+    task = own_task("generation", "")
+    return evaluate_once(Evaluation(answerer, task, "dev", TEXTS, "say it .", settings()), folder, "best")
+
+
+def test_a_generated_text_has_one_reading_and_the_best_score_over_its_references(tmp_path):
+    result = of_texts(tmp_path, writer())
+    found = {p["id"]: p for p in read_jsonl(tmp_path / "predictions.jsonl")}
+    assert [found[str(n)]["answer"] for n in range(3)] == [None, "this is 1", "so 2 it is now"]
+    scores = [p["correct"] for p in found.values()]
+    assert scores[:3] == [0.0, 1.0, rouge_l(["2 it is"], "so 2 it is now")] and 0.7 < scores[2] < 0.8
+    assert all(p["harness_correct"] == p["correct"] and p["harness_answer"] == p["answer"] for p in found.values())
+    assert (result["kind"], result["unread"]) == ("generation", 1 / 3)
+    assert result["accuracy"] == result["harness_accuracy"] == pytest.approx(np.mean(scores))
+    assert (result["low"], result["high"]) == bootstrap(scores)
+    assert evaluation.estimate([result], "paper")[:3] == (result["accuracy"], result["low"], result["high"])
+    assert evaluation.estimate([result], "paper").low != evaluation.wilson(3, 6)[0]
+
+
+def test_a_killed_evaluation_of_texts_ends_the_same_and_can_be_graded_again(tmp_path):
+    (tmp_path / "whole").mkdir()
+    whole = of_texts(tmp_path / "whole", writer())
+    for after in (1, 4):
+        folder = tmp_path / str(after)
+        folder.mkdir()
+        with pytest.raises(Killed):
+            of_texts(folder, writer(after))
+        assert without_time(of_texts(folder, writer())) == without_time(whole)
+        name = "predictions.jsonl"
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        ((old, new),) = regrade(folder, own_task("generation", ""), {"dev": TEXTS})
+        assert old == new
+    longer = [row | {"references": [*row["references"], "so it is now"]} for row in TEXTS]
+    with pytest.raises(UserError, match="other questions or answers"):
+        regrade(folder, own_task("generation", ""), {"dev": longer})
 
 
 # --- Two readings of one generation ---------------------------------------------------------------------------

@@ -289,3 +289,37 @@ def test_a_bare_prompt_stands_in_the_same_place_without_the_fixed_words_and_an_e
 def test_a_place_that_is_missing_or_there_twice_is_one_line(template, system):
     with pytest.raises(UserError, match="--template must hold"):
         get_task("gsm8k", template=template, system=system)
+
+
+# --- Texts to be generated ----------------------------------------------------------------------------------------
+
+
+def test_rows_with_lists_of_references_are_of_texts_to_be_generated(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    write_jsonl(path, [{"question": f"{n}?", "answer": [f"it is {n}", f"{n} it is"]} for n in range(8)])
+    task = get_task(str(path))
+    assert (task.kind, task.extractor, task.choices, task.is_generation) == ("generation", "", (), True)
+    assert not task.ranks_choices and task.answer_prefix == ""
+    assert task.messages("1?", "Say it.") == [{"role": "user", "content": "1?\nSay it."}]
+    assert task.bare.messages("1?", "") == [{"role": "user", "content": "1?"}]
+    with pytest.raises(UserError, match="--kind text: a row has a list of answers"):
+        get_task(str(path), "The answer is", "text")
+    with pytest.raises(UserError, match="--extractor: of the kind generation the whole reply is the answer"):
+        get_task(str(path), "The answer is")
+    with pytest.raises(UserError, match="--answer-space choices: own/facts has no closed set"):
+        get_task(str(path), answer_space="choices")
+
+
+def test_single_texts_are_generated_only_where_the_kind_says_so(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    write_jsonl(path, [{"question": f"{n}?", "answer": f"it is {n}"} for n in range(8)])
+    assert get_task(str(path), "So").kind == "text" and get_task(str(path), kind="generation").extractor == ""
+    assert get_task("gsm8k", kind="generation").extractor == ""  # of a known task, too
+    assert get_task("webnlg", "The text is", "text").extractor == "The text is"
+
+
+def test_prepared_rows_keep_their_references(tmp_path):
+    rows = [{"id": "1", "question": "q", "answer": "a b", "references": ["a b", "b a"]}]
+    rows.append({"id": "2", "question": "q", "answer": "a"})
+    write_jsonl(tmp_path / "r.jsonl", rows)
+    assert tasks.read_rows(tmp_path / "r.jsonl") == rows
