@@ -11,8 +11,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, settings
 
+from support.answerers import local_answerer
+from support.evaluation import evaluate
 from support.files import read_jsonl, text_hash, write_jsonl
 
 QUICK = ["--steps", "2", "--train-rows", "6", "--eval-rows", "20", "--finalists", "2"]
@@ -665,3 +667,99 @@ def test_a_budget_below_one_round_is_warned_of(demo_server, tmp_path):
     flags = text_flags(demo_server, "--budget", "40", "--dry-run")
     printed = good("02_optimize.py", *flags, folder=tmp_path)
     assert "warning: the start and one whole round take 72 generations, --budget is 40" in printed
+
+
+# --- Texts to be generated ------------------------------------------------------------------------------------------
+
+SAYING = [
+    "--template",
+    "{question} please {prompt}",
+    "--initial-prompt",
+    "read the problem here and find the answer now .",
+]
+REFERENCE_PROMPT = "verify every total carefully then verify every total carefully ."
+
+
+@pytest.fixture(scope="module")
+def workings(tmp_path_factory, demo_engine, demo_task, demo_data):
+    """A file of the demo's questions whose references are what its model writes under a good instruction."""
+    rows = demo_data["train"][:64]
+    answerer = local_answerer(demo_engine, str(ROOT / "demo" / "model"))
+    written = evaluate(answerer, demo_task, rows, REFERENCE_PROMPT, settings(max_new_tokens=40))
+    path = tmp_path_factory.mktemp("texts") / "workings.jsonl"
+    references = [[prediction["text"], "not this"] for prediction in written]
+    write_jsonl(path, [row | {"answer": texts} for row, texts in zip(rows, references)])
+    return path
+
+
+def saying(path, url, *more):
+    few = ["--max-new-tokens", "40", "--batch-size", "64", "--rounds", "2", "--beam", "2", "--groups", "2"]
+    model = ["--task", path, "--model", ROOT / "demo" / "model", "--run-dir", "runs/texts"]
+    return [*model, *text_flags(url, *few, *more, method="apo"), *SAYING]
+
+
+@pytest.fixture(scope="module")
+def by_apo(tmp_path_factory, workings, demo_server):
+    """A folder with a finished run of APO on texts in it, and what the run printed."""
+    folder = tmp_path_factory.mktemp("apo")
+    return folder, good("02_optimize.py", *saying(workings, demo_server), folder=folder)
+
+
+def test_a_text_method_raises_the_mean_score_of_generated_texts(by_apo):
+    folder, printed = by_apo
+    run_dir = folder / "runs" / "texts"
+    steps, prompts = read_jsonl(run_dir / "steps.jsonl"), read_jsonl(run_dir / "prompts.jsonl")
+    initial = next(prompt for prompt in prompts if prompt["initial"])
+    assert 0 < initial["train_accuracy"] < steps[-1]["best"]["accuracy"] < 1.0001
+    assert prompts[0]["dev_accuracy"] == max(prompt["dev_accuracy"] for prompt in prompts) > initial["dev_accuracy"]
+    results = {(result["role"], result["split"]): result for result in read_jsonl(run_dir / "results.jsonl")}
+    result = results["best", "test"]
+    assert result["kind"] == "generation" and 0 < result["low"] <= result["accuracy"] <= result["high"] <= 1
+    assert all(isinstance(p["correct"], float) for p in read_jsonl(run_dir / "predictions.jsonl"))
+    assert "points of ROUGE-L" in printed and "p (sign flips)" in printed and "harness, %" not in printed
+    asked = read_jsonl(run_dir / "optimizer.jsonl")[0]["chats"][0][0]["content"]
+    assert "agree least with reference texts" in asked and "A good text: " in asked and "Accuracy: " in asked
+
+
+def test_a_killed_run_on_texts_ends_with_the_same_files(by_apo, workings, demo_server, tmp_path):
+    shutil.copytree(by_apo[0], tmp_path, dirs_exist_ok=True)
+    run_dir = tmp_path / "runs" / "texts"
+    names = ("prompts.jsonl", "train_predictions.jsonl", "optimizer.jsonl", "predictions.jsonl")
+    whole = {name: (run_dir / name).read_bytes() for name in names}
+    (run_dir / "prompts.jsonl").unlink()
+    for name, kept in (("train_predictions.jsonl", 11), ("optimizer.jsonl", 2), ("steps.jsonl", 1)):
+        (run_dir / name).write_bytes(b"".join((run_dir / name).read_bytes().splitlines(True)[:kept]))
+    for name in ("results.jsonl", "predictions.jsonl"):
+        (run_dir / name).unlink()
+    good("02_optimize.py", *saying(workings, demo_server), folder=tmp_path)
+    assert {name: (run_dir / name).read_bytes() for name in names} == whole
+
+
+def test_stages_3_and_4_the_report_and_the_program_take_a_run_on_texts(by_apo, tmp_path):
+    folder = by_apo[0]
+    run_dir = "runs/texts"
+    printed = good("03_evaluate.py", "--run-dir", run_dir, "--eval-rows", "6", "--mistakes", "2", folder=folder)
+    worst = printed.partition("the 2 of 6 texts of the last prompt with the lowest scores:")[2]
+    low, high = map(float, re.findall(r"ROUGE-L ([\d.]+) %", worst))
+    assert low <= high and worst.count("    reference  ") == 2
+    graded = good("03_evaluate.py", "--run-dir", run_dir, "--regrade", folder=folder)
+    pairs = re.findall(r"paper +([\d.]+) -> +([\d.]+) %", graded)
+    assert len(pairs) >= 6 and all(before == after for before, after in pairs)
+    good("03_evaluate.py", "--report", "runs", folder=folder)
+    report = (folder / "runs" / "report.md").read_text()
+    assert "mean ROUGE-L, each row's the best" in report and "p (sign flips)" in report
+    out = ["--runs", run_dir, "--targets", ROOT / "demo" / "small", "--eval-rows", "5", "--out", "moved"]
+    assert "of generated texts the mean ROUGE-L" in good("04_transfer.py", *out, folder=folder)
+    records = read_jsonl(folder / "moved" / "transfer.jsonl")
+    assert all(record["kind"] == "generation" and record["low"] <= record["high"] for record in records)
+    question = "tom has 3 pens . tom gets 4 pens . how many pens ?"
+    command = [sys.executable, "use_transformers.py", question]
+    done = subprocess.run(command, cwd=folder / run_dir, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip()
+
+
+def test_greater_refuses_texts_to_be_generated_and_names_the_methods_that_take_them(workings, tmp_path):
+    done = run("02_optimize.py", "--task", workings, "--model", ROOT / "demo" / "model", *SAYING, folder=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "GReaTer's loss is that of an answer behind reasoning" in line and "opro, gpo" in line and "random" in line

@@ -187,7 +187,7 @@ def test_each_part_of_a_meta_prompt_that_is_worded_anew_for_texts_is_there(tmp_p
         with_part = [template for template in templates if part in template]
         assert with_part and all(other in trials.worded(template) for template in with_part)
     worded = " ".join(map(trials.worded, templates)).lower()
-    assert "right answer" not in worded and " wrong" not in worded
+    assert "right answer" not in worded and "questions wrong" not in worded
     others = trials_of(Model(), tmp_path / "number")
     assert [others.worded(template) for template in templates] == templates
 
