@@ -520,6 +520,8 @@ def open_tasks(flags):
     for name in flags.tasks:
         given = TASK_FLAGS.get(name, {})
         tasks[name] = open_task(TaskFlags(task=name, data_dir=str(data_dir(flags)), source=flags.source, **given))
+        scores = tasks[name][0].is_generation
+        require(not scores, f"--tasks {name}: the tables here count right answers, and generated texts get scores")
     return tasks
 
 
