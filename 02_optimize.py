@@ -356,7 +356,8 @@ def search_text(job, engine, answerer):
         begin_run(job.run_dir, job.record)
 
     trials = Trials(answerer, optimizer, job.task, job.train, flags, job.run_dir, engine)
-    judge = Judge(job.task, job.train, flags.longest_prompt, method.meta_prompts, engine.tokenizer)
+    shown = tuple(map(trials.worded, method.meta_prompts))
+    judge = Judge(job.task, job.train, flags.longest_prompt, shown, engine.tokenizer)
     known = len(steps)
     if known:
         print(f"going on behind round {steps[-1].step} of {job.run_dir}")

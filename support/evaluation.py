@@ -372,9 +372,9 @@ def read_results(path):
 def read_all_predictions(path):
     """The predictions of all evaluations in the file at `path`, [] if there is none. Errors: as `read_results`."""
     texts = (*Reference._fields, "id", "text", "reply")
-    outcomes = ("truncated", "correct", "harness_correct")  # true or false, or a score
-    kinds = dict.fromkeys(texts, str) | dict.fromkeys(outcomes, (bool, float)) | {"tokens": (int, NoneType)}
-    return require_fields(read_appended(path), path, **kinds)
+    outcomes = ("correct", "harness_correct")  # true or false, or a score
+    kinds = dict.fromkeys(texts, str) | dict.fromkeys(outcomes, (bool, float))
+    return require_fields(read_appended(path), path, **kinds, truncated=bool, tokens=(int, NoneType))
 
 
 def read_predictions(run_dir, result, rows):
