@@ -35,7 +35,7 @@ from support.engine import Context, Engine, pad
 from support.files import UserError, require
 from support.runs import Candidate, Score, Step, Tried, described, last_job, scores_of, timed
 from support.settings import SearchSettings
-from support.tokens import Row, allowed_ids, ends_sentence, survives_encoding
+from support.tokens import Row, allowed_ids, continues_word, ends_sentence, survives_encoding
 
 
 @dataclass
@@ -363,7 +363,8 @@ def search_step(search, prefix, step):
         return (*prefix.tokens, token, *prompt[position + 1 :])
 
     def admit(token):
-        return token != incumbent and survives_encoding(tokenizer, search.rows[0], with_token(token))
+        glued = settings.word_starts and token != likeliest and continues_word(tokenizer, before, token)
+        return token != incumbent and not glued and survives_encoding(tokenizer, search.rows[0], with_token(token))
 
     def draw(purpose):  # a generator per (seed, step, purpose): a resumed run draws what an uninterrupted one draws
         return random.Random(f"{settings.seed}/{step}/{purpose}")
@@ -373,6 +374,8 @@ def search_step(search, prefix, step):
         size = min(settings.sampled_rows, count)
         samples = [rng.sample(range(count), size) for _ in range(settings.intersections)]
         log_probs = prefix.log_probs.masked_fill(~search.allowed, float("-inf"))
+        before = [*search.rows[0].question, *prefix.tokens][-1]
+        likeliest = log_probs.mean(0).argmax().item()  # a piece of a word only where the model itself would write it
         candidates, k = propose_candidates(log_probs, samples, settings.top_k, settings.min_candidates, admit)
 
     with timed(seconds, "gradient"):

@@ -114,6 +114,7 @@ class SearchSettings(GenerationSettings):
     sampled_rows: int = flag(5, "q: rows whose top-k are intersected")
     intersections: int = flag(1, "intersections whose union is proposed")
     min_candidates: int = flag(6, "k grows by 2 until so many proposals are found")
+    word_starts: bool = flag(False, "propose what begins a word, or is the likeliest token of all; no piece of a word")
     shortlist: str = flag("gradient", "how proposals are shortlisted; likeliest: without a gradient; all: no shortlist")
     shortlist_size: int = flag(3, "mu: proposals tried for real at each position", "--mu")
     gradient_without_reasoning: bool = flag(False, "take the gradient over question, prompt and extractor only")

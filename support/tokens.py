@@ -372,6 +372,12 @@ def survives_encoding(tokenizer, row, prompt_ids):
     return whole == row.question + list(prompt_ids) + row.turn_end
 
 
+def continues_word(tokenizer, before, token):
+    """Whether a token's text goes on with the word at whose end or in whose middle the token before it stands."""
+    first, both = tokenizer.decode([before]), tokenizer.decode([before, token])
+    return first[-1:].isalnum() and both[len(first) : len(first) + 1].isalnum()
+
+
 def ends_sentence(tokenizer, prompt_ids):
     return tokenizer.decode(prompt_ids[-1:]).strip().endswith(SENTENCE_ENDS)
 
