@@ -10,6 +10,7 @@ on with the same command; other settings need another --out. Writes results.md.
 """
 
 import importlib.metadata
+import importlib.util
 import random
 import sys
 from dataclasses import dataclass, field, replace
@@ -18,14 +19,24 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.answerers import local_answerer
+from support.answerers import local_answerer, server_answerer
 from support.engine import load_engine
 from support.evaluation import Evaluation, compare, estimate, evaluate_once, read_predictions
-from support.files import UserError, alone_in, read_object, require, write_json
+from support.files import alone_in, read_object, require, write_json
 from support.proposals import Judge
 from support.report import markdown
 from support.runs import rank_prompts
-from support.settings import TITLES, ModelFlags, SearchSettings, TaskFlags, TextSettings, flag, parse_flags, run_script
+from support.settings import (
+    TITLES,
+    ModelFlags,
+    SearchSettings,
+    ServerFlags,
+    TaskFlags,
+    TextSettings,
+    flag,
+    parse_flags,
+    run_script,
+)
 from support.sources import open_task
 from support.tables import p_text
 from support.trials import Search, Trials
@@ -36,7 +47,7 @@ OURS, PACKAGE = "ours", "promptolution"
 
 
 @dataclass
-class Flags(TextSettings, SearchSettings, ModelFlags, TaskFlags):
+class Flags(ServerFlags, TextSettings, SearchSettings, ModelFlags, TaskFlags):
     methods: list[str] = field(default_factory=lambda: list(COMPARED), metadata={"help": "opro, evoprompt-ga"})
     finalists: int = flag(5, "prompts of a loop that compete on dev rows")
     eval_rows: int = flag(0, "dev and test rows to evaluate on; 0: all")
@@ -58,7 +69,8 @@ class Setup:
     splits: dict[str, list[dict]]
     train: list[dict]
     engine: object  # engine.Engine
-    answerer: object  # answerers.Answerer
+    answerer: object  # answerers.Answerer: the task model
+    optimizer: object  # the same of the model that writes prompts
 
     def folder(self, loop):
         return Path(self.flags.out) / f"{self.flags.method}-{loop}"
@@ -66,7 +78,7 @@ class Setup:
     def trials(self, loop):
         folder = self.folder(loop)
         folder.mkdir(parents=True, exist_ok=True)
-        return Trials(self.answerer, self.answerer, self.task, self.train, self.flags, folder, self.engine)
+        return Trials(self.answerer, self.optimizer, self.task, self.train, self.flags, folder, self.engine)
 
 
 # --- The two loops ------------------------------------------------------------------------------------------
@@ -87,19 +99,14 @@ class BudgetSpent(BaseException):
 
 
 def run_package(setup, first):
-    """`Trials` of the package's loop, which starts from the prompts `first`.
+    """`Trials` of the package's loop, which starts from the prompts `first`."""
+    import pandas
+    from promptolution.llms.base_llm import BaseLLM
+    from promptolution.optimizers.evoprompt_ga import EvoPromptGA
+    from promptolution.optimizers.opro import OPRO
+    from promptolution.predictors.base_predictor import BasePredictor
+    from promptolution.tasks.base_task import BaseTask
 
-    Errors: UserError if the package is not installed.
-    """
-    try:
-        import pandas
-        from promptolution.llms.base_llm import BaseLLM
-        from promptolution.optimizers.evoprompt_ga import EvoPromptGA
-        from promptolution.optimizers.opro import OPRO
-        from promptolution.predictors.base_predictor import BasePredictor
-        from promptolution.tasks.base_task import BaseTask
-    except ImportError as error:
-        raise UserError(f"{error}: pip install promptolution==2.3.0") from None
     trials, settings = setup.trials(PACKAGE), setup.flags
 
     class Optimizer(BaseLLM):
@@ -220,21 +227,27 @@ def require_same_settings(flags):
 
 def main():
     flags = parse_flags(Flags, __doc__)
+    require(importlib.util.find_spec(PACKAGE), f"{PACKAGE} is not installed: pip install {PACKAGE}==2.3.0")
     require(flags.budget, "--budget: say how many scored generations each loop may take")
-    require(not flags.optimizer_model, "--optimizer-model: here the task's model writes the prompts, too")
+    local = flags.optimizer_endpoint or not flags.optimizer_model
+    require(local, "--optimizer-model: without --optimizer-endpoint the task's model writes the prompts")
+    flags.check_server_flags()
     flags.model = flags.model_path()
     task, splits = open_task(flags)
     require(flags.train_rows <= len(splits["train"]), f"--train-rows: {task.name} has {len(splits['train'])}")
     train = random.Random(f"{flags.seed}/rows").sample(splits["train"], flags.train_rows)
     engine = load_engine(flags.model, flags.device, flags.dtype)
     answerer = local_answerer(engine, flags.model)
+    optimizer = answerer
+    if flags.optimizer_endpoint:
+        optimizer = server_answerer(replace(flags, answer_turn="ask"), flags.optimizer_endpoint, flags.optimizer_model)
     table, lines = [HEAD], []
     with alone_in(Path(flags.out)):
         require_same_settings(flags)
         for method in flags.methods:
             own = replace(flags, method=method)
             own.resolve()
-            setup = Setup(own, task, splits, train, engine, answerer)
+            setup = Setup(own, task, splits, train, engine, answerer, optimizer)
             trials, first = run_ours(setup)
             ours = measured(setup, OURS, trials)
             theirs = measured(setup, PACKAGE, run_package(setup, first))
