@@ -35,6 +35,7 @@ from support.files import (
     UserError,
     append_jsonl,
     read_appended,
+    read_jsonl,
     require,
     require_fields,
     text_hash,
@@ -75,6 +76,8 @@ class Prediction(TypedDict):
     harness_answer: str | None  # `harness` reading: the answer in the reasoning, None if none was found
     harness_correct: bool | float  # whether that is the right one; of a generated text as before
     grader_version: int  # of reading.py, that gave the readings and the grades
+    row_key: NotRequired[str]  # `Evaluation.key` of the row alone; older files lack it
+    answered_in: NotRequired[str]  # the evaluation that it was taken from, where it was not made in this one
 
 
 class Result(TypedDict):
@@ -222,12 +225,20 @@ class Evaluation:
     @property
     def key(self):
         """Hash of all that the texts depend on besides the prompt and the machine."""
+        return self.key_of(self.rows)
+
+    @property
+    def row_keys(self):
+        """{row's id: the key of an evaluation of that row alone}: where it is the same, so is what is asked."""
+        return {row["id"]: self.key_of([row]) for row in self.rows}
+
+    def key_of(self, rows):
         parts = [
             self.task.kind,
             self.task.choices,
             self.task.extractor,
             self.task.template,
-            rows_hash(self.rows),
+            rows_hash(rows),
             self.settings.max_new_tokens,
         ]
         parts += [self.task.system] if self.task.system else []
@@ -243,11 +254,12 @@ def rows_hash(rows):
     return text_hash(json.dumps(rows))
 
 
-def evaluate_once(evaluation, run_dir, role, name=None):
+def evaluate_once(evaluation, run_dir, role, name=None, elsewhere=()):
     """The `Result` of an `Evaluation`, whose prompt has this role, and this name if there are more of the role.
 
     Taken from run_dir/results.jsonl if it is there, else evaluated and appended there, with its predictions in
-    predictions.jsonl. Its minutes are those of this call alone.
+    predictions.jsonl. Rows that the same model answered under the same prompt and settings, there or in the folders
+    `elsewhere`, are not generated again. Its minutes are those of this call alone.
 
     Errors: UserError if predictions.jsonl holds an unfinished evaluation of the prompt with another model, other rows
     or settings, rows of other data, or another version's grades.
@@ -266,16 +278,23 @@ def evaluate_once(evaluation, run_dir, role, name=None):
     if known:  # under another role or name
         result = {field: value for field, value in known[0].items() if field != "name"} | labels
     else:
-        result = labels | run_evaluation(evaluation, Path(run_dir) / "predictions.jsonl", results)
+        result = labels | run_evaluation(evaluation, Path(run_dir) / "predictions.jsonl", results, elsewhere)
     append_jsonl(results_path, result)
     return result
 
 
-def run_evaluation(evaluation, path, results):
+def run_evaluation(evaluation, path, results, elsewhere=()):
     """The `Result` of an evaluation that is not in `results`, without the prompt's role and name. Its predictions are
-    taken from the file at `path`; the missing ones are made and appended."""
+    taken from the file at `path`, or from other evaluations there and in the folders `elsewhere`; the missing ones are
+    made and appended."""
     started = time.perf_counter()
     kept = kept_predictions(evaluation, path, results)
+    if all("answered_in" in prediction for prediction in kept.values()):  # none was made yet
+        taken = answered_before(evaluation, [path, *(Path(folder) / path.name for folder in elsewhere)])
+        taken = [prediction for prediction in taken if prediction["id"] not in kept]
+        if taken:
+            append_jsonl(path, *taken)
+            kept |= {prediction["id"]: prediction for prediction in taken}
     predictions = add_missing(evaluation, path, kept)
     head = {
         "task": evaluation.task.name,
@@ -292,6 +311,21 @@ def run_evaluation(evaluation, path, results):
     return head | summarize(predictions) | {"minutes": (time.perf_counter() - started) / 60}
 
 
+def rename_former_best(run_dir, best):
+    """Of the results of the role best, those of another prompt than `best` become a candidate's: a run that was
+    continued has one best prompt, and what was evaluated stays."""
+    path, kept = Path(run_dir) / "results.jsonl", []
+    results = read_results(path)
+    for result in results:
+        if result["role"] == "best" and result["prompt"] != best:
+            result = result | {"role": "candidate"}
+            if any((reference_of(one), one["role"]) == (reference_of(result), "candidate") for one in results):
+                continue
+        kept.append(result)
+    if kept != results:
+        write_chained(path, kept)
+
+
 def kept_predictions(evaluation, path, results):
     """{row's id: `Prediction`} that the file at `path` holds of the evaluation; `results`: the finished ones.
 
@@ -299,14 +333,19 @@ def kept_predictions(evaluation, path, results):
     """
     own = evaluation.reference
     finished = {reference_of(result) for result in results}
+    predictions = read_all_predictions(path)
+    predictions = [p for p in predictions if (p["split"], p["prompt_hash"]) == (own.split, own.prompt_hash)]
+    # A row of an unfinished evaluation is not lost where it counts in this one, or in a finished one.
+    used = {p.get("row_key") for p in predictions if reference_of(p) in finished}
+    used = used.union(evaluation.row_keys.values()) - {None}
     kept = {}
-    for prediction in read_all_predictions(path):
+    for prediction in predictions:
         reference = reference_of(prediction)
         if reference == own:
             row_id = prediction["id"]
             require(row_id not in kept, f"{path}: two predictions of row {row_id} for one prompt; remove one")
             kept[row_id] = prediction
-        elif reference not in finished and (reference.split, reference.prompt_hash) == (own.split, own.prompt_hash):
+        elif reference not in finished and prediction.get("row_key") not in used:
             raise UserError(
                 f"{path} holds an unfinished evaluation of {evaluation.prompt!r} on {own.split} with another model, "
                 "other rows or settings: finish it with those, remove its lines, or choose another --run-dir"
@@ -318,6 +357,31 @@ def kept_predictions(evaluation, path, results):
     return kept
 
 
+def answered_before(evaluation, paths):
+    """Predictions, with the evaluation's reference, of those of its rows that other evaluations in the files at `paths`
+    asked the same model with the same prompt and settings. Their texts are read and graded again, as they are now."""
+    reference, rows = evaluation.reference, {row["id"]: row for row in evaluation.rows}
+    keys, found, older = evaluation.row_keys, {}, defaultdict(dict)
+    for path in paths:
+        for prediction in read_all_predictions(path, growing=False):
+            same = (prediction["split"], prediction["prompt_hash"]) == (reference.split, reference.prompt_hash)
+            if not same or prediction["id"] not in rows:
+                continue
+            if prediction.get("row_key") == keys[prediction["id"]]:
+                found.setdefault(prediction["id"], prediction)
+            elif "row_key" not in prediction:
+                older[path, prediction["evaluation"]][prediction["id"]] = prediction
+    # Without keys of rows: an evaluation all of whose rows are among these, which the key of it shows.
+    for (_, key), predictions in older.items():
+        if evaluation.key_of([row for row in evaluation.rows if row["id"] in predictions]) == key:
+            found = predictions | found
+    taken = []
+    for row_id in (row_id for row_id in rows if row_id in found):
+        other = found[row_id] | {"row_key": keys[row_id], "answered_in": found[row_id]["evaluation"]}
+        taken.append(other | reference._asdict() | readings(evaluation.task, rows[row_id], other))
+    return taken
+
+
 def add_missing(evaluation, path, kept):
     """Predictions of all rows, in their order: those in `kept`, and the missing ones, made now and appended at `path`,
     as they come.
@@ -325,16 +389,23 @@ def add_missing(evaluation, path, kept):
     The bar shows no accuracy: rows that are quick to answer come first, and are not right as often as the others.
     """
     task, rows = evaluation.task, evaluation.rows
-    reference = evaluation.reference._asdict()
+    reference, row_keys = evaluation.reference._asdict(), evaluation.row_keys
     found = dict(kept)
-    groups = evaluation.answerer.generate(task, rows, evaluation.prompt, evaluation.settings, frozenset(kept))
+    # What was taken from elsewhere is in no batch: all of a batch is generated where one of its rows is missing.
+    asked = [row for row in rows if "answered_in" not in kept.get(row["id"], {})]
+    groups = ()
+    if len(kept) < len(rows):
+        groups = evaluation.answerer.generate(task, asked, evaluation.prompt, evaluation.settings, frozenset(kept))
     progress = evaluation.answerer.progress or Progress()
     # The time that remains follows from all rows alike (smoothing 0), since they end many at once.
     look = {"unit": "row", "desc": evaluation.split, "leave": False, "smoothing": 0}
     enough, made, cut = min(MANY, len(rows) - len(kept)), 0, 0
     with open_bar(progress, total=len(rows), initial=len(kept), **look) as bar:
         for group in groups:
-            predictions = [reference | graded(task, generation) for generation in group]
+            predictions = [
+                reference | graded(task, generation) | {"row_key": row_keys[generation.row["id"]]}
+                for generation in group
+            ]
             append_jsonl(path, *predictions)
             before, made = made, made + len(predictions)
             cut += sum(prediction["truncated"] for prediction in predictions)
@@ -369,12 +440,17 @@ def read_results(path):
     return require_fields(read_appended(path), path, **kinds)
 
 
-def read_all_predictions(path):
-    """The predictions of all evaluations in the file at `path`, [] if there is none. Errors: as `read_results`."""
+def read_all_predictions(path, growing=True):
+    """The predictions of all evaluations in the file at `path`, [] if there is none. Errors: as `read_results`.
+
+    growing: as of `runs.read_steps`: the file is the caller's own to append to, so it is mended.
+    """
     texts = (*Reference._fields, "id", "text", "reply")
     outcomes = ("correct", "harness_correct")  # true or false, or a score
     kinds = dict.fromkeys(texts, str) | dict.fromkeys(outcomes, (bool, float))
-    return require_fields(read_appended(path), path, **kinds, truncated=bool, tokens=(int, NoneType))
+    kinds |= {"truncated": bool, "tokens": (int, NoneType)}
+    records = read_appended(path) if growing or not Path(path).exists() else read_jsonl(path)
+    return require_fields(records, path, **kinds)
 
 
 def read_predictions(run_dir, result, rows):

@@ -331,7 +331,7 @@ def test_what_was_evaluated_is_not_evaluated_again_and_what_differs_is(tmp_path,
     once(tmp_path, many, stub(log=log), max_new_tokens=3)
     once(tmp_path, many, stub(log=log), prompt="tell this .")
     once(tmp_path, [many[0] | {"answer": "9"}, *many[1:]], stub(log=log))
-    assert len(log) == 6 * 7
+    assert len(log) == 5 * 7 + 1  # of the last, a single row differs
     predictions = read_jsonl(tmp_path / "predictions.jsonl")
     keys = [(p["split"], p["prompt_hash"], p["evaluation"], p["id"]) for p in predictions]
     assert len(keys) == len(set(keys)) == 6 * 7
@@ -449,7 +449,10 @@ def test_the_files_of_an_evaluation_are_the_recorded_ones_byte_for_byte_with_a_c
     clock = iter([60.0, 90.0])
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
     once(tmp_path, RECORDED_ROWS, recorded_answerer())
-    assert without_checks(tmp_path / "predictions.jsonl") == RECORDED_PREDICTIONS
+    written = without_checks(tmp_path / "predictions.jsonl")
+    assert re.sub(r', "row_key": "[0-9a-f]{16}"}$', "}", written, flags=re.M) == RECORDED_PREDICTIONS
+    keys = [prediction["row_key"] for prediction in read_jsonl(tmp_path / "predictions.jsonl")]
+    assert keys == [of([row], recorded_answerer()).key for row in RECORDED_ROWS]
     assert without_checks(tmp_path / "results.jsonl") == RECORDED_RESULT
     once(tmp_path, RECORDED_ROWS, silent_answerer(), role="baseline", name="empty")
     labelled = RECORDED_RESULT.replace('"best"', '"baseline"').replace("}", ', "name": "empty"}')
@@ -541,11 +544,134 @@ def test_an_unfinished_evaluation_is_not_mixed_with_another_model_or_other_rows(
         with pytest.raises(UserError, match="unfinished evaluation of 'find this .' on dev"):
             once(tmp_path, many, **changed)
     with pytest.raises(UserError, match="unfinished evaluation"):
-        once(tmp_path, many[:5])
+        once(tmp_path, [many[0] | {"answer": "9"}, *many[1:]])
     once(tmp_path, many, stub("other"), split="test")  # another split and another prompt do not meet it
     once(tmp_path, many, stub("other"), prompt="tell this .")
     once(tmp_path, many)
     once(tmp_path, many, stub("other"))  # finished, it stands beside the other
+
+
+# --- What was answered counts in other evaluations ------------------------------------------------------------
+
+
+def rights(folder, result, rows):
+    return [(p["id"], p["text"], p["correct"]) for p in evaluation.read_predictions(folder, result, rows)]
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["with keys of rows", "from before there were any"])
+def test_of_more_rows_only_those_are_generated_that_fewer_did_not_hold(tmp_path, many, old):
+    whole, grown, log = tmp_path / "whole", tmp_path / "grown", []
+    whole.mkdir(), grown.mkdir()
+    once(grown, many[:3])
+    path = grown / "predictions.jsonl"
+    if old:
+        write_jsonl(path, [{k: v for k, v in p.items() if k != "row_key"} for p in read_jsonl(path)])
+    found, expected = once(grown, many, stub(log=log)), once(whole, many)
+    assert log == ["3", "4", "5", "6"] and without_time(found) == without_time(expected)
+    assert rights(grown, found, many) == rights(whole, expected, many)
+    for result, _ in regrade(grown, own_task(), {"dev": many}):  # the smaller one is still there, and whole
+        assert result["n"] in (3, 7)
+    once(grown, many, stub(log=log))
+    assert len(log) == 4
+
+
+def test_rows_of_an_unfinished_evaluation_count_in_one_of_more_and_in_one_of_fewer_rows(tmp_path, many):
+    for rows, generated in ((many, ["4", "5", "6"]), (many[:5], ["4"])):
+        folder, log = tmp_path / str(len(rows)), []
+        folder.mkdir()
+        with pytest.raises(Killed):
+            once(folder, many[:6] if rows is many else many, stub(die_after=2))
+        assert once(folder, rows, stub(log=log))["n"] == len(rows)
+        assert log == generated
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"answerer": stub("other")},
+        {"answerer": Answerer("m", ("m", "bfloat16"), stub().generate)},
+        {"max_new_tokens": 13},
+        {"prompt": "tell this ."},
+        {"rows": [{"id": str(i), "question": f"{i} + 2", "answer": str(i + 1)} for i in range(3)]},
+    ],
+    ids=["model", "dtype", "limit", "prompt", "questions"],
+)
+@pytest.mark.parametrize("old", [False, True])
+def test_what_was_asked_otherwise_does_not_count(tmp_path, many, other, old):
+    log = []
+    once(tmp_path, **{"rows": many[:3]} | other)
+    if old:
+        path = tmp_path / "predictions.jsonl"
+        write_jsonl(path, [{k: v for k, v in p.items() if k != "row_key"} for p in read_jsonl(path)])
+    once(tmp_path, many, stub(log=log))
+    assert log == [row["id"] for row in many]
+
+
+def test_what_was_answered_in_another_folder_counts_and_stays_as_it_is_there(tmp_path, many):
+    here, there, log = tmp_path / "here", tmp_path / "there", []
+    here.mkdir(), there.mkdir()
+    once(there, many[2:5])
+    before = (there / "predictions.jsonl").read_bytes()
+    found = evaluate_once(of(many, stub(log=log)), here, "transfer", "x", [there, tmp_path / "nowhere"])
+    assert log == ["0", "1", "5", "6"] and found["n"] == 7 and found["correct"] == 3
+    assert (there / "predictions.jsonl").read_bytes() == before
+    assert evaluate_once(of(many[3:5], stub(log=log)), here, "transfer", "y", [there])["n"] == 2 and len(log) == 4
+
+
+def test_an_evaluation_that_is_killed_behind_rows_taken_from_elsewhere_ends_the_same_in_the_same_batches(
+    tmp_path, many
+):
+    batches = []
+
+    def generate(task, rows, prompt, settings, done):
+        batches.append([row["id"] for row in rows])
+        yield from stub(die_after=1 if len(batches) == 1 else None).generate(task, rows, prompt, settings, done)
+
+    once(tmp_path, many[:3])
+    for _ in range(2):
+        answerer = Answerer("m", ("m", "float32"), generate)
+        if not batches:
+            with pytest.raises(Killed):
+                once(tmp_path, many, answerer)
+    found = once(tmp_path, many, answerer)
+    assert batches == [["3", "4", "5", "6"]] * 2 and found["correct"] == 3
+
+
+def test_texts_that_count_again_are_graded_by_the_present_grader(tmp_path, many):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    expected = once(there, many)
+    path = there / "predictions.jsonl"
+    wrong = {"answer": "wrong", "correct": False, "harness_correct": False, "grader_version": 0}
+    write_jsonl(path, [p | wrong for p in read_jsonl(path)])
+    found = evaluate_once(of(many, stub(die_after=0)), here, "best", None, [there])
+    assert without_time(found) == without_time(expected)
+
+
+def test_of_a_continued_run_one_prompt_is_the_best_and_what_was_evaluated_stays(tmp_path, many):
+    for prompt, role in (("one .", "candidate"), ("one .", "best"), ("two .", "best")):
+        once(tmp_path, many, role=role, prompt=prompt)
+    once(tmp_path, many, role="best", prompt="one .", split="test")
+    evaluation.rename_former_best(tmp_path, "two .")
+    found = [(r["prompt"], r["role"], r["split"]) for r in evaluation.read_results(tmp_path / "results.jsonl")]
+    assert found == [("one .", "candidate", "dev"), ("two .", "best", "dev"), ("one .", "candidate", "test")]
+    before = (tmp_path / "results.jsonl").read_bytes()
+    evaluation.rename_former_best(tmp_path, "two .")
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    assert once(tmp_path, many, stub(die_after=0), role="best", prompt="one .")["role"] == "best"
+
+
+def test_the_mean_of_differences_has_the_interval_of_resampled_rows():
+    rng = np.random.default_rng(1)
+    differences = rng.choice([-1, -1 / 3, 0, 1 / 3, 1], 300, p=[0.1, 0.1, 0.3, 0.3, 0.2])
+    mean, low, high = evaluation.mean_difference(list(differences))
+    draws = [differences[rng.integers(0, 300, 300)].mean() for _ in range(8000)]  # the plain way
+    assert mean == pytest.approx(differences.mean())
+    assert (low, high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=0.005)
+    whole = compare([False] * 6 + [True] * 4, [True] * 8 + [False] * 2)
+    found = evaluation.mean_difference([1] * 6 + [0] * 2 + [-1] * 2)
+    assert found[0] == pytest.approx(whole["difference"])
+    assert found[1:] == pytest.approx((whole["low"], whole["high"]), abs=0.11)  # on so few rows a step is 0.1
 
 
 @pytest.mark.parametrize(
