@@ -14,13 +14,13 @@ what is scored are in support/trials.py. Works without torch.
 import math
 import re
 
+from support.plans import rounds_over
 from support.proposals import MARK
 from support.runs import TextStep, timed
 from support.trials import best_of, distinct, shortened, show_cases, show_scored
 
 RULES = "It must suit every question of this task, so do not repeat a question or an answer in it."
 REPLY = "Reply with the instruction alone, in this form: <prompt>text of the instruction</prompt>"
-STALLED = 10  # rounds without a new prompt
 FIRST_SENTENCE, PROMPT_TOKENS = re.compile(r"[^\n.!?]*[.!?]?"), 48  # of random prompts
 
 
@@ -28,10 +28,10 @@ FIRST_SENTENCE, PROMPT_TOKENS = re.compile(r"[^\n.!?]*[.!?]?"), 48  # of random 
 
 
 def optimize(method, search):
-    """Run a `Method`: yields a `TextStep` per round; step 0 is the start. Ends behind the last round, when the budget
-    holds no other prompt, or, where only a budget ends the run, after `STALLED` rounds."""
-    settings, last_new = search.settings, 0
-    while True:
+    """Run a `Method`: yields a `TextStep` per round; step 0 is the start. Ends where plans.rounds_over says so."""
+    steps = []
+    while not (steps and rounds_over(search.settings, steps, len(search.trials.rows))):
+        search.step = len(steps)
         seconds, before = {}, len(search.archive)
         with timed(seconds, "propose"):
             proposed = method.propose(search) if search.step else search.seeds + method.begin(search)
@@ -39,7 +39,7 @@ def optimize(method, search):
             scored = [None if prompt is None else search.score(prompt) for prompt in proposed]
             search.pool = method.keep(search, scored)
         new = list(search.archive.values())[before:]
-        yield TextStep(
+        step = TextStep(
             step=search.step,
             proposed=new,
             pool=[kept.prompt for kept in search.pool],
@@ -48,11 +48,8 @@ def optimize(method, search):
             totals=dict(search.trials.totals),
             seconds=seconds,
         )
-        last_new = search.step if new else last_new
-        stalled = settings.rounds is None and search.step - last_new >= STALLED
-        if search.step == settings.rounds or stalled or not search.trials.affords(None):
-            return
-        search.step += 1
+        steps.append(step)
+        yield step
 
 
 class Method:

@@ -15,8 +15,12 @@ EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 143}
 
 
 def stop(number, frame):
-    """End the process at once. An exception could be lost in a library that catches it, and nothing needs to be tidied:
-    what is written is written whole or line by line, as a run that is killed needs it."""
+    """End the process at once. An exception could be lost in a library that catches it, and nothing needs to be tidied
+    but folders in which nothing is yet: what is written is written whole or line by line, as a run that is killed needs
+    it."""
+    files = sys.modules.get("support.files")
+    if hasattr(files, "remove_all_empty"):  # not where the signal comes while it is imported
+        files.remove_all_empty()
     with suppress(OSError, ValueError, RuntimeError):  # a terminal that is gone, a stream that is being written
         sys.stdout.flush()
     with suppress(OSError):
