@@ -49,7 +49,7 @@ class Flags(GenerationSettings, ServerFlags, ModelFlags, TaskFlags):
         False, "evaluate the standard baselines, too: no prompt, zero-shot chain of thought, initial"
     )
     split: str = flag("test", "dev or test")
-    eval_rows: int = flag(0, "rows to evaluate on; 0: all")
+    eval_rows: int = flag(0, "rows to evaluate on; 0: all; without it as many as the run in --run-dir")
     mistakes: int = flag(5, "mistakes to show of the last prompt")
     endpoint: str = flag("", "URL of an OpenAI-compatible server that answers; --model is its name for the model")
     regrade: bool = flag(False, "read and grade the texts in predictions.jsonl again, without a model")
@@ -92,7 +92,7 @@ def run_defaults(early):
         return {}
     config = read_run(early.run_dir, task=str)["config"]
     require(early.task in ("", config["task"]), f"--task {early.task}: {early.run_dir} is a run of {config['task']}")
-    names = {f.name for f in fields(GenerationSettings) + fields(ModelFlags) + fields(TaskFlags)}
+    names = {f.name for f in fields(GenerationSettings) + fields(ModelFlags) + fields(TaskFlags)} | {"eval_rows"}
     return {name: value for name, value in config.items() if name in names}
 
 

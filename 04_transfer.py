@@ -120,17 +120,19 @@ def transfer(flags, targets, servers, jobs, out):
             answerer = None  # so that the last model is gone before the next is loaded
             answerer = servers.get(model) or open_answerer(flags, model)
             for job in jobs:
-                records.append(evaluate_job(job, answerer, flags.split, out))
+                records.append(evaluate_job(job, answerer, flags, out))
                 bar.update()
     return records
 
 
-def evaluate_job(job, answerer, split, out):
-    """The record for transfer.jsonl of one job on one target; results and predictions lie in a folder of theirs."""
+def evaluate_job(job, answerer, flags, out):
+    """The record for transfer.jsonl of one job on one target; results and predictions lie in a folder of theirs. What
+    the target answered in one of the runs, in stage 2 or 3, is taken from there."""
     folder = out / job.task.name.replace("/", "-") / answerer.name.replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    evaluation = Evaluation(answerer, job.task, split, job.rows, job.prompt, job.settings)
-    result = evaluate_once(evaluation, folder, "transfer", f"{job.method} {job.source} {job.run}")
+    evaluation = Evaluation(answerer, job.task, flags.split, job.rows, job.prompt, job.settings)
+    label = f"{job.method} {job.source} {job.run}"
+    result = evaluate_once(evaluation, folder, "transfer", label, elsewhere=flags.runs)
     record = {
         "task": job.task.name,
         "method": job.method,

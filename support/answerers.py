@@ -73,11 +73,16 @@ class LazyModel:
         return load_tokenizer(self.path)
 
     @cached_property
-    def identity(self):
-        """What `local_answerer` tells the loaded model from others by."""
+    def dtype_here(self):
+        """The name of the dtype in which it runs on this machine."""
         from support.engine import dtype_on, require_device
 
-        return identity_of(self.path), f"torch.{dtype_on(require_device(self.device), self.dtype)}"
+        return dtype_on(require_device(self.device), self.dtype)
+
+    @cached_property
+    def identity(self):
+        """What `local_answerer` tells the loaded model from others by."""
+        return identity_of(self.path), f"torch.{self.dtype_here}"
 
     def answerer(self):
         # It holds the model and not the other way round, so that a model that is done with leaves memory at once.

@@ -4,6 +4,8 @@ Prompts may be long, so they stand in a list of their own.
 """
 
 from collections import Counter
+from dataclasses import dataclass
+from statistics import mean
 
 from support.evaluation import (
     READINGS,
@@ -13,6 +15,8 @@ from support.evaluation import (
     compare_scores,
     estimate,
     has_scores,
+    intervals_in,
+    mean_difference,
     tokens_text,
     wilson,
 )
@@ -116,6 +120,80 @@ def p_text(p):
     text = f"{p:.2g}"
     hides = (float(text) < SIGNIFICANT) != (p < SIGNIFICANT)
     return f"{p:.6f}" if hides else text
+
+
+# --- What runs came to -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of stage 2 came to."""
+
+    prompts: list[dict]  # the final ones, best first
+    results: dict[tuple, dict]  # {(role, split): `Result`} of the roles initial and best
+    predictions: list[list]  # of the initial and of the best prompt on the test rows
+
+    @property
+    def texts(self):
+        return {"initial": initial_of(self.prompts)["prompt"], "best": self.prompts[0]["prompt"]}
+
+
+def outcome_report(outcome, name):
+    """What the initial and the best prompt reached, how they differ on the test rows, and what that means.
+
+    name: what the best prompt is called.
+    """
+    names, results = {"initial": "initial", "best": name}, outcome.results
+    if outcome.texts["initial"] == outcome.texts["best"]:  # said in the verdict
+        del names["best"]
+    shown = [(role, split) for split in ("dev", "test") for role in names]
+    parts = [prompt_list(names.values(), [outcome.texts[role] for role in names])]
+    parts.append(accuracy_table([f"{names[role]}, {split}" for role, split in shown], [results[key] for key in shown]))
+    dev, test = (results["initial", split]["n"] for split in ("dev", "test"))
+    parts.append(f"dev {dev} rows, test {test} rows; {legend_of(list(results.values()))}")
+    if "best" in names:
+        parts.append(comparison_table(name, ["initial"], outcome.predictions))
+    parts.append(verdict(outcome.prompts, compare_reading(*outcome.predictions, "paper")))
+    return "\n\n".join(parts)
+
+
+def seeds_report(outcomes, name):
+    """What the runs of several seeds came to: each one's best prompt and accuracies (`paper` reading), their means, and
+    by how much the best prompts differ from the initial one on the test rows.
+
+    outcomes: {seed: `Outcome`}; name: what a best prompt is called.
+    """
+    labels = [f"seed {seed}" for seed in outcomes]
+    columns = [(role, split) for split in ("dev", "test") for role in ("initial", "best")]
+    heads = [f"{name if role == 'best' else role}, {split}" for role, split in columns]
+    width = width_of(labels)
+    lines = [f"{'':{width}s}" + "".join(f"  {head:>21s}" for head in heads)]
+    by_column = {key: [outcome.results[key] for outcome in outcomes.values()] for key in columns}
+    for number, label in enumerate(labels):
+        cells = [estimate([by_column[key][number]], "paper") for key in columns]
+        lines.append(f"{label:{width}s}" + "".join(f"  {cell!s:>21s}" for cell in cells))
+    if len(outcomes) > 1:
+        means = [estimate(by_column[key], "paper") for key in columns]
+        lines.append(f"{'mean':{width}s}" + "".join(f"  {mean!s:>21s}" for mean in means))
+    every = [result for results in by_column.values() for result in results]
+    lines.append(f"paper reading, %; {intervals_in(every)}")
+    texts = [outcome.texts["best"] for outcome in outcomes.values()]
+    return "\n\n".join([prompt_list(labels, texts), "\n".join(lines), differences_over_seeds(outcomes, name)])
+
+
+def differences_over_seeds(outcomes, name):
+    """A line for each reading: what the best prompts gain on the initial one, as a mean over the seeds of each row."""
+    head = f"{name} against initial, test"
+    lines = [f"{head}  difference  95 % interval"]
+    for reading in READINGS:
+        field = READINGS[reading] + "correct"
+        by_row = zip(*(zip(*outcome.predictions) for outcome in outcomes.values()))  # pairs of each seed, for a row
+        gains = [mean(best[field] - initial[field] for initial, best in pairs) for pairs in by_row]
+        difference, low, high = mean_difference(gains)
+        interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
+        lines.append(f"{reading:{len(head)}s}  {100 * difference:+8.1f} %  {interval}")
+    lines.append("mean over the seeds of each row; the interval is that of other rows under the same prompts")
+    return "\n".join(lines)
 
 
 def row_count(number):

@@ -38,6 +38,7 @@ SUPPORT = (
     "sources",
     "settings",
     "runs",
+    "resume",
     "evaluation",
     "tables",
     "answerers",
