@@ -363,7 +363,8 @@ def end_of_search(flags, steps, rows):
     spent = generations_of(steps, rows)
     if flags.budget and spent + flags.tries_per_step * rows > flags.budget:
         return f"--budget {flags.budget}: {spent} generations, no other step fits"
-    return out_of_patience(flags, steps) or ("" if steps[-1].step < flags.steps else f"{flags.steps} steps are done")
+    done = f"{flags.steps} steps are done" if steps[-1].step >= flags.steps else ""
+    return done or out_of_patience(flags, steps)
 
 
 def out_of_patience(flags, steps):
@@ -450,7 +451,7 @@ def search_rounds(job, method, optimizer, steps):
 def end_of_rounds(flags, steps, rows):
     """Why a text method's search on so many rows ends behind these steps; "" if it goes on."""
     over = f"{steps[-1].step} rounds are done" if rounds_over(flags, steps, rows) else ""
-    return out_of_patience(flags, steps) or over
+    return over or out_of_patience(flags, steps)
 
 
 def open_optimizer(job, meta_prompts):

@@ -176,9 +176,127 @@ def test_a_killed_run_goes_on_to_the_same_result(finished, tmp_path):
     assert again_table == table and "best against" in table
 
 
+LONGER = ["--steps", "3", "--train-rows", "6", "--eval-rows", "30", "--finalists", "3"]
+
+
+def test_a_continued_run_ends_as_one_that_had_its_steps_and_rows_from_the_start(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "continued")
+    (tmp_path / "whole").mkdir()
+    run_dir = "runs/demo-seed0"
+    before = (tmp_path / "continued" / run_dir / "predictions.jsonl").read_bytes()
+    elsewhere = ["--device", "cpu", "--patience", "9", "--data-dir", "rows"]
+    printed = {
+        "continued": good("02_optimize.py", *LONGER, *elsewhere, folder=tmp_path / "continued"),
+        "whole": good("02_optimize.py", *LONGER, folder=tmp_path / "whole"),
+    }
+    assert "going on behind step 2" in printed["continued"]
+    ends = [text[text.index("\ninitial ") :] for text in printed.values()]
+    assert ends[0] == ends[1]
+    folders = [tmp_path / name / run_dir for name in printed]
+    for name in ("steps.jsonl", "prompts.jsonl"):
+        assert without_time(folders[0] / name) == without_time(folders[1] / name), name
+    roles = [{(r["role"], r["split"]): r for r in without_time(folder / "results.jsonl")} for folder in folders]
+    assert all(roles[0][key] == roles[1][key] for key in roles[1] if key[0] != "candidate")
+    assert sum(r["role"] == "best" for r in read_jsonl(folders[0] / "results.jsonl")) == 2 + 2 * (
+        read_jsonl(finished[0] / run_dir / "prompts.jsonl")[0]["prompt"] == roles[1]["best", "test"]["prompt"]
+    )
+    after = (folders[0] / "predictions.jsonl").read_bytes()
+    assert after.startswith(before)
+    taken = [p["id"] for p in read_jsonl(folders[0] / "predictions.jsonl") if "answered_in" in p]
+    assert len(taken) >= 2 * 20 and len(taken) % 20 == 0  # of the initial prompt at least, dev and test
+    config = json.loads((folders[0] / "run.json").read_text())["config"]
+    assert (config["steps"], config["eval_rows"], config["patience"]) == (3, 30, 9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--steps", "1"], "holds 2 steps, --steps 1 asks for fewer: give at least 2, or choose another --run-dir"),
+        (["--eval-rows", "10"], "other eval_rows (recorded 20, now 10): choose another --run-dir"),
+        (["--top-k", "4", "--mu", "1"], "other shortlist_size (recorded 3, now 1), top_k (recorded 10, now 4): "),
+        (["--dtype", "float64"], "--dtype must be one of"),
+        (["--dtype", "bfloat16"], "other dtype (recorded auto, now bfloat16), dtype_here (recorded float32, now bfl"),
+        (["--seeds", "1", "0"], "other train_ids"),
+        (["--seeds", "1", "1"], "--seeds: each of them once"),
+        (["--seed", "1", "--seeds", "2"], "--seed and --seeds: give one of them"),
+        (["--patience", "-1"], "--patience must be at least 0"),
+    ],
+)
+def test_what_cannot_be_continued_is_said_in_a_line_and_nothing_is_changed(finished, flags, said):
+    run_dir = finished[0] / "runs" / "demo-seed0"
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    rows = ["--train-rows", "5"] if flags[0] == "--seeds" else []
+    done = run("02_optimize.py", *QUICK, *rows, *flags, folder=finished[0])
+    assert done.returncode == 2 and said in done.stderr.strip().splitlines()[-1], done.stderr
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+    assert not (finished[0] / "runs" / "demo-seed1").exists()
+
+
+def test_a_finished_run_repeated_loads_no_model(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import support.engine, runpy\n"
+        "def refuse(*a): raise AssertionError('loaded')\n"
+        f"support.engine.load_engine = refuse; sys.argv = ['x', *{QUICK}]\n"
+        f"runpy.run_path({str(ROOT / '02_optimize.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "copy", capture_output=True, text=True)
+    assert done.returncode == 0 and "2 steps are done" in done.stdout, done.stderr
+    ends = [text[text.index("\ninitial ") :] for text in (done.stdout, finished[1])]
+    assert ends[0] == ends[1]
+
+
+def test_patience_ends_a_search_says_so_and_is_judged_anew_when_it_goes_on(tmp_path):
+    flags = ["--train-rows", "6", "--eval-rows", "5", "--finalists", "1", "--steps", "30", "--seed", "1"]
+    printed = good("02_optimize.py", *flags, "--patience", "2", folder=tmp_path)
+    path = tmp_path / "runs" / "demo-seed1" / "steps.jsonl"
+    best = [step["best"]["objective"] for step in read_jsonl(path)]
+    stop = next(n for n in range(2, len(best)) if min(best[: n - 1]) <= min(best[n - 1 : n + 1]))
+    assert len(best) == stop + 1 < 31
+    said = f"--patience 2: the best objective has not improved for 2 steps; the search ends at {stop}"
+    assert said in printed and said in good("02_optimize.py", *flags, "--patience", "2", folder=tmp_path)
+    good("02_optimize.py", *flags[:-4], "--steps", str(stop + 1), "--seed", "1", folder=tmp_path)
+    assert len(read_jsonl(path)) == stop + 2
+
+
+def test_several_seeds_run_in_folders_of_their_own_as_they_do_alone_and_end_in_a_table(finished, tmp_path):
+    printed = good("02_optimize.py", *QUICK, "--seeds", "1", "0", folder=tmp_path)
+    runs = tmp_path / "runs"
+    assert sorted(path.name for path in runs.iterdir()) == ["demo-seed0", "demo-seed1"]
+    for name in ("steps.jsonl", "prompts.jsonl"):
+        alone = finished[0] / "runs" / "demo-seed0" / name
+        assert without_time(runs / "demo-seed0" / name) == without_time(alone), name
+    end = printed[printed.rindex("\nseed 1") :]
+    found, differences = {}, []
+    for seed in (1, 0):
+        folder = runs / f"demo-seed{seed}"
+        results = {(r["role"], r["split"]): r for r in read_jsonl(folder / "results.jsonl")}
+        found[seed] = [results[role, split]["accuracy"] for split in ("dev", "test") for role in ("initial", "best")]
+        numbers = re.search(rf"^seed {seed} +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER}$", end, re.M).groups()[::3]
+        assert list(map(float, numbers)) == pytest.approx([100 * accuracy for accuracy in found[seed]])
+        correct = {
+            (p["prompt_hash"], p["split"], p["id"]): p["correct"] for p in read_jsonl(folder / "predictions.jsonl")
+        }
+        hashes = [results[role, "test"]["prompt_hash"] for role in ("initial", "best")]
+        ids = [row for prompt, split, row in correct if (prompt, split) == (hashes[0], "test")]
+        differences.append([correct[hashes[1], "test", row] - correct[hashes[0], "test", row] for row in ids])
+        assert results["best", "test"]["prompt"] in end
+    means = re.search(r"^mean +([\d.]+) ± ([\d.]+) +([\d.]+) ± ([\d.]+)", end, re.M).groups()
+    assert float(means[2]) == pytest.approx(50 * (found[0][1] + found[1][1]), abs=0.06)
+    assert float(means[3]) == pytest.approx(50 * abs(found[0][1] - found[1][1]), abs=0.06)
+    difference = float(re.search(r"^paper +([+-][\d.]+) %", end, re.M).group(1))
+    assert difference == pytest.approx(100 * sum(map(sum, differences)) / 40, abs=0.06)
+    # The initial prompt was answered once.
+    taken = [p["split"] for p in read_jsonl(runs / "demo-seed0" / "predictions.jsonl") if "answered_in" in p]
+    assert {split: taken.count(split) for split in ("dev", "test")} == {"dev": 20, "test": 20}
+    config = json.loads((runs / "demo-seed1" / "run.json").read_text())["config"]
+    assert config["seed"] == 1 and "seeds" not in config
+
+
 def test_another_configuration_in_the_same_folder_is_refused(finished):
     done = run("02_optimize.py", *QUICK, "--lambda", "0.5", "--run-dir", "runs/demo-seed0", folder=finished[0])
-    assert done.returncode == 2 and "other fluency_weight: choose another --run-dir" in done.stderr
+    said = "other fluency_weight (recorded 0.2, now 0.5): choose another --run-dir"
+    assert done.returncode == 2 and said in done.stderr
 
 
 def test_a_search_that_failed_before_its_first_step_may_be_begun_otherwise(tmp_path):
@@ -608,9 +726,28 @@ def test_a_killed_text_method_goes_on_to_the_same_result_on_a_server_at_another_
 
 
 def test_a_text_method_with_other_settings_needs_another_folder(by_opro, demo_server):
-    flags = text_flags(demo_server, "--rounds", "4", "--run-dir", "runs/demo-seed0-opro")
+    flags = text_flags(demo_server, "--samples", "4", "--run-dir", "runs/demo-seed0-opro")
     done = run("02_optimize.py", *flags, folder=by_opro[0])
-    assert done.returncode == 2 and "other rounds: choose another --run-dir" in done.stderr
+    assert done.returncode == 2 and "other samples (recorded 8, now 4): choose another --run-dir" in done.stderr
+
+
+def test_a_text_method_that_is_continued_ends_as_one_that_had_so_many_rounds_from_its_start(
+    by_opro, demo_server, tmp_path
+):
+    names = ("steps.jsonl", "prompts.jsonl", "optimizer.jsonl", "train_predictions.jsonl")
+    parts = {"budget": ["--budget", "60"], "rounds": ["--rounds", "1"], "whole": ["--rounds", "3"]}
+    for name in ("budget", "rounds"):  # a budget of 60 cuts the first round: 7 of 9 prompts on 8 rows
+        folder = tmp_path / name
+        first = text_flags(demo_server, *parts[name], "--run-dir", "r")
+        good("02_optimize.py", *first, folder=folder if folder.mkdir() is None else folder)
+        good("02_optimize.py", *text_flags(demo_server, *parts["whole"], "--run-dir", "r"), folder=folder)
+        for file in names:
+            whole = without_time(by_opro[0] / "runs" / "demo-seed0-opro" / file)
+            assert without_time(folder / "r" / file) == whole, (name, file)
+    done = run("02_optimize.py", *text_flags(demo_server, "--rounds", "2", "--run-dir", "r"), folder=folder)
+    assert done.returncode == 2 and "r holds 3 rounds, --rounds 2 asks for fewer: give at least 3" in done.stderr
+    again = good("02_optimize.py", *text_flags(demo_server, *parts["whole"], "--run-dir", "r"), folder=folder)
+    assert "3 rounds are done" in again and "going on" not in again
 
 
 @pytest.mark.parametrize(
