@@ -266,7 +266,7 @@ def test_several_seeds_run_in_folders_of_their_own_as_they_do_alone_and_end_in_a
     for name in ("steps.jsonl", "prompts.jsonl"):
         alone = finished[0] / "runs" / "demo-seed0" / name
         assert without_time(runs / "demo-seed0" / name) == without_time(alone), name
-    end = printed[printed.rindex("\nseed 1") :]
+    end = printed[printed.rindex("what is sent") :]
     found, differences = {}, []
     for seed in (1, 0):
         folder = runs / f"demo-seed{seed}"
@@ -287,8 +287,8 @@ def test_several_seeds_run_in_folders_of_their_own_as_they_do_alone_and_end_in_a
     difference = float(re.search(r"^paper +([+-][\d.]+) %", end, re.M).group(1))
     assert difference == pytest.approx(100 * sum(map(sum, differences)) / 40, abs=0.06)
     # The initial prompt was answered once.
-    taken = [p["split"] for p in read_jsonl(runs / "demo-seed0" / "predictions.jsonl") if "answered_in" in p]
-    assert {split: taken.count(split) for split in ("dev", "test")} == {"dev": 20, "test": 20}
+    second = read_jsonl(runs / "demo-seed0" / "predictions.jsonl")
+    assert len([p for p in second if p["prompt_hash"] == hashes[0] and "answered_in" in p]) == 2 * 20
     config = json.loads((runs / "demo-seed1" / "run.json").read_text())["config"]
     assert config["seed"] == 1 and "seeds" not in config
 
@@ -311,11 +311,12 @@ def test_stage_3_reads_finished_results_and_evaluates_new_prompts(finished):
     folder = finished[0]
     path = folder / "runs" / "demo-seed0" / "predictions.jsonl"
     before = path.read_text().count("\n")
-    printed = good("03_evaluate.py", "--run-dir", "runs/demo-seed0", "--eval-rows", "20", folder=folder)
+    printed = good("03_evaluate.py", "--run-dir", "runs/demo-seed0", folder=folder)  # on as many rows as the run
+    assert "test, 20 rows" in printed
     assert path.read_text().count("\n") == before  # nothing was generated again
     assert re.search(rf"^initial +{NUMBER} ", printed, re.M)
     assert re.search(r"^initial +read the problem here and find the answer now \.$", printed, re.M)
-    flags = ["--prompt", "tell the total .", "--prompt", "check each step slowly ."]
+    flags = ["--prompt", "tell the total .", "--prompt", "check each step slowly .", "--eval-rows", "0"]
     printed = good("03_evaluate.py", "--run-dir", "runs/demo-seed0", "--split", "dev", *flags, folder=folder)
     assert [row[0] for row in re.findall(rf"^(given \d) +{NUMBER} ", printed, re.M)] == ["given 1", "given 2"]
     assert path.read_text().count("\n") == before + 200
@@ -415,6 +416,19 @@ def test_stage_4_writes_the_matrix_of_prompts_and_models_and_runs_nothing_twice(
     before = [path.read_bytes() for path in files]
     assert good("04_transfer.py", *flags, folder=folder) == printed
     assert [path.read_bytes() for path in files] == before and len(files) == 2
+
+
+def test_stage_4_generates_only_what_the_target_did_not_answer_in_the_runs(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    flags = ["--runs", "runs/demo-seed0", "--targets", "demo/model", "demo/small", "--eval-rows", "25", "--out", "new"]
+    good("04_transfer.py", *flags, folder=tmp_path / "copy")
+    for model, asked in (("model", 5), ("small", 25)):  # stage 2 asked the one for 20 test rows
+        lines = read_jsonl(tmp_path / "copy" / "new" / "demo" / f"demo-{model}" / "predictions.jsonl")
+        assert len(lines) == 2 * 25 and len([p for p in lines if "answered_in" not in p]) == 2 * asked, model
+    there = read_jsonl(finished[0] / "runs" / "demo-seed0" / "predictions.jsonl")
+    texts = {(p["prompt_hash"], p["id"]): p["text"] for p in there if p["split"] == "test"}
+    lines = read_jsonl(tmp_path / "copy" / "new" / "demo" / "demo-model" / "predictions.jsonl")
+    assert all(p["text"] == texts[p["prompt_hash"], p["id"]] for p in lines if "answered_in" in p)
 
 
 def test_stage_4_keeps_each_run_s_own_limit_and_initial_prompt(finished, tmp_path):
