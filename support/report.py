@@ -90,6 +90,7 @@ NO_SETTING = {
     "batch_size",
     "gradient_batch_size",
     "preset",  # what it stands for is in the other settings
+    "patience",  # it only ends a search
 }
 
 

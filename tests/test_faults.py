@@ -52,6 +52,7 @@ def call(command, folder):
     before, argv, code = os.getcwd(), sys.argv, 0
     os.chdir(folder)
     sys.argv = [script, *arguments]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # a stage's end blocks signals, also of processes begun later
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -60,6 +61,7 @@ def call(command, folder):
     finally:
         os.chdir(before)
         sys.argv = argv
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return Done(code, out.getvalue(), err.getvalue())
 
 
