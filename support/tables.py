@@ -11,12 +11,12 @@ from support.evaluation import (
     READINGS,
     Estimate,
     are_scores,
+    bootstrap,
     compare,
     compare_scores,
     estimate,
     has_scores,
     intervals_in,
-    mean_difference,
     tokens_text,
     wilson,
 )
@@ -93,9 +93,8 @@ def comparison_table(name, labels, predictions):
     *others, last = predictions
     head = f"{name} against"
     width = width_of([head, *labels])
-    scores = are_scores(prediction["correct"] for prediction in last)
-    readings = {"paper": "ROUGE-L"} if scores else {reading: reading for reading in READINGS}
-    test = "sign flips" if scores else "exact McNemar"
+    readings = readings_of(last)
+    test = "exact McNemar" if len(readings) > 1 else "sign flips"
     lines = [f"{head:{width}s}  reading   difference  95 % interval     gained  lost  p ({test})"]
     for label, other in zip(labels, others, strict=True):
         for reading, shown in readings.items():
@@ -106,6 +105,12 @@ def comparison_table(name, labels, predictions):
                 f"{change['gained']:6d}  {change['lost']:4d}  {p_text(change['p'])}"
             )
     return "\n".join(lines)
+
+
+def readings_of(predictions):
+    """{reading: its name in a table}; the two of a generated text are the same, its score."""
+    scores = are_scores(prediction["correct"] for prediction in predictions)
+    return {"paper": "ROUGE-L"} if scores else {reading: reading for reading in READINGS}
 
 
 def compare_reading(first, second, reading):
@@ -185,13 +190,14 @@ def differences_over_seeds(outcomes, name):
     """A line for each reading: what the best prompts gain on the initial one, as a mean over the seeds of each row."""
     head = f"{name} against initial, test"
     lines = [f"{head}  difference  95 % interval"]
-    for reading in READINGS:
+    (_, last), *_ = [outcome.predictions for outcome in outcomes.values()]
+    for reading, shown in readings_of(last).items():
         field = READINGS[reading] + "correct"
         by_row = zip(*(zip(*outcome.predictions) for outcome in outcomes.values()))  # pairs of each seed, for a row
         gains = [mean(best[field] - initial[field] for initial, best in pairs) for pairs in by_row]
-        difference, low, high = mean_difference(gains)
+        low, high = bootstrap(gains)
         interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
-        lines.append(f"{reading:{len(head)}s}  {100 * difference:+8.1f} %  {interval}")
+        lines.append(f"{shown:{len(head)}s}  {100 * mean(gains):+8.1f} %  {interval}")
     lines.append("mean over the seeds of each row; the interval is that of other rows under the same prompts")
     return "\n".join(lines)
 

@@ -661,17 +661,14 @@ def test_of_a_continued_run_one_prompt_is_the_best_and_what_was_evaluated_stays(
     assert once(tmp_path, many, stub(die_after=0), role="best", prompt="one .")["role"] == "best"
 
 
-def test_the_mean_of_differences_has_the_interval_of_resampled_rows():
+def test_the_bootstrap_interval_is_that_of_resampled_rows_and_of_right_answers_that_of_compare():
     rng = np.random.default_rng(1)
     differences = rng.choice([-1, -1 / 3, 0, 1 / 3, 1], 300, p=[0.1, 0.1, 0.3, 0.3, 0.2])
-    mean, low, high = evaluation.mean_difference(list(differences))
     draws = [differences[rng.integers(0, 300, 300)].mean() for _ in range(8000)]  # the plain way
-    assert mean == pytest.approx(differences.mean())
-    assert (low, high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=0.005)
+    assert evaluation.bootstrap(list(differences)) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=0.005)
     whole = compare([False] * 6 + [True] * 4, [True] * 8 + [False] * 2)
-    found = evaluation.mean_difference([1] * 6 + [0] * 2 + [-1] * 2)
-    assert found[0] == pytest.approx(whole["difference"])
-    assert found[1:] == pytest.approx((whole["low"], whole["high"]), abs=0.11)  # on so few rows a step is 0.1
+    found = evaluation.bootstrap([1] * 6 + [0] * 2 + [-1] * 2)
+    assert found == pytest.approx((whole["low"], whole["high"]), abs=0.11)  # on so few rows a step is 0.1
 
 
 @pytest.mark.parametrize(
