@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from support.answerers import open_answerer, require_known
-from support.evaluation import READINGS, Evaluation, evaluate_once, read_predictions, regrade
+from support.evaluation import READINGS, Evaluation, are_scores, evaluate_once, read_predictions, regrade
 from support.files import alone_in, is_text, require
 from support.progress import open_bar
 from support.runs import dev_warning, read_prompts, read_run
@@ -34,7 +34,7 @@ from support.settings import (
     run_script,
 )
 from support.sources import open_task
-from support.tables import LEGEND, accuracy_table, comparison_table, confusion_table, prompt_list
+from support.tables import accuracy_table, comparison_table, confusion_table, legend_of, prompt_list
 from support.tasks import Task
 
 
@@ -50,7 +50,7 @@ class Flags(GenerationSettings, ServerFlags, ModelFlags, TaskFlags):
         False, "evaluate the standard baselines, too: no prompt, zero-shot chain of thought, initial"
     )
     split: str = flag("test", "dev or test")
-    eval_rows: int = flag(0, "rows to evaluate on; 0: all")
+    eval_rows: int = flag(0, "rows to evaluate on; 0: all; without it as many as the run in --run-dir")
     mistakes: int = flag(5, "mistakes to show of the last prompt")
     endpoint: str = flag("", "URL of an OpenAI-compatible server that answers; --model is its name for the model")
     regrade: bool = flag(False, "read and grade the texts in predictions.jsonl again, without a model")
@@ -97,7 +97,7 @@ def run_defaults(early):
         return {}
     config = read_run(early.run_dir, task=str)["config"]
     require(early.task in ("", config["task"]), f"--task {early.task}: {early.run_dir} is a run of {config['task']}")
-    names = {f.name for f in fields(GenerationSettings) + fields(ModelFlags) + fields(TaskFlags)}
+    names = {f.name for f in fields(GenerationSettings) + fields(ModelFlags) + fields(TaskFlags)} | {"eval_rows"}
     return {name: value for name, value in config.items() if name in names}
 
 
@@ -202,7 +202,7 @@ def print_results(flags, run_dir, task, results, rows):
     print(f"\n{prompt_list(labels, [result['prompt'] for result in results])}\n")
     print(accuracy_table(labels, results))
     minutes = sum(result["minutes"] for result in results)
-    print(f"\n{flags.split}, {len(rows)} rows; {minutes:.1f} minutes of generation; {LEGEND}")
+    print(f"\n{flags.split}, {len(rows)} rows; {minutes:.1f} minutes of generation; {legend_of(results)}")
     predictions = [read_predictions(run_dir, result, rows) for result in results]
     if len(results) > 1:
         print(f"\n{comparison_table('last', labels[:-1], predictions)}")
@@ -222,6 +222,9 @@ def labels_of(results):
 
 
 def show_mistakes(predictions, rows, flags):
+    if are_scores(prediction["correct"] for prediction in predictions):
+        show_worst(predictions, rows, flags)
+        return
     wrong = [(row, prediction) for row, prediction in zip(rows, predictions) if not prediction["correct"]]
     shown = wrong[: flags.mistakes]
     if shown:
@@ -232,6 +235,19 @@ def show_mistakes(predictions, rows, flags):
         print(f"    question   {row['question'][-200:]!r}")
         print(f"    reasoning  {prediction['text'][-200:]!r}")
         print(f"    reply      {prediction['reply'][:200]!r}")
+
+
+def show_worst(predictions, rows, flags):
+    """The rows with the lowest scores, of equals the first."""
+    worst = sorted(zip(rows, predictions), key=lambda pair: pair[1]["correct"])[: flags.mistakes]
+    if worst:
+        print(f"\nthe {len(worst)} of {len(rows)} texts of the last prompt with the lowest scores:")
+    for row, prediction in worst:
+        references = row.get("references", [row["answer"]])
+        print(f"  {prediction['id']}  ROUGE-L {100 * prediction['correct']:.1f} %")
+        print(f"    question   {row['question'][-200:]!r}")
+        print(f"    written    {prediction['text'][:200]!r}")
+        print(f"    reference  {references[0][:200]!r}, {len(references)} in all")
 
 
 def print_paths(run_dir):

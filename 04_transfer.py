@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from support.answerers import open_answerer, require_known
-from support.evaluation import Evaluation, evaluate_once, rows_hash
+from support.evaluation import Evaluation, evaluate_once, has_scores, rows_hash
 from support.files import alone_in, as_bytes, require, short_name, write_jsonl, write_whole
 from support.own import OWN_FLAGS
 from support.progress import open_bar
@@ -44,6 +44,7 @@ RESULT_FIELDS = (
     "max_new_tokens",
     "prompt",
 )
+SCORE_FIELDS = ("kind", "low", "high", "harness_low", "harness_high")  # of a mean score, which has no Wilson interval
 
 
 @dataclass
@@ -119,17 +120,19 @@ def transfer(flags, targets, servers, jobs, out):
             answerer = None  # so that the last model is gone before the next is loaded
             answerer = servers.get(model) or open_answerer(flags, model)
             for job in jobs:
-                records.append(evaluate_job(job, answerer, flags.split, out))
+                records.append(evaluate_job(job, answerer, flags, out))
                 bar.update()
     return records
 
 
-def evaluate_job(job, answerer, split, out):
-    """The record for transfer.jsonl of one job on one target; results and predictions lie in a folder of theirs."""
+def evaluate_job(job, answerer, flags, out):
+    """The record for transfer.jsonl of one job on one target; results and predictions lie in a folder of theirs. What
+    the target answered in one of the runs, in stage 2 or 3, is taken from there."""
     folder = out / job.task.name.replace("/", "-") / answerer.name.replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    evaluation = Evaluation(answerer, job.task, split, job.rows, job.prompt, job.settings)
-    result = evaluate_once(evaluation, folder, "transfer", f"{job.method} {job.source} {job.run}")
+    evaluation = Evaluation(answerer, job.task, flags.split, job.rows, job.prompt, job.settings)
+    label = f"{job.method} {job.source} {job.run}"
+    result = evaluate_once(evaluation, folder, "transfer", label, elsewhere=flags.runs)
     record = {
         "task": job.task.name,
         "method": job.method,
@@ -138,7 +141,8 @@ def evaluate_job(job, answerer, split, out):
         "target": target_name(answerer, evaluation),
         "answer_space": result.get("answer_space", ""),
     }
-    return record | {name: result[name] for name in RESULT_FIELDS}
+    names = (*RESULT_FIELDS, *(SCORE_FIELDS if has_scores(result) else ()))
+    return record | {name: result[name] for name in names}
 
 
 def target_name(answerer, evaluation):

@@ -36,7 +36,7 @@ from support.files import UserError, require
 from support.instruments import paired_gain
 from support.runs import Candidate, Score, Step, Tried, described, last_job, row_outcomes, scores_of, timed
 from support.settings import SearchSettings
-from support.tokens import Row, allowed_ids, ends_sentence, survives_encoding
+from support.tokens import Row, allowed_ids, continues_word, ends_sentence, survives_encoding
 
 
 @dataclass
@@ -238,6 +238,8 @@ def make_shortlist(candidates, gradients, settings, rng):
     """The candidates to try for real: those with the most negative gradient, or as the ablations say."""
     if settings.shortlist == "all":
         return list(candidates)
+    if settings.shortlist == "likeliest":
+        return candidates[: settings.shortlist_size]
     if settings.shortlist == "random":
         return rng.sample(candidates, min(settings.shortlist_size, len(candidates)))
     return sorted(candidates, key=gradients.get)[: settings.shortlist_size]
@@ -391,7 +393,14 @@ def proposals(search, prefix, step, admit):
     rng, size = generator_of(settings, step, "proposal"), min(settings.sampled_rows, count)
     samples = [rng.sample(range(count), size) for _ in range(settings.intersections)]
     log_probs = prefix.log_probs.masked_fill(~search.allowed, float("-inf"))
-    return propose_candidates(log_probs, samples, settings.top_k, settings.min_candidates, admit)
+    before = [*search.rows[0].question, *prefix.tokens][-1]
+    likeliest = log_probs.mean(0).argmax().item()  # a piece of a word only where the model itself would write it
+
+    def admit_word(token):
+        glued = settings.word_starts and token != likeliest
+        return not (glued and continues_word(search.engine.tokenizer, before, token)) and admit(token)
+
+    return propose_candidates(log_probs, samples, settings.top_k, settings.min_candidates, admit_word)
 
 
 def search_step(search, prefix, step):

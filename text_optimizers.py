@@ -14,13 +14,13 @@ what is scored are in support/trials.py. Works without torch.
 import math
 import re
 
+from support.plans import rounds_over
 from support.proposals import MARK
 from support.runs import TextStep, timed
 from support.trials import best_of, distinct, shortened, show_cases, show_scored
 
 RULES = "It must suit every question of this task, so do not repeat a question or an answer in it."
 REPLY = "Reply with the instruction alone, in this form: <prompt>text of the instruction</prompt>"
-STALLED = 10  # rounds without a new prompt
 FIRST_SENTENCE, PROMPT_TOKENS = re.compile(r"[^\n.!?]*[.!?]?"), 48  # of random prompts
 
 
@@ -28,10 +28,10 @@ FIRST_SENTENCE, PROMPT_TOKENS = re.compile(r"[^\n.!?]*[.!?]?"), 48  # of random 
 
 
 def optimize(method, search):
-    """Run a `Method`: yields a `TextStep` per round; step 0 is the start. Ends behind the last round, when the budget
-    holds no other prompt, or, where only a budget ends the run, after `STALLED` rounds."""
-    settings, last_new = search.settings, 0
-    while True:
+    """Run a `Method`: yields a `TextStep` per round; step 0 is the start. Ends where plans.rounds_over says so."""
+    steps = []
+    while not (steps and rounds_over(search.settings, steps, len(search.trials.rows))):
+        search.step = len(steps)
         seconds, before = {}, len(search.archive)
         with timed(seconds, "propose"):
             proposed = method.propose(search) if search.step else search.seeds + method.begin(search)
@@ -39,7 +39,7 @@ def optimize(method, search):
             scored = [None if prompt is None else search.score(prompt) for prompt in proposed]
             search.pool = method.keep(search, scored)
         new = list(search.archive.values())[before:]
-        yield TextStep(
+        step = TextStep(
             step=search.step,
             proposed=new,
             pool=[kept.prompt for kept in search.pool],
@@ -48,11 +48,8 @@ def optimize(method, search):
             totals=dict(search.trials.totals),
             seconds=seconds,
         )
-        last_new = search.step if new else last_new
-        stalled = settings.rounds is None and search.step - last_new >= STALLED
-        if search.step == settings.rounds or stalled or not search.trials.affords(None):
-            return
-        search.step += 1
+        steps.append(step)
+        yield step
 
 
 class Method:
@@ -95,7 +92,7 @@ class Opro(Method):
     def propose(self, search):
         settings = search.settings
         examples = search.trials.show_rows(search.draw_rows(settings.exemplars, "exemplars"))
-        meta = OPRO_META.format(earlier=show_scored(reversed(search.pool)), examples=examples)
+        meta = search.trials.worded(OPRO_META).format(earlier=show_scored(reversed(search.pool)), examples=examples)
         return search.write_prompts([[meta]], settings.samples)
 
     def keep(self, search, scored):
@@ -155,7 +152,7 @@ class Gpo(Method):
         else:
             memory = GPO_MEMORY.format(earlier=show_scored(self.retrieve(search)))
         words = word_limit(settings.word_schedule, search.step, search.rounds)
-        meta = GPO_META.format(
+        meta = search.trials.worded(GPO_META).format(
             memory=memory,
             current=current.prompt,
             examples=search.trials.show_rows(search.draw_rows(settings.exemplars, "exemplars")),
@@ -260,14 +257,15 @@ class Apo(Method):
     def children_of(self, search, prompt, batch, rng):
         """Some of a prompt's edits and rewordings. batch: ids of the rows whose mistakes count; rng: draws."""
         settings = search.settings
-        wrong = [case for case in search.trials.cases(prompt, [False]) if case[0]["id"] in batch]
+        wrong = [case for case in search.trials.mistakes(prompt) if case[0]["id"] in batch]
         groups = []
         for _ in range(settings.groups if wrong else 0):  # without a mistake there is nothing to explain
             cases = show_cases(rng.sample(wrong, min(settings.errors, len(wrong))))
             groups.append({"prompt": prompt, "place": search.trials.place(), "cases": cases})
-        chats = [[APO_REASON.format(**group)] for group in groups]
+        ask_reason, ask_edit = map(search.trials.worded, (APO_REASON, APO_EDIT))
+        chats = [[ask_reason.format(**group)] for group in groups]
         reasons = search.trials.ask(chats, 1, settings.optimizer_temperature, "reason")
-        chats = [[APO_EDIT.format(**group, reason=shortened(reason))] for group, [reason] in zip(groups, reasons)]
+        chats = [[ask_edit.format(**group, reason=shortened(reason))] for group, [reason] in zip(groups, reasons)]
         edits = [edit for edit in search.write_prompts(chats) if edit]
         new = dict.fromkeys(edits + reword(search, [prompt, *edits], settings.paraphrases))
         unseen = [child for child in new if child and child not in search.archive]
@@ -309,15 +307,15 @@ class Pe2(Method):
         for number, kept in enumerate(search.pool):
             rng = search.rng(f"mistakes {number}")
             # Without a mistake cases that are right show what the prompt is good for.
-            cases = search.trials.cases(kept.prompt, [False]) or search.trials.cases(kept.prompt)
+            cases = search.trials.mistakes(kept.prompt) or search.trials.cases(kept.prompt)
             place = search.trials.place(kept.prompt)
             for _ in range(settings.samples):
                 shown = show_cases(rng.sample(cases, min(settings.errors, len(cases))))
-                form = PE2_FORM.format(prompt=kept.prompt, place=place, cases=shown)
+                form = search.trials.worded(PE2_FORM).format(prompt=kept.prompt, place=place, cases=shown)
                 chats.append([PE2_PLAN, PE2_AGREED, form])
                 parents.append(kept.prompt)
         findings = search.trials.ask(chats, 1, EXAMINE_TEMPERATURE, "examination")
-        requests = [PE2_REFINE.format(prompt=prompt) for prompt in parents]
+        requests = [search.trials.worded(PE2_REFINE).format(prompt=prompt) for prompt in parents]
         return search.write_prompts([[*chat, found, ask] for chat, [found], ask in zip(chats, findings, requests)])
 
 
@@ -364,8 +362,8 @@ class Textgrad(Method):
         batch = [row["id"] for row in search.draw_rows(settings.errors, "batch")]
         cases = [case for case in search.trials.cases(prompt) if case[0]["id"] in batch]
         shown = [show_cases([case]) for case in cases]
-        outcomes = ["right" if prediction["correct"] else "wrong" for _, prediction in cases]
-        chats = [[TEXTGRAD_ANSWER.format(case=case, outcome=outcome)] for case, outcome in zip(shown, outcomes)]
+        parts = [{"case": text, "outcome": search.trials.outcome(case)} for text, case in zip(shown, cases)]
+        chats = [[TEXTGRAD_ANSWER.format(**part)] for part in parts]
         on_answers = search.trials.ask(chats, purpose="feedback on a response")
         chats = []
         for case, [feedback] in zip(shown, on_answers):
@@ -426,8 +424,7 @@ class EvoPromptGa(Method):
     def begin(self, search):
         """Rewordings of the best given prompts, as many as the population lacks."""
         best = self.best_given(search)
-        missing = search.settings.beam - len(best)
-        return reword(search, [best[number % len(best)].prompt for number in range(missing)])
+        return reword(search, [best[number % len(best)].prompt for number in range(search.settings.beam - len(best))])
 
     def best_given(self, search):
         """At most half a population."""

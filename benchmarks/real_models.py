@@ -76,6 +76,7 @@ TASK_FLAGS = {  # task: how it is asked, where that is not the table's way
 METHODS = {  # what --methods calls it: (its name in tables, flags of stage 2)
     "greater": ("GReaTer", {}),
     "random": ("random shortlist", {"shortlist": "random"}),
+    "likeliest": ("likeliest shortlist", {"shortlist": "likeliest"}),
 }
 BASELINES = ("empty", "zero-shot chain of thought")
 # Tasks of which --headroom finds those to run: a closed set of answers, questions of less than 500 letters.
@@ -119,6 +120,7 @@ class PieceFlags:
     shortlist_size: int = flag(0, "prompts scored at each step")
     finalists: int = flag(0, "prompts that compete on dev rows")
     eval_rows: int = flag(0, "dev and test rows, at most so many of each")
+    initial_prompt: str = flag("", "for all models, instead of the script's table, and of the task's own")
 
     def __post_init__(self):
         require(self.models, "say which models: --models with folders or hub names")
@@ -518,6 +520,8 @@ def open_tasks(flags):
     for name in flags.tasks:
         given = TASK_FLAGS.get(name, {})
         tasks[name] = open_task(TaskFlags(task=name, data_dir=str(data_dir(flags)), source=flags.source, **given))
+        scores = tasks[name][0].is_generation
+        require(not scores, f"--tasks {name}: the tables here count right answers, and generated texts get scores")
     return tasks
 
 

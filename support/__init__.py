@@ -15,8 +15,12 @@ EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 143}
 
 
 def stop(number, frame):
-    """End the process at once. An exception could be lost in a library that catches it, and nothing needs to be tidied:
-    what is written is written whole or line by line, as a run that is killed needs it."""
+    """End the process at once. An exception could be lost in a library that catches it, and nothing needs to be tidied
+    but folders in which nothing is yet: what is written is written whole or line by line, as a run that is killed needs
+    it."""
+    files = sys.modules.get("support.files")
+    if hasattr(files, "remove_all_empty"):  # not where the signal comes while it is imported
+        files.remove_all_empty()
     with suppress(OSError, ValueError, RuntimeError):  # a terminal that is gone, a stream that is being written
         sys.stdout.flush()
     with suppress(OSError):
@@ -33,8 +37,8 @@ def stop_on_signals():
 
 
 def end_of_work():
-    """From here on no signal cuts the process short: it ends by itself at once. Python puts the usual handlers back while
-    it ends, under which a stage that has done all would seem to have been killed."""
+    """From here on no signal cuts the process short: it ends by itself at once. Python puts the usual handlers back
+    while it ends, under which a stage that has done all would seem to have been killed."""
     if hasattr(signal, "pthread_sigmask") and is_stage(sys.modules["__main__"]):  # Windows has no such mask
         signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, name) for name in EXIT_CODES})
 

@@ -7,10 +7,12 @@ servers.py.
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from support.evaluation import Generation, Written
 from support.files import UserError, require, short_name
+from support.identity import identity_of
 from support.progress import Progress
 from support.servers import Server, check_server
 from support.tokens import chat_pieces, encode, encode_chat, encode_choices, encode_pieces, extractor_ids
@@ -35,15 +37,71 @@ class Answerer:
 
 
 def open_answerer(flags, model, endpoint=""):
-    """The Answerer that --model, or --endpoint and --model, name; the model is loaded, or the server asked."""
+    """The Answerer that --model, or --endpoint and --model, name; the server is asked, the model loaded on demand."""
     if endpoint:
         return server_answerer(flags, endpoint, model)
-    from support.engine import load_engine
-
-    return local_answerer(load_engine(model, flags.device, flags.dtype), model)
+    return LazyModel(model, flags.device, flags.dtype).answerer()
 
 
 # --- A model loaded here ------------------------------------------------------------------------------
+
+
+@dataclass
+class LazyModel:
+    """A model that is loaded when it first has something to do: what is on disk is read again without it.
+
+    Errors: of `identity` and `tokenizer`, and later of `engine`, those of engine.load_engine.
+    """
+
+    path: str  # a hub name or a local folder
+    device: str
+    dtype: str
+    progress: Progress = field(default_factory=Progress)
+
+    @cached_property
+    def engine(self):
+        from support.engine import load_engine
+
+        engine = load_engine(self.path, self.device, self.dtype)
+        engine.progress = self.progress
+        return engine
+
+    @cached_property
+    def tokenizer(self):
+        from support.engine import load_tokenizer
+
+        return load_tokenizer(self.path)
+
+    @cached_property
+    def dtype_here(self):
+        """The name of the dtype in which it runs on this machine."""
+        from support.engine import dtype_on, require_device
+
+        return dtype_on(require_device(self.device), self.dtype)
+
+    @cached_property
+    def identity(self):
+        """What `local_answerer` tells the loaded model from others by."""
+        return identity_of(self.path), f"torch.{self.dtype_here}"
+
+    def answerer(self):
+        # It holds the model and not the other way round, so that a model that is done with leaves memory at once.
+        return Answerer(
+            short_name(self.path),
+            self.identity,
+            self.generate,
+            progress=self.progress,
+            tokenizer=self.tokenizer,
+            write=self.write,
+        )
+
+    def generate(self, *work):
+        """As `Answerer` says."""
+        yield from LocalModel(self.engine).generate(*work)
+
+    def write(self, chats, sampling):
+        """As `Answerer` says."""
+        return LocalModel(self.engine).write(chats, sampling)
 
 
 def local_answerer(engine, path):
@@ -111,12 +169,15 @@ class LocalModel:
         return written
 
     def answered(self, task, rows, ended, settings):
-        """The `Generation` of each of the rows whose reasoning has `Ended`: the answer stands behind the extractor."""
+        """The `Generation` of each of the rows whose reasoning has `Ended`: the answer stands behind the extractor, if
+        there is one."""
         tokenizer, extractor = self.engine.tokenizer, extractor_ids(self.engine.tokenizer, task)
         for row, finite in zip(rows, ended.finite):
             require(finite, f"row {row['id']}: the model's logits are not finite.{self.engine.dtype_hint}")
         if task.ranks_choices:
             replies, choices = self.ranked(task, ended, extractor)
+        elif task.is_generation:
+            replies, choices = [[]] * len(rows), [None] * len(rows)
         else:
             replies = self.engine.go_on(ended, extractor, settings.answer_tokens(task))
             choices = [None] * len(rows)

@@ -74,15 +74,19 @@ def check_rows(engine, task, data, rows, settings):
     for ended in engine.stream(contexts, settings.max_new_tokens, settings.batch_size):
         of_data, of_rows = [data[n] for n in ended.rows], [rows[n] for n in ended.rows]
         only_here = time.perf_counter()
-        ranks = gold_ranks(engine, ended, of_rows)
-        replies = engine.go_on(ended, rows[0].extractor, settings.answer_tokens(task))
+        if task.is_generation:  # nothing is read behind what it writes
+            ranks, replies = [0] * len(of_rows), [[]] * len(of_rows)
+        else:
+            ranks = gold_ranks(engine, ended, of_rows)
+            replies = engine.go_on(ended, rows[0].extractor, settings.answer_tokens(task))
         of_the_check += time.perf_counter() - only_here  # seconds of what the run itself does not do
         generations = model.answered(task, of_data, ended, settings)
         for n, generation, rank, reply in zip(ended.rows, generations, ranks, replies, strict=True):
             prediction = graded(task, generation)
             checked.predictions[n], checked.ranks[n] = prediction, rank
             checked.replies[n] = decode(tokenizer, reply)
-            checked.possible[n] = is_possible(tokenizer, task, rows[n], reply)
+            written = prediction["answer"] is not None
+            checked.possible[n] = written if task.is_generation else is_possible(tokenizer, task, rows[n], reply)
             lengths.append(len(contexts[n]) + generation.tokens + len(rows[n].extractor) + len(rows[n].answer))
     checked.row_seconds = (time.perf_counter() - started - of_the_check) / len(data)
     checked.read_seconds = read_seconds / sum(map(len, contexts))
@@ -114,14 +118,18 @@ def is_possible(tokenizer, task, row, reply):
 def whole_row(tokenizer, task, context, checked):
     """The first row as the model reads and writes it, in lines."""
     prediction = checked.predictions[0]
+    text = prediction["text"] + (" [cut]" if prediction["truncated"] else "")
     parts = (
         ("sent", decode(tokenizer, context)),
-        ("reasoning", prediction["text"] + (" [cut]" if prediction["truncated"] else "")),
+        ("reasoning", text),
         ("extractor", task.extractor),
         ("reply", checked.replies[0]),
         ("read", f"{prediction['answer']} (harness reading: {prediction['harness_answer']})"),
         ("gold answer", prediction["gold"]),
     )
+    if task.is_generation:
+        score = f"{100 * prediction['correct']:.0f} %"
+        parts = (parts[0], ("written", text), ("reference", prediction["gold"]), ("ROUGE-L", score))
     lines = []
     for name, text in parts:
         first, *more = text.split("\n")
@@ -149,14 +157,19 @@ def table(checked, task, train):
     predictions = checked.predictions
     closed = "the model's next token begins a possible answer" if task.ranks_choices else "an answer can be read"
     guess = guessing(task, train)
+    tokens = f"{sum(p['tokens'] for p in predictions) / len(predictions):.0f}"
+    ends = ("ends by itself", f"{100 * (1 - share([p['truncated'] for p in predictions])):.0f} % of rows")
+    right = f"{100 * share([p['correct'] for p in predictions]):.0f} %"
     lines = [
-        ("reasoning, tokens", f"{sum(p['tokens'] for p in predictions) / len(predictions):.0f}"),
-        ("ends by itself", f"{100 * (1 - share([p['truncated'] for p in predictions])):.0f} % of rows"),
+        ("reasoning, tokens", tokens),
+        ends,
         (closed, f"{100 * share(checked.possible):.0f} % of rows"),
         ("rank of the gold answer", f"{sorted(checked.ranks)[len(checked.ranks) // 2]} (median)"),
-        ("accuracy, paper reading", f"{100 * share([p['correct'] for p in predictions]):.0f} %"),
+        ("accuracy, paper reading", right),
         ("accuracy, harness reading", f"{100 * share([p['harness_correct'] for p in predictions]):.0f} %"),
     ]
+    if task.is_generation:
+        lines = [("text, tokens", tokens), ends, ("ROUGE-L, mean", right)]
     if guess is not None:
         lines.append(("always the commonest answer", f"{100 * guess:.0f} %"))
     return [f"  {name:48s} {value}" for name, value in lines]
@@ -171,7 +184,9 @@ def warnings(checked, task, train, settings):
             "--initial-prompt."
         )
     unread = share([p["answer"] is None for p in predictions])
-    if unread >= MOST:
+    if unread >= MOST and task.is_generation:
+        found.append("Of most rows nothing is written at all: ask for a text with --initial-prompt.")
+    elif unread >= MOST:
         space = " or --answer-space choices" if task.choices else ""
         found.append(
             f"Behind the extractor {task.extractor!r} hardly any answer can be read, so the loss says little and the "

@@ -663,13 +663,12 @@ def pad(sequences, device, left=False):
 def load_engine(name, device="auto", dtype="auto"):
     """The `Engine` of a hub name or a local folder.
 
-    Only safetensors are read and no code from the model's folder is run. dtype "auto": bfloat16 on CUDA, float32 on
-    the CPU. Errors: UserError when the model is not there, gated, has no chat template, or lacks weights or has others
-    than its configuration says, and those of `Engine`.
+    Only safetensors are read and no code from the model's folder is run. dtype "auto": see `dtype_on`. Errors:
+    UserError when the model is not there, gated, has no chat template, or lacks weights or has others than its
+    configuration says, and those of `Engine`.
     """
     device = require_device(device)
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    dtype = dtype_on(device, dtype)
     tokenizer = load_tokenizer(name)
     # Weights of another shape are not ignored: they are named, like those that are missing.
     options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -688,6 +687,12 @@ def require_device(device):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
+
+
+def dtype_on(device, dtype):
+    """The name of the dtype on a device of `require_device`; "auto": bfloat16 on CUDA, float32 elsewhere."""
+    automatic = "bfloat16" if device.startswith("cuda") else "float32"
+    return automatic if dtype == "auto" else dtype
 
 
 def load_tokenizer(name):

@@ -17,6 +17,7 @@ A folder with evaluations holds two files, whose fields are those of `Prediction
 A check in each record (files.py) shows whether one was changed, lost or moved.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -34,6 +35,7 @@ from support.files import (
     UserError,
     append_jsonl,
     read_appended,
+    read_jsonl,
     require,
     require_fields,
     text_hash,
@@ -42,7 +44,8 @@ from support.files import (
 from support.harness import grade_harness, read_answer_harness
 from support.progress import Progress, open_bar
 from support.reading import GRADER_VERSION, grade, read_answer
-from support.tasks import Task
+from support.rouge import rouge_l
+from support.tasks import GENERATION, Task
 
 # --- Records ------------------------------------------------------------------------------------------------
 
@@ -69,10 +72,12 @@ class Prediction(TypedDict):
     truncated: bool  # the reasoning was cut at max_new_tokens
     gold: str  # the right answer
     answer: str | None  # `paper` reading: the likeliest choice, or the answer in the reply, None if none was found
-    correct: bool  # whether that is the right one
+    correct: bool | float  # whether that is the right one; of a text that was to be generated its score, 0.0 to 1.0
     harness_answer: str | None  # `harness` reading: the answer in the reasoning, None if none was found
-    harness_correct: bool  # whether that is the right one
+    harness_correct: bool | float  # whether that is the right one; of a generated text as before
     grader_version: int  # of reading.py, that gave the readings and the grades
+    row_key: NotRequired[str]  # `Evaluation.key` of the row alone; older files lack it
+    answered_in: NotRequired[str]  # the evaluation that it was taken from, where it was not made in this one
 
 
 class Result(TypedDict):
@@ -93,10 +98,10 @@ class Result(TypedDict):
     prompt: str  # its text
     max_new_tokens: int  # the limit of the reasoning
     n: int  # rows
-    correct: int  # rows answered right, `paper` reading
-    accuracy: float  # `paper` reading: share of right answers
+    correct: int | float  # rows answered right, `paper` reading; of generated texts the sum of their scores
+    accuracy: float  # `paper` reading: share of right answers; of generated texts (kind) their mean score
     stderr: float  # of the accuracy
-    low: NotRequired[float]  # ends of its 95 % interval, see `wilson`; older files lack them
+    low: NotRequired[float]  # ends of its 95 % interval, see `accuracy_fields`; older files lack them
     high: NotRequired[float]
     harness_accuracy: float  # the same four of the `harness` reading
     harness_stderr: float
@@ -166,6 +171,11 @@ def graded(task, generation):
 def readings(task, row, written):
     """What of a prediction comes from the grader alone, so that it can be made again without a model. `written`: the
     fields text, reply and choices of a `Prediction`."""
+    if task.is_generation:  # there is one reading: all that was written
+        answer = written["text"].strip() or None
+        score = rouge_l(row.get("references", [row["answer"]]), answer or "")
+        both = {"answer": answer, "correct": score, "harness_answer": answer, "harness_correct": score}
+        return {"gold": row["answer"]} | both | {"grader_version": GRADER_VERSION}
     choices = written.get("choices")
     answer = max(choices, key=choices.get) if choices else read_answer(task, written["reply"])
     harness_answer = read_answer_harness(task, row["question"], written["text"])
@@ -215,12 +225,20 @@ class Evaluation:
     @property
     def key(self):
         """Hash of all that the texts depend on besides the prompt and the machine."""
+        return self.key_of(self.rows)
+
+    @property
+    def row_keys(self):
+        """{row's id: the key of an evaluation of that row alone}: where it is the same, so is what is asked."""
+        return {row["id"]: self.key_of([row]) for row in self.rows}
+
+    def key_of(self, rows):
         parts = [
             self.task.kind,
             self.task.choices,
             self.task.extractor,
             self.task.template,
-            rows_hash(self.rows),
+            rows_hash(rows),
             self.settings.max_new_tokens,
         ]
         parts += [self.task.system] if self.task.system else []
@@ -236,11 +254,12 @@ def rows_hash(rows):
     return text_hash(json.dumps(rows))
 
 
-def evaluate_once(evaluation, run_dir, role, name=None):
+def evaluate_once(evaluation, run_dir, role, name=None, elsewhere=()):
     """The `Result` of an `Evaluation`, whose prompt has this role, and this name if there are more of the role.
 
     Taken from run_dir/results.jsonl if it is there, else evaluated and appended there, with its predictions in
-    predictions.jsonl. Its minutes are those of this call alone.
+    predictions.jsonl. Rows that the same model answered under the same prompt and settings, there or in the folders
+    `elsewhere`, are not generated again. Its minutes are those of this call alone.
 
     Errors: UserError if predictions.jsonl holds an unfinished evaluation of the prompt with another model, other rows
     or settings, rows of other data, or another version's grades.
@@ -259,16 +278,23 @@ def evaluate_once(evaluation, run_dir, role, name=None):
     if known:  # under another role or name
         result = {field: value for field, value in known[0].items() if field != "name"} | labels
     else:
-        result = labels | run_evaluation(evaluation, Path(run_dir) / "predictions.jsonl", results)
+        result = labels | run_evaluation(evaluation, Path(run_dir) / "predictions.jsonl", results, elsewhere)
     append_jsonl(results_path, result)
     return result
 
 
-def run_evaluation(evaluation, path, results):
+def run_evaluation(evaluation, path, results, elsewhere=()):
     """The `Result` of an evaluation that is not in `results`, without the prompt's role and name. Its predictions are
-    taken from the file at `path`; the missing ones are made and appended."""
+    taken from the file at `path`, or from other evaluations there and in the folders `elsewhere`; the missing ones are
+    made and appended."""
     started = time.perf_counter()
     kept = kept_predictions(evaluation, path, results)
+    if all("answered_in" in prediction for prediction in kept.values()):  # none was made yet
+        taken = answered_before(evaluation, [path, *(Path(folder) / path.name for folder in elsewhere)])
+        taken = [prediction for prediction in taken if prediction["id"] not in kept]
+        if taken:
+            append_jsonl(path, *taken)
+            kept |= {prediction["id"]: prediction for prediction in taken}
     predictions = add_missing(evaluation, path, kept)
     head = {
         "task": evaluation.task.name,
@@ -285,6 +311,21 @@ def run_evaluation(evaluation, path, results):
     return head | summarize(predictions) | {"minutes": (time.perf_counter() - started) / 60}
 
 
+def rename_former_best(run_dir, best):
+    """Of the results of the role best, those of another prompt than `best` become a candidate's: a run that was
+    continued has one best prompt, and what was evaluated stays."""
+    path, kept = Path(run_dir) / "results.jsonl", []
+    results = read_results(path)
+    for result in results:
+        if result["role"] == "best" and result["prompt"] != best:
+            result = result | {"role": "candidate"}
+            if any((reference_of(one), one["role"]) == (reference_of(result), "candidate") for one in results):
+                continue
+        kept.append(result)
+    if kept != results:
+        write_chained(path, kept)
+
+
 def kept_predictions(evaluation, path, results):
     """{row's id: `Prediction`} that the file at `path` holds of the evaluation; `results`: the finished ones.
 
@@ -292,14 +333,19 @@ def kept_predictions(evaluation, path, results):
     """
     own = evaluation.reference
     finished = {reference_of(result) for result in results}
+    predictions = read_all_predictions(path)
+    predictions = [p for p in predictions if (p["split"], p["prompt_hash"]) == (own.split, own.prompt_hash)]
+    # A row of an unfinished evaluation is not lost where it counts in this one, or in a finished one.
+    used = {p.get("row_key") for p in predictions if reference_of(p) in finished}
+    used = used.union(evaluation.row_keys.values()) - {None}
     kept = {}
-    for prediction in read_all_predictions(path):
+    for prediction in predictions:
         reference = reference_of(prediction)
         if reference == own:
             row_id = prediction["id"]
             require(row_id not in kept, f"{path}: two predictions of row {row_id} for one prompt; remove one")
             kept[row_id] = prediction
-        elif reference not in finished and (reference.split, reference.prompt_hash) == (own.split, own.prompt_hash):
+        elif reference not in finished and prediction.get("row_key") not in used:
             raise UserError(
                 f"{path} holds an unfinished evaluation of {evaluation.prompt!r} on {own.split} with another model, "
                 "other rows or settings: finish it with those, remove its lines, or choose another --run-dir"
@@ -311,6 +357,31 @@ def kept_predictions(evaluation, path, results):
     return kept
 
 
+def answered_before(evaluation, paths):
+    """Predictions, with the evaluation's reference, of those of its rows that other evaluations in the files at `paths`
+    asked the same model with the same prompt and settings. Their texts are read and graded again, as they are now."""
+    reference, rows = evaluation.reference, {row["id"]: row for row in evaluation.rows}
+    keys, found, older = evaluation.row_keys, {}, defaultdict(dict)
+    for path in paths:
+        for prediction in read_all_predictions(path, growing=False):
+            same = (prediction["split"], prediction["prompt_hash"]) == (reference.split, reference.prompt_hash)
+            if not same or prediction["id"] not in rows:
+                continue
+            if prediction.get("row_key") == keys[prediction["id"]]:
+                found.setdefault(prediction["id"], prediction)
+            elif "row_key" not in prediction:
+                older[path, prediction["evaluation"]][prediction["id"]] = prediction
+    # Without keys of rows: an evaluation all of whose rows are among these, which the key of it shows.
+    for (_, key), predictions in older.items():
+        if evaluation.key_of([row for row in evaluation.rows if row["id"] in predictions]) == key:
+            found = predictions | found
+    taken = []
+    for row_id in (row_id for row_id in rows if row_id in found):
+        other = found[row_id] | {"row_key": keys[row_id], "answered_in": found[row_id]["evaluation"]}
+        taken.append(other | reference._asdict() | readings(evaluation.task, rows[row_id], other))
+    return taken
+
+
 def add_missing(evaluation, path, kept):
     """Predictions of all rows, in their order: those in `kept`, and the missing ones, made now and appended at `path`,
     as they come.
@@ -318,16 +389,23 @@ def add_missing(evaluation, path, kept):
     The bar shows no accuracy: rows that are quick to answer come first, and are not right as often as the others.
     """
     task, rows = evaluation.task, evaluation.rows
-    reference = evaluation.reference._asdict()
+    reference, row_keys = evaluation.reference._asdict(), evaluation.row_keys
     found = dict(kept)
-    groups = evaluation.answerer.generate(task, rows, evaluation.prompt, evaluation.settings, frozenset(kept))
+    # What was taken from elsewhere is in no batch: all of a batch is generated where one of its rows is missing.
+    asked = [row for row in rows if "answered_in" not in kept.get(row["id"], {})]
+    groups = ()
+    if len(kept) < len(rows):
+        groups = evaluation.answerer.generate(task, asked, evaluation.prompt, evaluation.settings, frozenset(kept))
     progress = evaluation.answerer.progress or Progress()
     # The time that remains follows from all rows alike (smoothing 0), since they end many at once.
     look = {"unit": "row", "desc": evaluation.split, "leave": False, "smoothing": 0}
     enough, made, cut = min(MANY, len(rows) - len(kept)), 0, 0
     with open_bar(progress, total=len(rows), initial=len(kept), **look) as bar:
         for group in groups:
-            predictions = [reference | graded(task, generation) for generation in group]
+            predictions = [
+                reference | graded(task, generation) | {"row_key": row_keys[generation.row["id"]]}
+                for generation in group
+            ]
             append_jsonl(path, *predictions)
             before, made = made, made + len(predictions)
             cut += sum(prediction["truncated"] for prediction in predictions)
@@ -362,12 +440,17 @@ def read_results(path):
     return require_fields(read_appended(path), path, **kinds)
 
 
-def read_all_predictions(path):
-    """The predictions of all evaluations in the file at `path`, [] if there is none. Errors: as `read_results`."""
+def read_all_predictions(path, growing=True):
+    """The predictions of all evaluations in the file at `path`, [] if there is none. Errors: as `read_results`.
+
+    growing: as of `runs.read_steps`: the file is the caller's own to append to, so it is mended.
+    """
     texts = (*Reference._fields, "id", "text", "reply")
-    outcomes = ("truncated", "correct", "harness_correct")
-    kinds = dict.fromkeys(texts, str) | dict.fromkeys(outcomes, bool) | {"tokens": (int, NoneType)}
-    return require_fields(read_appended(path), path, **kinds)
+    outcomes = ("correct", "harness_correct")  # true or false, or a score
+    kinds = dict.fromkeys(texts, str) | dict.fromkeys(outcomes, (bool, float))
+    kinds |= {"truncated": bool, "tokens": (int, NoneType)}
+    records = read_appended(path) if growing or not Path(path).exists() else read_jsonl(path)
+    return require_fields(records, path, **kinds)
 
 
 def read_predictions(run_dir, result, rows):
@@ -470,10 +553,20 @@ def tokens_text(mean_tokens):
     return "n/a" if mean_tokens is None else f"{mean_tokens:.1f}"
 
 
+def are_scores(outcomes):
+    """Whether the outcomes of rows are scores from 0.0 to 1.0, not right or wrong."""
+    return any(isinstance(outcome, float) for outcome in outcomes)
+
+
 def accuracy_fields(outcomes, reading):
-    """The fields of a `Result` on the accuracy of a reading, from booleans."""
-    mean, stderr = accuracy(outcomes)
-    low, high = wilson(sum(outcomes), len(outcomes))
+    """The fields of a `Result` on the accuracy of a reading: of booleans with the `wilson` interval, of scores with the
+    `bootstrap` interval of their mean."""
+    if are_scores(outcomes):
+        mean, stderr = mean_score(outcomes)
+        low, high = bootstrap(outcomes)
+    else:
+        mean, stderr = accuracy(outcomes)
+        low, high = wilson(sum(outcomes), len(outcomes))
     numbers = {"accuracy": mean, "stderr": stderr, "low": low, "high": high}
     return {READINGS[reading] + name: number for name, number in numbers.items()}
 
@@ -482,6 +575,28 @@ def accuracy(outcomes):
     """(mean, standard error) of booleans; the standard error is the sample's, sd / sqrt(n)."""
     mean = sum(outcomes) / len(outcomes)
     return mean, (mean * (1 - mean) / max(1, len(outcomes) - 1)) ** 0.5
+
+
+def mean_score(scores):
+    """(mean, standard error) of scores; of one score the error is 0, as there is nothing to estimate it from."""
+    return statistics.fmean(scores), (statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0)
+
+
+DRAWS = 10_000  # resamples of the rows
+BLOCK = 100  # of them at once: faster than one by one, and small in memory
+
+
+def bootstrap(values):
+    """(low, high): the 95 % bootstrap interval of a mean, percentiles over `DRAWS` resamples, the same each time and in
+    whatever order the values are.
+
+    On few rows it is somewhat too narrow, and it has no width where all values are the same.
+    """
+    rng, values = np.random.default_rng(0), np.sort(values)
+    means = [rng.choice(values, (BLOCK, len(values))).mean(1) for _ in range(DRAWS // BLOCK)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    mean = values.mean()  # which rounding must not leave outside
+    return float(min(low, mean)), float(max(high, mean))
 
 
 def wilson(correct, n):
@@ -520,6 +635,41 @@ def compare(first, second, draws=10_000, seed=0):
     }
 
 
+def compare_scores(first, second):
+    """Two lists of scores, the same rows in the same order: what `compare` says, as far as scores allow.
+
+    difference of the means with its 95 % paired bootstrap interval, rows with a higher (gained) and a lower score
+    (lost), and the two-sided p-value of the permutation test of the mean difference, see `sign_flips`.
+    """
+    differences = np.array([after - before for before, after in zip(first, second, strict=True)])
+    low, high = bootstrap(differences)
+    return {
+        "n": len(differences),
+        "gained": int((differences > 0).sum()),
+        "lost": int((differences < 0).sum()),
+        "difference": float(differences.mean()),
+        "low": low,
+        "high": high,
+        "p": sign_flips(differences),
+        "scores": True,
+    }
+
+
+def sign_flips(differences):
+    """The two-sided p-value of the permutation test of paired differences: the share of choices of their signs whose
+    sum is at least as far from 0 as the one seen. Of few differences all choices count, else `DRAWS` random ones, the
+    same each time, and the one seen."""
+    sizes = np.sort(np.abs(differences[differences != 0]))
+    seen = abs(differences.sum()) - 1e-9  # what rounding may take from an equal sum
+    if 2 ** len(sizes) <= DRAWS:
+        sums = np.array(list(itertools.product((-1, 1), repeat=len(sizes)))) @ sizes
+        return float((abs(sums) >= seen).mean())
+    rng, far = np.random.default_rng(0), 0
+    for _ in range(DRAWS // BLOCK):
+        far += (abs(rng.choice((-1, 1), (BLOCK, len(sizes))) @ sizes) >= seen).sum()
+    return float((1 + far) / (1 + DRAWS))
+
+
 def mcnemar(gained, lost):
     """Exact two-sided p-value that gains and losses are equally likely: a fair coin's chance of a split so uneven."""
     discordant = gained + lost
@@ -537,7 +687,7 @@ class Estimate(NamedTuple):
     """
 
     accuracy: float
-    low: float  # of one result the ends of the 95 % Wilson interval; of several their mean, one standard error less
+    low: float  # of one result the ends of its 95 % interval; of several their mean, one standard error less
     high: float  # or more
     several: bool
 
@@ -554,11 +704,24 @@ class Estimate(NamedTuple):
 
 # What the two forms of an `Estimate` are, for the titles of tables and pictures.
 INTERVALS = "in brackets the 95 % Wilson interval; ± one standard error of the mean of several runs"
+OF_SCORES = "of generated texts the mean ROUGE-L, with its 95 % bootstrap interval"
+
+
+def has_scores(result):
+    """Whether the accuracy in a `Result` is a mean of scores."""
+    return result.get("kind") == GENERATION
+
+
+def intervals_in(results):
+    """`INTERVALS`, with `OF_SCORES` where that is among the results."""
+    return f"{INTERVALS}; {OF_SCORES}" if any(map(has_scores, results)) else INTERVALS
 
 
 def estimate(results, reading):
     """The `Estimate` of one `Result` or of the mean of several runs' results. Older results do, too."""
     shares = [result[READINGS[reading] + "accuracy"] for result in results]
+    if len(shares) == 1 and has_scores(results[0]):
+        return Estimate(shares[0], *(results[0][READINGS[reading] + end] for end in ("low", "high")), False)
     if len(shares) == 1:
         n = results[0]["n"]
         return Estimate(shares[0], *wilson(round(shares[0] * n), n), False)

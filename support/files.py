@@ -230,6 +230,7 @@ def alone_in(folder, patience=0):
     """
     folder = Path(folder)
     made = [one for one in (folder, *folder.parents) if not one.exists()]
+    MADE.append(made)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -240,16 +241,29 @@ def alone_in(folder, patience=0):
         yield
     finally:
         remove_empty(made)
+        MADE.remove(made)
         lock.release()
 
 
+MADE = []  # for each `alone_in` under way the folders that it made
+NOTHING = {".lock", "run.json"}  # files that say nothing alone: settings of a run without a step
+
+
 def remove_empty(folders):
-    """Remove the folders, each the one in which that before it lies, as far as they hold nothing but a lock."""
+    """Remove the folders, each the one in which that before it lies, as far as they hold none but `NOTHING`."""
     with suppress(OSError):
         for folder in folders:
-            if {path.name for path in folder.iterdir()} == {".lock"}:
-                (folder / ".lock").unlink()
+            names = {path.name for path in folder.iterdir()}
+            if ".lock" in names and names <= NOTHING:
+                for name in sorted(names, reverse=True):  # the lock last: until then nobody else begins here
+                    (folder / name).unlink()
             folder.rmdir()
+
+
+def remove_all_empty():
+    """What `alone_in` does at its end, for a process that ends in the middle of it."""
+    for folders in MADE:
+        remove_empty(folders)
 
 
 def short_name(model):

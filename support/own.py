@@ -182,7 +182,7 @@ def rows_of(records, path, own=DEFAULT, beginning=""):
         row = {"id": as_text(record.get("id", f"{beginning}line-{number}"))}
         require(row["id"], f"{place}: its id is no text or number")
         row["question"] = question_of(record, own.question_key, place)
-        row["answer"] = value_of(record, own.answer_key, place, "answer")
+        row |= answer_of(record, own.answer_key, place)
         rows.append(row)
     require(rows, f"{path} has no rows")
     ids = set()
@@ -197,6 +197,30 @@ def question_of(record, key, place):
     if key in record or not COLUMN.search(key):
         return value_of(record, key, place, "question")
     return COLUMN.sub(lambda found: value_of(record, found[1], place, "question"), key).strip()
+
+
+def answer_of(record, key, place):
+    """{"answer"} of a record; where it has a list of texts also {"references"}, all of them, and the answer is the
+    first. Errors: UserError as `value_of`."""
+    answer = record.get(key)
+    if not are_texts(answer):
+        return {"answer": value_of(record, key, place, "answer")}
+    references = list(map(as_text, answer))
+    require(all(references), f"{place}: one of its answers is empty")
+    return {"answer": references[0], "references": references}
+
+
+def are_texts(value):
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def with_references(row):
+    """The row; where its answer spells a JSON list of texts, as a table's cell may, with these as references."""
+    try:
+        answer = json.loads(row["answer"])
+    except (ValueError, RecursionError):
+        return row
+    return row | answer_of({"answer": answer}, "answer", f"row {row['id']}") if are_texts(answer) else row
 
 
 def value_of(record, key, place, what):

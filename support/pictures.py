@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.evaluation import INTERVALS, READINGS, estimate, wilson
+from support.evaluation import OF_SCORES, READINGS, estimate, has_scores, intervals_in, wilson
 from support.instruments import MEASURES, gradient_points, spearman, within_steps
 
 # --- What the pictures show: plain data -----------------------------------------------------------------------
@@ -652,6 +652,8 @@ def draw_accuracy_bars(panel, groups, colors, reading):
             y += 1
         y += 0.9
     bar_ends = "bars: 95 % Wilson interval;\nof several runs one standard error of their mean to either side"
+    shown = [record for by_method in groups.values() for records in by_method.values() for record in records]
+    bar_ends += f";\n{OF_SCORES}" if any(map(has_scores, shown)) else ""
     panel.set(xlim=(0, 125), xlabel=f"accuracy on test rows, % ({bar_ends})", title=f"{reading} reading")
     panel.set_yticks(middles, ["\n".join(group) for group in groups])
     panel.set_xticks(range(0, 101, 20))
@@ -678,7 +680,9 @@ def transfer_picture(records, path, reading="paper"):
         image = draw_transfers(panel, rows, targets, reading)
         panel.set_title(task)
     figure.colorbar(image, ax=panels, aspect=40)
-    figure.suptitle(f"Accuracy on {split_of(records)} rows in % ({reading} reading)\n{INTERVALS}", fontsize=11)
+    figure.suptitle(
+        f"Accuracy on {split_of(records)} rows in % ({reading} reading)\n{intervals_in(records)}", fontsize=11
+    )
     figure.savefig(path)
     return Path(path)
 

@@ -6,6 +6,8 @@ take less. Works without torch.
 
 from dataclasses import dataclass
 
+STALLED = 10  # rounds without a new prompt
+
 
 @dataclass(frozen=True)
 class Calls:
@@ -70,3 +72,14 @@ def rounds_within(settings, seeds, rows):
     prompts = settings.budget // rows
     sums = planned(settings, seeds, prompts)
     return max(1, sum(calls.prompts <= prompts for calls in sums) - 1)
+
+
+def rounds_over(settings, steps, rows):
+    """Whether a search on so many rows is over behind its `TextStep`s: they are all of its rounds, the budget holds no
+    other prompt, or, where only a budget ends it, there was no new prompt in the last `STALLED` rounds."""
+    last = steps[-1]
+    without_new = next((n for n, step in enumerate(reversed(steps)) if step.proposed), len(steps))
+    if settings.rounds is None and without_new >= STALLED:
+        return True
+    spent = settings.budget and last.totals["scored_generations"] + rows > settings.budget
+    return bool(last.step == settings.rounds or spent)

@@ -106,7 +106,8 @@ class Judge:
         if self.task.kind == "number":
             return bool(re.search(r"\d", prompt))
         if not self.task.choices:
-            answers = {row["answer"].lower() for row in self.rows if len(row["answer"]) >= 8}
+            texts = [text for row in self.rows for text in row.get("references", [row["answer"]])]
+            answers = {text.lower() for text in texts if len(text) >= 8}
             return any(answer in prompt.lower() for answer in answers)
         choices = "|".join(sorted(map(re.escape, self.task.choices), key=len, reverse=True))
         # Not "the answer is A or B", which says what answers look like.

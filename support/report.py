@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
 
-from support.evaluation import INTERVALS, READINGS, estimate, tokens_text
+from support.evaluation import READINGS, estimate, has_scores, intervals_in, tokens_text
 from support.files import read_jsonl, require
 from support.instruments import gradient_points
 from support.pictures import draw_accuracy, draw_run, split_of, transfer_groups
@@ -91,6 +91,7 @@ NO_SETTING = {
     "batch_size",
     "gradient_batch_size",
     "preset",  # what it stands for is in the other settings
+    "patience",  # it only ends a search
 }
 
 
@@ -253,7 +254,7 @@ def transfer_table(records):
                 beside = f", paper {number}" if number and target in by_target else ""
                 row.append(cell(by_target.get(target), reading) + beside)
             table.append(row)
-        title = f"Accuracy on {split_of(records)} rows in %, `{reading}` reading ({INTERVALS}):"
+        title = f"Accuracy on {split_of(records)} rows in %, `{reading}` reading ({intervals_in(records)}):"
         parts.append(f"{title}\n\n{markdown(table)}\n")
     return "\n".join(parts)
 
@@ -271,6 +272,11 @@ Of a single run: unread is the share of rows where no answer was found behind th
 reasonings cut at --max-new-tokens, mean tokens are those of a reasoning. Below its table the best prompt is compared
 with the others row by row: difference of the accuracies with its 95 % paired bootstrap interval, rows that only the
 best prompt has right (gained) and only the other one (lost), and the p-value of the exact McNemar test.
+"""
+NOTES_ON_SCORES = """Where texts are generated (--kind generation) the numbers are mean ROUGE-L, each row's the best
+over its references, with a 95 % bootstrap interval in brackets. Such a text has one reading, which stands in both
+tables. A comparison of two prompts then counts rows with a higher score (gained) and a lower one (lost), and its
+p-value is that of the paired permutation test (sign flips).
 """
 
 
@@ -352,7 +358,8 @@ def write_report(folder):
     parts = [f"# Report on {len(runs)} run{'s' * (len(runs) > 1)}\n"]
     for reading in READINGS:
         parts += [f"## Accuracy on test rows in %, `{reading}` reading\n", results_table(records, reading), ""]
-    parts += [NOTES, "![accuracy](accuracy.png)\n"]
+    parts += [NOTES, *([NOTES_ON_SCORES] if any(map(has_scores, records)) else [])]
+    parts += ["![accuracy](accuracy.png)\n"]
     if unfinished:
         parts += ["## Unfinished\n", *(f"- {message}" for message in unfinished), ""]
     (folder / "report.md").write_text("\n".join(parts + sections), encoding="utf-8")

@@ -34,7 +34,6 @@ from support.files import (
     require,
     require_fields,
     short_name,
-    write_json,
 )
 from support.identity import identity_of
 from support.own import is_own, own_name
@@ -290,6 +289,12 @@ def scores_of(steps):
     return scores
 
 
+def since_improved(steps):
+    """How many steps lie behind the one that found the best finished prompt, or of a text method the best accuracy."""
+    best = [-step.best.accuracy if isinstance(step, TextStep) else step.best.objective for step in steps]
+    return len(best) - 1 - best.index(min(best))
+
+
 def generations_of(steps, rows):
     """How many generations the scores in the steps of a search took: one for each of so many training rows under each
     prompt, and once more where a prompt that was scored earlier became the current one."""
@@ -362,10 +367,11 @@ def run_folder(task_name, model, seed):
     return Path("runs") / f"{task_name.replace('/', '-')}-{Path(model).name}-seed{seed}"
 
 
-def record_of_run(config, prepared, train_ids):
+def record_of_run(config, prepared, train_ids, dtype):
     """What run.json holds: settings, data, model, versions.
 
-    config: the script's flags as a dict; prepared: the task's task.json.
+    config: the script's flags as a dict; prepared: the task's task.json; dtype: the name of that in which the model
+    runs.
     """
     return {
         "config": config,
@@ -373,47 +379,15 @@ def record_of_run(config, prepared, train_ids):
         | {key: config[key] for key in ("extractor", "template")},
         "train_ids": train_ids,
         "model_hash": identity_of(config["model"]),
+        "dtype": dtype,
         "template_date": DATE,  # what a chat template that asks for the date is told
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
         "commit": git_commit(),
     }
 
 
-def require_same_run(run_dir, record):
-    """Errors: UserError if steps in this folder were made with other settings, data or model than `record` says, or
-    with nobody knows which. One that ended before its first step may be begun otherwise."""
-    begun = (Path(run_dir) / "steps.jsonl").exists()
-    if not (Path(run_dir) / "run.json").exists():
-        lost = f"{run_dir} has steps.jsonl but no run.json, so nobody knows what settings made its steps"
-        require(not begun, f"{lost}: choose another --run-dir")
-        return
-    other = differences(run_dir, record)
-    require(not (other and begun), f"{run_dir} holds a run with other {', '.join(other)}: choose another --run-dir")
-
-
-def begin_run(run_dir, record):
-    """Write run.json, before the first step is written."""
-    write_json(Path(run_dir) / "run.json", record | {CHECK: check_of(record)})
-
-
-def differences(run_dir, record):
-    """Names of what differs between the run recorded in a folder and this one; where files lie does not count."""
-    record_there = read_run(run_dir)
-    try:
-        recorded = settings_of(record_there)
-    except (KeyError, TypeError):
-        path = Path(run_dir) / "run.json"
-        raise UserError(f"{path} is not the record of a run: choose another --run-dir") from None
-    now = settings_of(record)
-    # The optimizer is known by its hash.
-    places = {"run_dir", "data_dir", "source", "optimizer_model", "optimizer_endpoint"}
-    names = (recorded.keys() | now.keys()) - places
-    return sorted(name for name in names if recorded.get(name) != now.get(name))
-
-
-def settings_of(record):
-    ids = {"train_ids": record["train_ids"]}
-    return record["config"] | ids | {"task": record["task"], "model": record["model_hash"]}
+def has_begun(run_dir):
+    return (Path(run_dir) / "steps.jsonl").exists()
 
 
 def git_commit():
@@ -503,6 +477,8 @@ def load_runs(folder):
         return [load_run(folder)], []
     runs, unfinished = [], []
     for path in sorted(folder.glob("*/run.json")):
+        if not (has_begun(path.parent) or (path.parent / "results.jsonl").exists()):
+            continue  # a start that was killed before its first step
         try:
             runs.append(load_run(path.parent))
         except Unfinished as error:
@@ -529,6 +505,8 @@ def load_run(folder):
     for role in ("initial", "best"):
         if run.result(role, "test") is None:
             raise Unfinished(f"{folder}: unfinished, results.jsonl has no test result of the {role} prompt")
+    if (folder / "steps.jsonl").exists() and not (folder / "prompts.jsonl").exists():
+        raise Unfinished(f"{folder}: being continued, no prompts.jsonl; the command that continued the run finishes it")
     if method.startswith("GReaTer"):  # other methods have no such steps
         run.steps = read_steps(folder / "steps.jsonl")
         run.prompts = read_records(folder / "prompts.jsonl", PROMPT_FIELDS)

@@ -134,6 +134,8 @@ class Server:
         """The `Generation` of one row. Errors: ServerError."""
         turns = task.messages(row["question"], prompt)
         reasoning = await chat(session, self, turns, settings.max_new_tokens)
+        if task.is_generation:  # all of it is the answer
+            return Generation(row, reasoning.text, "", reasoning.tokens, reasoning.truncated)
         choices = None
         if task.ranks_choices and self.gives_log_probs:
             reply, choices = await rank_choices(session, self, turns, reasoning.text, task)

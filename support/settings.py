@@ -54,7 +54,7 @@ class GenerationSettings:
     @staticmethod
     def answer_tokens(task):
         """How many tokens an answer behind the extractor may take."""
-        limits = {"number": 12, "choice": 8, "boolean": 8, "label": 24, "text": 128}
+        limits = {"number": 12, "choice": 8, "boolean": 8, "label": 24, "text": 128, "generation": 0}
         return limits[task.kind]
 
 
@@ -85,7 +85,7 @@ AT_LEAST_ONE = (
 )
 KNOWN_VALUES = {  # of flags; an empty one leaves it to the task
     "preset": tuple(PRESETS),
-    "shortlist": ("gradient", "random", "all"),
+    "shortlist": ("gradient", "random", "likeliest", "all"),
     "fluency": ("nll", "perplexity"),
     "objective": ("loss", "error", "probability"),
     "positions": ("one", "all"),
@@ -119,7 +119,8 @@ class SearchSettings(GenerationSettings):
     sampled_rows: int = flag(5, "q: rows whose top-k are intersected")
     intersections: int = flag(1, "intersections whose union is proposed")
     min_candidates: int = flag(6, "k grows by 2 until so many proposals are found")
-    shortlist: str = flag("gradient", "how proposals are shortlisted; all: no shortlist")
+    word_starts: bool = flag(False, "propose what begins a word, or is the likeliest token of all; no piece of a word")
+    shortlist: str = flag("gradient", "how proposals are shortlisted; likeliest: without a gradient; all: no shortlist")
     shortlist_size: int = flag(3, "mu: proposals tried for real at each position", "--mu")
     gradient_without_reasoning: bool = flag(False, "take the gradient over question, prompt and extractor only")
     fluency_weight: float = flag(0.2, "lambda: weight of the prompt's fluency term in the loss", "--lambda")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import sys
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ from support.files import (
     sha256,
     write_whole,
 )
-from support.own import SPLITS, as_text, own_rule, own_splits, read_json, split_warnings
+from support.own import SPLITS, as_text, own_rule, own_splits, read_json, split_warnings, with_references
 from support.reading import GRADER_VERSION, canonical
+from support.rouge import has_words, require_package
 from support.tasks import LISTED, MMLU_SIZES, TASKS, get_task, read_rows
 
 # --- Reading what is published ----------------------------------------------------------------------------
@@ -51,6 +53,32 @@ def read_mmlu(path):
     return records
 
 
+def read_webnlg(path):
+    """The records of an XML file of the release, or of all in the folders below a folder, in the order of their names,
+    with the hub's names. Errors: UserError."""
+    files = sorted(Path(path).glob("*/*.xml")) if Path(path).is_dir() else [Path(path)]
+    return [record_of_entry(entry) for file in files for entry in read_entries(file)]
+
+
+def read_entries(path):
+    """The `entry` elements of a file. Errors: UserError if it is none of XML or declares entities, which may unfold to
+    any size."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        require("<!DOCTYPE" not in text, f"{path} has a DOCTYPE, which the published files do not have")
+        return ElementTree.fromstring(text).findall("entries/entry")
+    except (OSError, UnicodeDecodeError, ElementTree.ParseError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def record_of_entry(entry):
+    triples = [triple.text or "" for triple in entry.findall("modifiedtripleset/mtriple")]
+    texts = entry.findall("lex")
+    lex = {name: [text.get(name, "") for text in texts] for name in ("comment", "lang")}
+    lex["text"] = [text.text or "" for text in texts]
+    return {"modified_triple_sets": {"mtriple_set": [triples]}, "lex": lex}
+
+
 def load_raw(task, source):
     """The records of a task as its authors publish them: {part: [record]}.
 
@@ -63,7 +91,7 @@ def load_raw(task, source):
     records = {name: [] for name in published.parts}
     for name, part in published.parts.items():
         for hub_name in (part.hub or name).split("+"):
-            records[name] += on_hub.get(hub_name, ())
+            records[name] += filter(published.belongs, on_hub.get(hub_name, ()))
     return records
 
 
@@ -73,6 +101,8 @@ def load_from_hub(task):
 
     dataset, configuration = task.hub
     try:
+        if PUBLISHED[task.name].converted:
+            return datasets.load_dataset(dataset, data_dir=configuration, revision="refs/convert/parquet")
         return datasets.load_dataset(dataset, configuration or None)
     except Exception as error:  # the hub's errors have no common class
         reason = (str(error) or repr(error)).splitlines()[0]
@@ -177,6 +207,25 @@ def wsc_row(record):
     return question, answers.get(record["label"], str(record["label"]))
 
 
+def webnlg_row(record):
+    """The triples, one a line as "subject | property | object", and a list of the English texts that say them, without
+    those that the crowd called bad. A triple set may be there in more than one order, of which the first counts."""
+    triples = record["modified_triple_sets"]["mtriple_set"][0]
+    lex = record["lex"]
+    comments, languages = ([*lex.get(name, ()), *[""] * len(lex["text"])] for name in ("comment", "lang"))
+    texts = []
+    for text, comment, language in zip(lex["text"], comments, languages):
+        if " ".join(text.split()) and comment != "bad" and language in ("", "en"):
+            texts.append(" ".join(text.split()))
+    return "\n".join(triple.strip() for triple in triples), texts
+
+
+def is_data_to_text(record):
+    """Whether a record of the hub is one to write a text for: its test rows hold those of the other direction, too, and
+    the same again without texts."""
+    return not record.get("test_category", "").startswith("semantic-parsing") and bool(record["lex"]["text"])
+
+
 # --- The table of what is published -----------------------------------------------------------------------
 
 
@@ -192,10 +241,12 @@ class Published:
     """The records of a task as they are published, and what is made of them."""
 
     parts: dict[str, Part]
-    row: Callable  # record -> (question, answer)
+    row: Callable  # record -> (question, answer, or a list of reference texts)
     split: Callable  # {part: records} -> (train, dev, test)
     rule: str  # what `split` does, in words, for task.json
     read: Callable = read_jsonl  # path -> records
+    belongs: Callable = bool  # whether a record of the hub is one of the task's
+    converted: bool = False  # on the hub it is a program; read is the hub's own conversion of its rows
 
 
 BBH_RULE = "file rows 0-49 train, 50-149 dev, the rest test; of files under 250 rows, after 50 train, the rest halved"
@@ -221,6 +272,15 @@ def split_mmlu(parts):
     rows = parts["dev"] + parts["val"]
     half = len(rows) // 2
     return rows[:half], rows[half:], parts["test"]
+
+
+def split_webnlg(parts):
+    """The files are sorted by number of triples and topic, so train and dev rows are taken from all over them."""
+    return evenly_spaced(parts["train"], 100), evenly_spaced(parts["dev"], 100), parts["test"]
+
+
+def evenly_spaced(rows, count):
+    return [rows[number * len(rows) // count] for number in range(count)]
 
 
 SHORT_BBH = {"bbh/causal_judgement": 187, "bbh/penguins_in_a_table": 146, "bbh/snarks": 178}
@@ -282,6 +342,19 @@ PUBLISHED = {
         split=lambda parts: (parts["train"][:100], parts["train"][-100:], parts["val"]),
         rule="rows 0-99 of the training file train, its last 100 dev, the whole validation file test",
     ),
+    "webnlg": Published(
+        parts={
+            "train": Part("webnlg/train", {13211}),
+            "dev": Part("webnlg/dev", {1667}, "dev+validation"),
+            "test": Part("webnlg/test/rdf-to-text-generation-test-data-with-refs-en.xml", {1779}),
+        },
+        row=webnlg_row,
+        split=split_webnlg,
+        rule="100 rows evenly spaced over the training files train, 100 over the dev files dev, the test file test",
+        read=read_webnlg,
+        belongs=is_data_to_text,
+        converted=True,
+    ),
     **{name: published_bbh(name) for name in TASKS if name.startswith("bbh/")},
     **{f"mmlu/{subject}": published_mmlu(subject, val, test) for subject, (val, test) in MMLU_SIZES.items()},
 }
@@ -327,20 +400,25 @@ def numbered_records(task, source):
 
 
 def checked_row(task, row_id, place, record):
-    """The row {"id", "question", "answer"} of a published record.
+    """The row {"id", "question", "answer"} of a published record, with "references" where a text is to be generated.
 
     Errors: UserError that names its place if it has another form, no question, or an impossible gold answer.
     """
     try:
         question, answer = make_row(task, record)
+        references = answer if isinstance(answer, list) else []
+        answer = next(iter(references), "") if isinstance(answer, list) else answer
     except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{place}: a field is missing or has another form ({error!r}); {AS_PUBLISHED}") from None
     if not question or not gold_is_possible(task, answer):
         raise UserError(f"{place}: it has no question or the impossible answer {answer!r}; {AS_PUBLISHED}")
-    return {"id": row_id, "question": question, "answer": answer}
+    row = {"id": row_id, "question": question, "answer": answer}
+    return row | ({"references": references} if references else {})
 
 
 def gold_is_possible(task, answer):
+    if task.is_generation:
+        return has_words(answer)
     return answer in task.choices if task.choices else canonical(task, answer) is not None
 
 
@@ -369,6 +447,8 @@ def prepare(task, data_dir, source="", own=None):
     Errors: UserError for rows that cannot be used, or an empty split.
     """
     splits = own_splits(own) if own else split_rows(task, source)
+    if own and task.is_generation:
+        splits = {split: list(map(with_references, rows)) for split, rows in splits.items()}
     for split, rows in splits.items():
         require(rows, f"{task.name}: the {split} split is empty; give more rows")
     for warning in split_warnings(splits, task.choices) if own else ():
@@ -441,6 +521,8 @@ def open_task(flags):
     Errors: UserError for a task, a file or a row that cannot be used.
     """
     task = get_task(flags.own, flags.extractor, flags.kind, flags.template, flags.answer_space, flags.system)
+    if task.is_generation:
+        require_package()
     # Own rows and the demo's lie here and may have changed; preparing them takes no time.
     if flags.own_rows or task.name == "demo" or not is_prepared(task, flags.data_dir):
         # A known task is prepared as the table has it: what the user sets otherwise changes no row.
@@ -450,13 +532,13 @@ def open_task(flags):
         print(f"preparing {task.name} in {folder}")
     splits = {split: load_split(task, flags.data_dir, split) for split in SPLITS}
     for row in [row for rows in splits.values() for row in rows]:
-        fits = gold_is_possible(task, row["answer"])
-        require(
-            fits, f"--kind {task.kind}: the answer {row['answer']!r} of row {row['id']} is none: set another --kind"
-        )
+        which = f"--kind {task.kind}: the answer {row['answer']!r} of row {row['id']}"
+        why = "has no letter a to z or digit, and ROUGE-L reads no others" if task.is_generation else "is none"
+        require(gold_is_possible(task, row["answer"]), f"{which} {why}: set another --kind")
     if flags.own_rows:
         sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
-        print(f"{sizes} rows; {described(task)}; asked for with {task.extractor!r}")
+        how = "the whole reply" if task.is_generation else f"asked for with {task.extractor!r}"
+        print(f"{sizes} rows; {described(task)}; {how}")
     return task, splits
 
 

@@ -20,6 +20,8 @@ def messages_of(task, prompt):
 def sent(task, prompt):
     """Lines that show what is sent with a prompt, for people."""
     lines = [f"  {message['role']}: {message['content']!r}" for message in messages_of(task, prompt)]
+    if task.is_generation:
+        return [*lines, "  assistant: the text, all of which is the answer"]
     return [*lines, f"  assistant: the model's reasoning, then {' ' + task.extractor!r}, then its answer"]
 
 
@@ -114,6 +116,9 @@ def ask(question):
         messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
     )
     reasoning = write(ids, MAX_NEW_TOKENS)
+    if not EXTRACTOR:  # all that is written is the answer
+        text = tokenizer.decode(reasoning, skip_special_tokens=True)
+        return text, text
     ids = ids + reasoning + behind(".", " " + EXTRACTOR)
     if CHOICES:
         scores = log_probs(ids)
@@ -150,6 +155,8 @@ def ask(client, question, go_on=CONTINUE):
     settings = {"model": MODEL, "temperature": 0}
     reply = client.chat.completions.create(messages=messages, max_tokens=MAX_NEW_TOKENS, **settings)
     reasoning = reply.choices[0].message.content or ""
+    if not EXTRACTOR:  # all that is written is the answer
+        return reasoning, reasoning
     messages.append({"role": "assistant", "content": f"{reasoning} {EXTRACTOR}".strip()})
     reply = client.chat.completions.create(
         messages=messages, max_tokens=ANSWER_TOKENS, extra_body=go_on or None, **settings

@@ -15,7 +15,8 @@ from support.files import UserError, read_jsonl, require, text_hash
 from support.own import COLUMN, SUFFIXES, OwnRows, is_own, own_name, own_splits, place_of, rows_of
 from support.reading import canonical, canonical_number
 
-KINDS = ("number", "choice", "boolean", "label", "text")
+GENERATION = "generation"  # the answer is all that the model writes, and gets a score, not right or wrong
+KINDS = ("number", "choice", "boolean", "label", "text", GENERATION)
 CLOSED_KINDS = ("choice", "boolean", "label")  # of which all possible answers are known
 ROWS_PER_LABEL = 3  # so many rows for each different answer, on average, and the answers are a closed set
 ANSWER_SPACES = ("choices", "vocabulary")
@@ -31,8 +32,8 @@ class Task:
     `system`; the words around them are fixed."""
 
     name: str
-    kind: str  # number, choice, boolean, label or text: how an answer is read and compared
-    extractor: str  # follows the reasoning; the answer is read right behind it (Sec. 3.2)
+    kind: str  # number, choice, boolean, label, text or generation: how an answer is read and compared
+    extractor: str  # follows the reasoning; the answer is read right behind it (Sec. 3.2); "" of generation
     choices: tuple[str, ...] = ()  # the only possible answers of a closed kind
     answer_space: str = ""  # choices, vocabulary, or "" for the former where there are any: see `ranks_choices`
     template: str = "{question}\nUse {prompt}"  # what the user says; the searched tokens start after "Use"
@@ -48,9 +49,16 @@ class Task:
     def answer_prefix(self):
         """What stands between extractor and answer: a number follows a sign at once ("$8"), a word after a space or an
         opening bracket."""
+        if self.is_generation:
+            return ""
         last = self.extractor[-1]
         behind_a_sign = self.kind == "number" and not last.isalnum()
         return "" if last.isspace() or last in "([{" or behind_a_sign else " "
+
+    @property
+    def is_generation(self):
+        """Whether all that the model writes is the answer, with no extractor behind it."""
+        return self.kind == GENERATION
 
     @property
     def folder(self):
@@ -313,6 +321,16 @@ KNOWN_TASKS = (
         paper_extractor=ask_choice(("Yes", "No")),
         hub=("aps/super_glue", "wsc.fixed"),
     ),
+    # GPO's task: triples of subject, property and object are to be said in words; each has several reference texts.
+    Task(
+        "webnlg",
+        GENERATION,
+        "",
+        template="{question}\n{prompt}",
+        initial_prompt="Write a short text that says all of this and nothing else.",
+        hub=("webnlg-challenge/web_nlg", "release_v3.0_en"),
+        defaults={"max_new_tokens": 256},
+    ),
     *bbh_tasks(),
     *(mmlu_task(subject) for subject in MMLU_SIZES),
 )
@@ -330,6 +348,8 @@ def get_task(name, extractor="", kind="", template="", answer_space="", system="
     """
     own = name if isinstance(name, OwnRows) else OwnRows(name)
     task = own_task(own, extractor, kind) if is_own(own.task) or own.files else known_task(own.task)
+    if kind == GENERATION and not extractor:  # also of a known task that has one
+        task = replace(task, extractor="")
     changes = {"extractor": extractor, "kind": kind, "template": template, "system": system}
     changes["answer_space"] = answer_space
     return checked_task(replace(task, **{name: text for name, text in changes.items() if text}))
@@ -344,19 +364,31 @@ def known_task(name):
     return TASKS[name]
 
 
+# Of an own task: nothing is to be reasoned about, and what is written in front of the text would count as part of it.
+GENERATION_FRAME = {"template": "{question}\n{prompt}", "initial_prompt": "Write the text alone, in a few words."}
+
+
 def own_task(own, extractor, kind):
     """The task of a user's own rows. An empty kind is inferred from the answers, and an empty extractor made of them
     where they are a closed set."""
     require(not kind or kind in KINDS, unknown_kind(kind))
-    answers = [row["answer"] for rows in own_splits(own).values() for row in rows]
-    kind = kind or infer_kind(answers)
+    rows = [row for rows_of_split in own_splits(own).values() for row in rows_of_split]
+    answers = [row["answer"] for row in rows]
+    listed = any("references" in row for row in rows)
+    kind = kind or (GENERATION if listed else infer_kind(answers))
+    is_generation = kind == GENERATION
+    require(is_generation or not listed, f"--kind {kind}: a row has a list of answers, which only {GENERATION} takes")
     choices = tuple(sorted(set(answers))) if kind in CLOSED_KINDS else ()
     how = 'say how to ask for the answer, --extractor "The answer is $"'
-    require(choices or extractor.strip(), f"--task {own.task} is your own, its answers are of the kind {kind}: {how}")
+    asked_for = choices or is_generation or extractor.strip()
+    require(asked_for, f"--task {own.task} is your own, its answers are of the kind {kind}: {how}")
     places = [place_of(path) for path in (own.task, own.train_file, own.dev_file, own.test_file)]
     asked = text_hash(repr((places, asdict(own))))[:8]
     name = own_name(own.task)
-    return Task(name, kind, extractor or own_extractor(kind, choices), choices, own_folder=f"{name}-{asked}")
+    folder = f"{name}-{asked}"
+    if is_generation:
+        return Task(name, kind, extractor, own_folder=folder, **GENERATION_FRAME)
+    return Task(name, kind, extractor or own_extractor(kind, choices), choices, own_folder=folder)
 
 
 def own_extractor(kind, choices):
@@ -374,7 +406,10 @@ def unknown_kind(kind):
 def checked_task(task):
     """The task, if its parts fit each other. One whose kind was changed to an open one has no choices any more."""
     require(task.kind in KINDS, unknown_kind(task.kind))
-    require(task.extractor.strip(), "--extractor must hold at least one word")
+    if task.is_generation:
+        require(not task.extractor.strip(), f"--extractor: of the kind {GENERATION} the whole reply is the answer")
+    else:
+        require(task.extractor.strip(), "--extractor must hold at least one word")
     spaces = ANSWER_SPACES
     known = task.answer_space in ("", *spaces)
     require(known, f"--answer-space must be one of {', '.join(spaces)}, not {task.answer_space!r}")
@@ -454,8 +489,14 @@ def infer_kind(answers):
 
 
 def read_rows(path):
-    """Rows `{"id", "question", "answer"}` of a JSONL file; a missing id becomes the line's number.
+    """Rows `{"id", "question", "answer"}`, perhaps with "references", of a prepared JSONL file; a missing id becomes
+    the line's number.
 
     Errors: UserError that names the file, and the line that is no row.
     """
-    return rows_of(read_jsonl(path), path)
+    records = read_jsonl(path)
+    rows = rows_of(records, path)
+    for row, record in zip(rows, records, strict=True):
+        if "references" in record:
+            row["references"] = record["references"]
+    return rows

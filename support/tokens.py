@@ -54,7 +54,7 @@ class Row:
     question: list[int]  # what stands before the prompt: the chat's header, the question, the fixed opening word
     turn_end: list[int]  # what stands behind it: the end of the user's turn, the header of the assistant's
     extractor: list[int]  # "Therefore, the final answer ... is $"
-    answer: list[int]  # the gold answer
+    answer: list[int]  # the gold answer; none where a text is to be generated, which no loss is taken of
     choices: Choices | None = None  # None: the answer may be any text
     place: Place | None = None  # the text of question and turn_end; None: no prompt is proposed for this row
 
@@ -293,6 +293,8 @@ def encode_prompt(tokenizer, task, question, prompt):
 
 
 def extractor_ids(tokenizer, task):
+    if task.is_generation:  # nothing is asked for behind what it writes
+        return []
     # Reasoning ends in some token that we do not know yet; the full stop stands for it.
     return text_behind(tokenizer, ".", " " + task.extractor)
 
@@ -349,7 +351,7 @@ def encode_row(tokenizer, task, row):
     try:
         extractor, choices = extractor_ids(tokenizer, task), encode_choices(tokenizer, task)
         parts = encode_parts(tokenizer, task, row["question"], task.initial_prompt)
-        answer = answer_ids(tokenizer, task, row["answer"])
+        answer = [] if task.is_generation else answer_ids(tokenizer, task, row["answer"])
         return Row(parts.question, parts.turn_end, extractor, answer, choices, parts.place)
     except UserError as error:
         raise UserError(f"row {row['id']}: {error}") from None
@@ -368,6 +370,12 @@ def survives_encoding(tokenizer, row, prompt_ids):
         return False
     whole = encode_pieces(tokenizer, [*place.before, Piece(text, False), *place.behind])
     return whole == row.question + list(prompt_ids) + row.turn_end
+
+
+def continues_word(tokenizer, before, token):
+    """Whether a token's text goes on with the word at whose end or in whose middle the token before it stands."""
+    first, both = tokenizer.decode([before]), tokenizer.decode([before, token])
+    return first[-1:].isalnum() and both[len(first) : len(first) + 1].isalnum()
 
 
 def ends_sentence(tokenizer, prompt_ids):

@@ -11,12 +11,21 @@ Works without torch.
 """
 
 import random
+import statistics
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from support.answerers import LocalModel
-from support.evaluation import Evaluation, Sampling, Written, add_missing, read_all_predictions, reference_of
+from support.evaluation import (
+    Evaluation,
+    Sampling,
+    Written,
+    add_missing,
+    are_scores,
+    read_all_predictions,
+    reference_of,
+)
 from support.files import append_jsonl, read_appended, require
 from support.proposals import MARK, REPEATED, Judge, parse
 from support.reading import GRADER_VERSION
@@ -25,6 +34,17 @@ from support.tasks import Task
 from support.tokens import encode, encode_prompt
 
 LONGEST_SHOWN = 600  # characters of a text that is shown
+RIGHT_ANSWER, REFERENCE = "Right answer", "A good text"
+FOR_SCORES = {  # parts of the meta-prompts, and what stands in their place where texts are generated and get scores
+    "model reads all of it, reasons, and is counted as right if it arrives at the right answer": (
+        "model reads all of it and writes a text, and its accuracy is how much the text agrees with a reference text"
+    ),
+    "the model's reasoning ends at the right answer": "what the model writes agrees with a reference text",
+    "With it the model got these questions wrong": "With it these texts of the model agree least with reference texts",
+    "The right answers are beyond doubt": "The good texts are beyond doubt, though others may be as good",
+    "Is the model's answer right? If not, what went wrong?": "Where does the model's text differ from the good one?",
+    "Avoid mistakes as in the cases above": "Avoid such differences as in the cases above",
+}
 
 
 @dataclass
@@ -138,10 +158,32 @@ class Trials:
         predictions = self.predictions(prompt)
         return sum(prediction["correct"] for prediction in predictions) / len(predictions)
 
-    def cases(self, prompt, outcomes=(True, False)):
-        """[(row, `Prediction`)] of the training rows that are right (True) or wrong (False) under the prompt."""
-        pairs = zip(self.rows, self.predictions(prompt))
-        return [(row, prediction) for row, prediction in pairs if prediction["correct"] in outcomes]
+    def cases(self, prompt):
+        """[(row, `Prediction`)] of the training rows under the prompt."""
+        return list(zip(self.rows, self.predictions(prompt)))
+
+    def mistakes(self, prompt):
+        """The cases that are wrong; of generated texts those whose score is not above the rows' median, the worse half,
+        but none that is perfect."""
+        cases = self.cases(prompt)
+        outcomes = [prediction["correct"] for _, prediction in cases]
+        if are_scores(outcomes):
+            middle = statistics.median(outcomes)
+            return [case for case in cases if case[1]["correct"] <= middle and case[1]["correct"] < 1]
+        return [case for case in cases if not case[1]["correct"]]
+
+    def worded(self, template):
+        """A meta-prompt as the task needs it: of texts to be generated it speaks as of good ones, not right ones."""
+        for right_or_wrong, scored in FOR_SCORES.items() if self.task.is_generation else ():
+            template = template.replace(right_or_wrong, scored)
+        return template
+
+    def outcome(self, case):
+        """What the response of a case counts as, in words."""
+        _, prediction = case
+        if self.task.is_generation:
+            return f"{round(100 * prediction['correct'])} in 100, by how much it agrees with a reference text"
+        return "right" if prediction["correct"] else "wrong"
 
     def place(self, prompt=MARK):
         """What the task model reads, for any question, with the prompt in its place."""
@@ -153,7 +195,8 @@ class Trials:
 
     def show_rows(self, rows):
         """Training rows with the place of the prompt and the right answer."""
-        shown = [f"Question:\n{self.told(row['question'], MARK)}\nRight answer: {row['answer']}" for row in rows]
+        label = REFERENCE if self.task.is_generation else RIGHT_ANSWER
+        shown = [f"Question:\n{self.told(row['question'], MARK)}\n{label}: {row['answer']}" for row in rows]
         return "\n\n".join(shown)
 
     def similarities(self, prompt, others):
@@ -253,8 +296,12 @@ def show_cases(cases):
     """(row, `Prediction`) pairs: what was asked, what the model wrote, what is right."""
     blocks = []
     for row, prediction in cases:
-        written = f"The model wrote: {shortened(prediction['text'])}\nIts answer: {prediction['answer']}"
-        blocks.append(f"Question: {row['question']}\n{written}\nRight answer: {row['answer']}")
+        written = f"The model wrote: {shortened(prediction['text'])}"
+        if are_scores([prediction["correct"]]):
+            result, label = f"Accuracy: {round(100 * prediction['correct'])}", REFERENCE
+        else:
+            result, label = f"Its answer: {prediction['answer']}", RIGHT_ANSWER
+        blocks.append(f"Question: {row['question']}\n{written}\n{result}\n{label}: {row['answer']}")
     return "\n\n".join(blocks)
 
 

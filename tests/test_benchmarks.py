@@ -1,6 +1,7 @@
 """The benchmarks run and say what they measured; how fast this machine is, is not a test."""
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -263,19 +264,20 @@ def test_the_two_readings_are_two_columns_never_mixed():
 def test_the_first_seed_of_everything_comes_before_the_second():
     flags = real_models.Flags(models=["a/x", "a/y"], tasks=["demo", "gsm8k"], seeds=[3, 4])
     pieces = real_models.plan(flags)
-    assert len(pieces) == len({piece.label for piece in pieces}) == 4 + 2 * (8 + 4)
+    assert len(pieces) == len({piece.label for piece in pieces}) == 4 + 2 * (12 + 4)
     seeds = [piece.seed for piece in pieces if piece.kind != "fixed"]
-    assert seeds == [3] * 12 + [4] * 12
+    assert seeds == [3] * 16 + [4] * 16
     for number, piece in enumerate(pieces):
         if piece.kind == "transfer":
             assert piece.search in pieces[:number]
 
 
-def test_both_methods_take_as_many_steps_and_tries():
+def test_all_methods_take_as_many_steps_and_tries():
     flags = real_models.Flags(models=["a/x"], tasks=["demo"], seeds=[0])
-    greater, random = [piece for piece in real_models.plan(flags) if piece.kind == "search"]
+    greater, *others = [piece for piece in real_models.plan(flags) if piece.kind == "search"]
     values = real_models.stage_call(greater, flags)[1]
-    assert real_models.stage_call(random, flags)[1] == values | {"shortlist": "random"}
+    calls = [real_models.stage_call(piece, flags)[1] for piece in others]
+    assert calls == [values | {"shortlist": name} for name in ("random", "likeliest")]
 
 
 def open_tickets(folder):
@@ -482,3 +484,33 @@ def test_an_unknown_method_or_no_budget_is_refused_before_anything_runs():
         compare_methods.Flags(models=["a/x"], methods=["opra"])
     with pytest.raises(UserError, match="--budget must be at least 1"):
         compare_methods.Flags(models=["a/x"], budget=0)
+
+
+# --- Our loops beside those of another package ---------------------------------------------------------
+
+BESIDE = ["--task", "demo", "--model", "demo/model", "--budget", "128", "--train-rows", "8", "--eval-rows", "30"]
+BESIDE += ["--finalists", "2", "--max-new-tokens", "30", "--optimizer-model", "scripted"]
+INSTALLED = importlib.util.find_spec("promptolution") is not None
+
+
+@pytest.mark.skipif(INSTALLED, reason="promptolution is installed")
+def test_the_comparison_with_the_package_says_at_once_that_it_is_missing(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "compare_with_promptolution.py"), *BESIDE]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and "pip install promptolution" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not INSTALLED, reason="promptolution is not installed: an optional package")
+def test_both_loops_keep_to_the_budget_and_a_repeated_call_scores_nothing_again(tmp_path, demo_server):
+    words = [*BESIDE, "--optimizer-endpoint", demo_server]
+    run("compare_with_promptolution.py", *words, folder=tmp_path)
+    out = tmp_path / "runs" / "compare-with-promptolution"
+    page = (out / "results.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("|")][2:]
+    assert [row[2] for row in rows] == ["ours", "promptolution"] * 2
+    assert all(120 <= int(row[4]) <= 128 and int(row[3]) * 8 == int(row[4]) for row in rows)
+    files = {path: path.read_bytes() for path in out.rglob("*.jsonl")}
+    run("compare_with_promptolution.py", *words, folder=tmp_path)
+    assert {path: path.read_bytes() for path in out.rglob("*.jsonl")} == files
+    assert (out / "results.md").read_text() == page

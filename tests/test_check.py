@@ -8,6 +8,7 @@ from conftest import greedy_reference, own_task, plain_logits, settings, slow_lo
 from support import check
 from support.check import Checked, check_rows, cost_of, require_memory, require_words, table, text_cost, warnings
 from support.files import UserError
+from support.rouge import rouge_l
 from support.tokens import encode_chat, encode_row, extractor_ids
 
 
@@ -148,3 +149,37 @@ def test_a_model_without_words_for_a_meta_prompt_is_no_optimizer(demo_tokenizer,
     require_words(demo_tokenizer, "demo/model", ("check each step",))
     require_words(demo_tokenizer, "demo/model", ())
     require_words(subword_tokenizer, "m", ("Improve the current prompt",))
+
+
+def test_a_check_of_texts_shows_one_with_its_reference_and_asks_for_no_answer_behind_it(demo_engine, demo_data):
+    frame = {
+        "template": "{question} please {prompt}",
+        "initial_prompt": "read the problem here and find the answer now .",
+    }
+    task = own_task("generation", "", **frame)
+    data = [row | {"answer": "3 + 4 = 7 ."} for row in demo_data["train"][:4]]
+    checked = check_rows(demo_engine, task, data, encoded(demo_engine, task, data), settings(max_new_tokens=40))
+    for n, row in enumerate(data):
+        context = encode_chat(demo_engine.tokenizer, task, row["question"], task.initial_prompt)
+        ids, _ = greedy_reference(demo_engine, context, 40)
+        prediction = checked.predictions[n]
+        assert prediction["text"] == demo_engine.tokenizer.decode(ids) and prediction["reply"] == ""
+        assert prediction["correct"] == rouge_l([row["answer"]], prediction["text"])
+    scores = [prediction["correct"] for prediction in checked.predictions]
+    lines = table(checked, task, data)
+    assert len(lines) == 3 and lines[-1].split() == ["ROUGE-L,", "mean", f"{100 * sum(scores) / 4:.0f}", "%"]
+    assert warnings(checked, task, data, settings()) == []
+    assert [line.split()[0] for line in checked.shown] == ["sent", "written", "reference", "ROUGE-L"]
+    counts = {"finalists": 2, "dev": 4, "test": 4, "prompts": 3, "samples": 4}
+    rows = encoded(demo_engine, task, data)
+    check.require_room(demo_engine, task, {"train": data}, rows, settings(max_new_tokens=40))
+    cost = text_cost(demo_engine, checked, rows, text_settings("opro"), counts)
+    assert cost.generations == {"search": 12, "dev": 12, "test": 8}
+
+
+def test_where_nothing_is_written_a_text_is_to_be_asked_for():
+    checked = seen()
+    empty = {"answer": None, "correct": 0.0, "harness_correct": 0.0}
+    checked.predictions = [prediction | empty for prediction in checked.predictions]
+    (line,) = warnings(checked, own_task("generation", ""), [], settings())
+    assert "nothing is written" in line and "--initial-prompt" in line

@@ -28,7 +28,7 @@ import greater_core as core
 from support.engine import Engine
 from support.files import UserError
 from support.runs import as_step, finalists, scores_of
-from support.tokens import Row, encode, encode_chat, encode_prompt, encode_row, ends_sentence
+from support.tokens import Row, continues_word, encode, encode_chat, encode_prompt, encode_row, ends_sentence
 
 
 def search_of(engine, rows, prompt=(), **changes):
@@ -458,10 +458,12 @@ def test_the_position_walks_on_grows_an_open_prompt_and_wraps_a_closed_or_full_o
     assert core.next_position(demo_tokenizer, open_, 3, 4) == 0
 
 
-def test_shortlists_are_the_most_negative_gradients_or_random_or_all():
+def test_shortlists_are_the_most_negative_gradients_or_the_likeliest_or_random_or_all():
     gradients = {5: 0.3, 6: -2.0, 7: -0.1, 8: 0.0}
     assert core.make_shortlist([5, 6, 7, 8], gradients, settings(shortlist_size=2), None) == [6, 7]
     assert core.make_shortlist([5, 6, 7, 8], {}, settings(shortlist="all"), None) == [5, 6, 7, 8]
+    likeliest = settings(shortlist="likeliest", shortlist_size=2)
+    assert core.make_shortlist([8, 5, 7, 6], {}, likeliest, None) == [8, 5]  # candidates come most likely first
     draws = {
         tuple(core.make_shortlist([5, 6, 7, 8], {}, settings(shortlist="random", shortlist_size=2), random.Random(s)))
         for s in range(20)
@@ -763,3 +765,22 @@ def test_a_score_and_a_gradient_leave_out_the_row_that_is_not_finite(llama, few_
     search.reasoning = reasoning
     assert core.mean_gradients(search, questions, prompt, [1, 2]) == {1: 1.0, 2: 1.0}
     assert "in training rows [6] of 10" in caplog.text
+
+
+def test_word_starts_leave_no_pieces_of_words_but_the_likeliest_token(subword_tokenizer):
+    engine = tiny_engine("llama", subword_tokenizer, torch.float32, seed=1)
+    task, data = own_task(), [{"id": str(i), "question": f"How many are {i} + 14?", "answer": "17"} for i in range(3)]
+    rows = [encode_row(subword_tokenizer, task, row) for row in data]
+    start = encode_prompt(subword_tokenizer, task, data[0]["question"], "proper logical reasoning.")[1]
+
+    def pieces(word_starts):  # of words, among the proposals of each step, the likeliest one left out
+        config = settings(steps=6, train_rows=3, max_new_tokens=2, word_starts=word_starts, min_candidates=4, top_k=30)
+        first, *steps = core.optimize(engine, rows, start, config)
+        found, prompt = [], first.prompt_ids
+        for step in steps:
+            before = [*rows[0].question, *prompt[: step.position]][-1]
+            found += [c for c in step.candidates[1:-1] if continues_word(subword_tokenizer, before, c.token)]
+            prompt = step.prompt_ids
+        return found
+
+    assert pieces(False) and not pieces(True)

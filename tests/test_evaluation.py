@@ -16,9 +16,21 @@ from hypothesis import strategies as st
 
 from support import evaluation
 from support.answerers import Answerer
-from support.evaluation import Evaluation, Generation, compare, evaluate, evaluate_once, mcnemar, regrade
+from support.evaluation import (
+    Evaluation,
+    Generation,
+    bootstrap,
+    compare,
+    compare_scores,
+    evaluate,
+    evaluate_once,
+    mcnemar,
+    regrade,
+    sign_flips,
+)
 from support.files import UserError, read_jsonl, text_hash, write_jsonl
 from support.reading import GRADER_VERSION
+from support.rouge import rouge_l
 
 
 def test_the_standard_error_is_that_of_the_sample():
@@ -111,6 +123,127 @@ def test_equal_answers_differ_by_nothing_and_lists_of_other_lengths_are_refused(
         compare([True], [True, False])
 
 
+# --- Scores instead of right or wrong -------------------------------------------------------------------------
+
+
+def scores_of(count, seed=1):
+    rng = random.Random(seed)
+    return [rng.random() ** 2 for _ in range(count)]
+
+
+def test_scores_have_a_mean_the_sample_s_standard_error_and_the_interval_of_resampled_rows():
+    scores = scores_of(300)
+    fields = evaluation.accuracy_fields(scores, "harness")
+    assert fields["harness_accuracy"] == pytest.approx(np.mean(scores))
+    assert fields["harness_stderr"] == pytest.approx(np.std(scores, ddof=1) / 300**0.5)
+    draw = np.random.default_rng(2)
+    draws = [np.mean([scores[n] for n in draw.integers(0, 300, 300)]) for _ in range(4000)]  # the plain way
+    ends = (fields["harness_low"], fields["harness_high"])
+    # A 90 % interval would be narrower by some 0.006 on either side.
+    assert ends == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.003)
+
+
+def test_an_interval_of_scores_holds_their_mean_and_does_not_depend_on_the_rows_order():
+    for scores in ([0.3] * 7, [1.0], [0.0, 1.0], scores_of(40)):
+        low, high = bootstrap(scores)
+        assert 0 <= low <= np.mean(scores) <= high <= 1
+        assert bootstrap(scores[::-1]) == (low, high)
+    assert evaluation.mean_score([0.25]) == (0.25, 0.0)
+
+
+@hypothesis_settings(deadline=None, max_examples=30)
+@given(st.lists(st.sampled_from([-0.5, -0.25, 0.0, 0.1, 0.3, 0.3]), min_size=1, max_size=7))
+def test_the_p_value_of_few_differences_is_the_share_of_all_choices_of_signs(differences):
+    signs = list(product((-1, 1), repeat=len(differences)))
+    sums = [abs(sum(sign * value for sign, value in zip(choice, differences))) for choice in signs]
+    far = sum(one >= abs(sum(differences)) - 1e-9 for one in sums)
+    assert sign_flips(np.array(differences)) == pytest.approx(far / len(signs))
+
+
+def test_the_p_value_of_many_differences_is_near_the_exact_one_and_never_0():
+    differences = np.array([0.1 * n - 0.3 for n in range(14)])
+    sums = np.array(list(product((-1, 1), repeat=14))) @ abs(differences)
+    exact = (abs(sums) >= abs(differences.sum()) - 1e-9).mean()
+    assert 0.001 < exact < 0.1 and sign_flips(differences) == pytest.approx(exact, abs=0.004)
+    assert sign_flips(np.full(50, 0.1)) == 1 / 10_001
+
+
+def test_two_lists_of_scores_are_compared_row_by_row():
+    first, second = scores_of(60), scores_of(60, seed=2)
+    second[:5] = first[:5]
+    found, back = compare_scores(first, second), compare_scores(second, first)
+    differences = [b - a for a, b in zip(first, second)]
+    assert (found["n"], found["scores"]) == (60, True)
+    assert (found["gained"], found["lost"]) == (sum(d > 0 for d in differences), sum(d < 0 for d in differences))
+    assert (back["gained"], back["lost"], back["p"]) == (found["lost"], found["gained"], found["p"])
+    assert found["difference"] == pytest.approx(sum(differences) / 60)
+    error = np.std(differences, ddof=1) / 60**0.5
+    assert (found["low"], found["high"]) == pytest.approx(
+        (found["difference"] - 1.96 * error, found["difference"] + 1.96 * error), abs=0.25 * error
+    )
+    same = compare_scores(first, first)
+    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+    with pytest.raises(ValueError):
+        compare_scores([0.5], [0.5, 0.25])
+
+
+TEXTS = [
+    {"id": str(n), "question": f"say {n}", "answer": f"this is {n}", "references": [f"this is {n}", f"{n} it is"]}
+    for n in range(6)
+]
+
+
+def writer(die_after=None):
+    """An Answerer that writes texts, near to one reference or the other, and may die."""
+
+    def generate(task, rows, prompt, settings, done):
+        for number, row in enumerate(rows):
+            if number == die_after:
+                raise Killed
+            if row["id"] not in done:
+                text = ["", f" this is {row['id']}\n", f"so {row['id']} it is now"][number % 3]
+                yield [Generation(row, text, "", 3, False)]
+
+    return Answerer("m", ("m", "float32"), generate)
+
+
+def of_texts(folder, answerer):
+    task = own_task("generation", "")
+    return evaluate_once(Evaluation(answerer, task, "dev", TEXTS, "say it .", settings()), folder, "best")
+
+
+def test_a_generated_text_has_one_reading_and_the_best_score_over_its_references(tmp_path):
+    result = of_texts(tmp_path, writer())
+    found = {p["id"]: p for p in read_jsonl(tmp_path / "predictions.jsonl")}
+    assert [found[str(n)]["answer"] for n in range(3)] == [None, "this is 1", "so 2 it is now"]
+    scores = [p["correct"] for p in found.values()]
+    assert scores[:3] == [0.0, 1.0, rouge_l(["2 it is"], "so 2 it is now")] and 0.7 < scores[2] < 0.8
+    assert all(p["harness_correct"] == p["correct"] and p["harness_answer"] == p["answer"] for p in found.values())
+    assert (result["kind"], result["unread"]) == ("generation", 1 / 3)
+    assert result["accuracy"] == result["harness_accuracy"] == pytest.approx(np.mean(scores))
+    assert (result["low"], result["high"]) == bootstrap(scores)
+    assert evaluation.estimate([result], "paper")[:3] == (result["accuracy"], result["low"], result["high"])
+    assert evaluation.estimate([result], "paper").low != evaluation.wilson(3, 6)[0]
+
+
+def test_a_killed_evaluation_of_texts_ends_the_same_and_can_be_graded_again(tmp_path):
+    (tmp_path / "whole").mkdir()
+    whole = of_texts(tmp_path / "whole", writer())
+    for after in (1, 4):
+        folder = tmp_path / str(after)
+        folder.mkdir()
+        with pytest.raises(Killed):
+            of_texts(folder, writer(after))
+        assert without_time(of_texts(folder, writer())) == without_time(whole)
+        name = "predictions.jsonl"
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        ((old, new),) = regrade(folder, own_task("generation", ""), {"dev": TEXTS})
+        assert old == new
+    longer = [row | {"references": [*row["references"], "so it is now"]} for row in TEXTS]
+    with pytest.raises(UserError, match="other questions or answers"):
+        regrade(folder, own_task("generation", ""), {"dev": longer})
+
+
 # --- Two readings of one generation ---------------------------------------------------------------------------
 
 
@@ -198,7 +331,7 @@ def test_what_was_evaluated_is_not_evaluated_again_and_what_differs_is(tmp_path,
     once(tmp_path, many, stub(log=log), max_new_tokens=3)
     once(tmp_path, many, stub(log=log), prompt="tell this .")
     once(tmp_path, [many[0] | {"answer": "9"}, *many[1:]], stub(log=log))
-    assert len(log) == 6 * 7
+    assert len(log) == 5 * 7 + 1  # of the last, a single row differs
     predictions = read_jsonl(tmp_path / "predictions.jsonl")
     keys = [(p["split"], p["prompt_hash"], p["evaluation"], p["id"]) for p in predictions]
     assert len(keys) == len(set(keys)) == 6 * 7
@@ -316,7 +449,10 @@ def test_the_files_of_an_evaluation_are_the_recorded_ones_byte_for_byte_with_a_c
     clock = iter([60.0, 90.0])
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
     once(tmp_path, RECORDED_ROWS, recorded_answerer())
-    assert without_checks(tmp_path / "predictions.jsonl") == RECORDED_PREDICTIONS
+    written = without_checks(tmp_path / "predictions.jsonl")
+    assert re.sub(r', "row_key": "[0-9a-f]{16}"}$', "}", written, flags=re.M) == RECORDED_PREDICTIONS
+    keys = [prediction["row_key"] for prediction in read_jsonl(tmp_path / "predictions.jsonl")]
+    assert keys == [of([row], recorded_answerer()).key for row in RECORDED_ROWS]
     assert without_checks(tmp_path / "results.jsonl") == RECORDED_RESULT
     once(tmp_path, RECORDED_ROWS, silent_answerer(), role="baseline", name="empty")
     labelled = RECORDED_RESULT.replace('"best"', '"baseline"').replace("}", ', "name": "empty"}')
@@ -408,11 +544,131 @@ def test_an_unfinished_evaluation_is_not_mixed_with_another_model_or_other_rows(
         with pytest.raises(UserError, match="unfinished evaluation of 'find this .' on dev"):
             once(tmp_path, many, **changed)
     with pytest.raises(UserError, match="unfinished evaluation"):
-        once(tmp_path, many[:5])
+        once(tmp_path, [many[0] | {"answer": "9"}, *many[1:]])
     once(tmp_path, many, stub("other"), split="test")  # another split and another prompt do not meet it
     once(tmp_path, many, stub("other"), prompt="tell this .")
     once(tmp_path, many)
     once(tmp_path, many, stub("other"))  # finished, it stands beside the other
+
+
+# --- What was answered counts in other evaluations ------------------------------------------------------------
+
+
+def rights(folder, result, rows):
+    return [(p["id"], p["text"], p["correct"]) for p in evaluation.read_predictions(folder, result, rows)]
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["with keys of rows", "from before there were any"])
+def test_of_more_rows_only_those_are_generated_that_fewer_did_not_hold(tmp_path, many, old):
+    whole, grown, log = tmp_path / "whole", tmp_path / "grown", []
+    whole.mkdir(), grown.mkdir()
+    once(grown, many[:3])
+    path = grown / "predictions.jsonl"
+    if old:
+        write_jsonl(path, [{k: v for k, v in p.items() if k != "row_key"} for p in read_jsonl(path)])
+    found, expected = once(grown, many, stub(log=log)), once(whole, many)
+    assert log == ["3", "4", "5", "6"] and without_time(found) == without_time(expected)
+    assert rights(grown, found, many) == rights(whole, expected, many)
+    for result, _ in regrade(grown, own_task(), {"dev": many}):  # the smaller one is still there, and whole
+        assert result["n"] in (3, 7)
+    once(grown, many, stub(log=log))
+    assert len(log) == 4
+
+
+def test_rows_of_an_unfinished_evaluation_count_in_one_of_more_and_in_one_of_fewer_rows(tmp_path, many):
+    for rows, generated in ((many, ["4", "5", "6"]), (many[:5], ["4"])):
+        folder, log = tmp_path / str(len(rows)), []
+        folder.mkdir()
+        with pytest.raises(Killed):
+            once(folder, many[:6] if rows is many else many, stub(die_after=2))
+        assert once(folder, rows, stub(log=log))["n"] == len(rows)
+        assert log == generated
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"answerer": stub("other")},
+        {"answerer": Answerer("m", ("m", "bfloat16"), stub().generate)},
+        {"max_new_tokens": 13},
+        {"prompt": "tell this ."},
+        {"rows": [{"id": str(i), "question": f"{i} + 2", "answer": str(i + 1)} for i in range(3)]},
+    ],
+    ids=["model", "dtype", "limit", "prompt", "questions"],
+)
+@pytest.mark.parametrize("old", [False, True])
+def test_what_was_asked_otherwise_does_not_count(tmp_path, many, other, old):
+    log = []
+    once(tmp_path, **{"rows": many[:3]} | other)
+    if old:
+        path = tmp_path / "predictions.jsonl"
+        write_jsonl(path, [{k: v for k, v in p.items() if k != "row_key"} for p in read_jsonl(path)])
+    once(tmp_path, many, stub(log=log))
+    assert log == [row["id"] for row in many]
+
+
+def test_what_was_answered_in_another_folder_counts_and_stays_as_it_is_there(tmp_path, many):
+    here, there, log = tmp_path / "here", tmp_path / "there", []
+    here.mkdir(), there.mkdir()
+    once(there, many[2:5])
+    before = (there / "predictions.jsonl").read_bytes()
+    found = evaluate_once(of(many, stub(log=log)), here, "transfer", "x", [there, tmp_path / "nowhere"])
+    assert log == ["0", "1", "5", "6"] and found["n"] == 7 and found["correct"] == 3
+    assert (there / "predictions.jsonl").read_bytes() == before
+    assert evaluate_once(of(many[3:5], stub(log=log)), here, "transfer", "y", [there])["n"] == 2 and len(log) == 4
+
+
+def test_an_evaluation_that_is_killed_behind_rows_taken_from_elsewhere_ends_the_same_in_the_same_batches(
+    tmp_path, many
+):
+    batches = []
+
+    def generate(task, rows, prompt, settings, done):
+        batches.append([row["id"] for row in rows])
+        yield from stub(die_after=1 if len(batches) == 1 else None).generate(task, rows, prompt, settings, done)
+
+    once(tmp_path, many[:3])
+    for _ in range(2):
+        answerer = Answerer("m", ("m", "float32"), generate)
+        if not batches:
+            with pytest.raises(Killed):
+                once(tmp_path, many, answerer)
+    found = once(tmp_path, many, answerer)
+    assert batches == [["3", "4", "5", "6"]] * 2 and found["correct"] == 3
+
+
+def test_texts_that_count_again_are_graded_by_the_present_grader(tmp_path, many):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    expected = once(there, many)
+    path = there / "predictions.jsonl"
+    wrong = {"answer": "wrong", "correct": False, "harness_correct": False, "grader_version": 0}
+    write_jsonl(path, [p | wrong for p in read_jsonl(path)])
+    found = evaluate_once(of(many, stub(die_after=0)), here, "best", None, [there])
+    assert without_time(found) == without_time(expected)
+
+
+def test_of_a_continued_run_one_prompt_is_the_best_and_what_was_evaluated_stays(tmp_path, many):
+    for prompt, role in (("one .", "candidate"), ("one .", "best"), ("two .", "best")):
+        once(tmp_path, many, role=role, prompt=prompt)
+    once(tmp_path, many, role="best", prompt="one .", split="test")
+    evaluation.rename_former_best(tmp_path, "two .")
+    found = [(r["prompt"], r["role"], r["split"]) for r in evaluation.read_results(tmp_path / "results.jsonl")]
+    assert found == [("one .", "candidate", "dev"), ("two .", "best", "dev"), ("one .", "candidate", "test")]
+    before = (tmp_path / "results.jsonl").read_bytes()
+    evaluation.rename_former_best(tmp_path, "two .")
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    assert once(tmp_path, many, stub(die_after=0), role="best", prompt="one .")["role"] == "best"
+
+
+def test_the_bootstrap_interval_is_that_of_resampled_rows_and_of_right_answers_that_of_compare():
+    rng = np.random.default_rng(1)
+    differences = rng.choice([-1, -1 / 3, 0, 1 / 3, 1], 300, p=[0.1, 0.1, 0.3, 0.3, 0.2])
+    draws = [differences[rng.integers(0, 300, 300)].mean() for _ in range(8000)]  # the plain way
+    assert evaluation.bootstrap(list(differences)) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=0.005)
+    whole = compare([False] * 6 + [True] * 4, [True] * 8 + [False] * 2)
+    found = evaluation.bootstrap([1] * 6 + [0] * 2 + [-1] * 2)
+    assert found == pytest.approx((whole["low"], whole["high"]), abs=0.11)  # on so few rows a step is 0.1
 
 
 @pytest.mark.parametrize(

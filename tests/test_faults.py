@@ -34,6 +34,9 @@ TRANSFER = f"04_transfer.py --runs {RUN} --targets demo/small --eval-rows 6"
 REPORT = "03_evaluate.py --report runs"
 
 
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
 class Done(NamedTuple):
     """How a stage ended."""
 
@@ -49,6 +52,7 @@ def call(command, folder):
     before, argv, code = os.getcwd(), sys.argv, 0
     os.chdir(folder)
     sys.argv = [script, *arguments]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # a stage's end blocks signals, also of processes begun later
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -57,6 +61,7 @@ def call(command, folder):
     finally:
         os.chdir(before)
         sys.argv = argv
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return Done(code, out.getvalue(), err.getvalue())
 
 
@@ -209,6 +214,44 @@ def test_a_folder_in_which_nothing_was_written_is_gone_and_one_that_was_there_st
     with files.alone_in(tmp_path / "c"):
         pass
     assert (tmp_path / "c").is_dir()
+
+
+@pytest.mark.parametrize("names", [(), ("run.json",)])
+def test_settings_alone_are_nothing_and_a_folder_that_holds_more_stays(tmp_path, names):
+    for more in ((), ("optimizer.jsonl",)):
+        folder = tmp_path / "a" / "b"
+        with contextlib.suppress(KeyError), files.alone_in(folder):
+            for name in (*names, *more):
+                (folder / name).touch()
+            raise KeyError
+        assert folder.exists() == bool(more) == (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("method", ["greater", "random"])
+def test_a_search_that_fails_at_its_start_leaves_no_folder(tmp_path, monkeypatch, method):
+    from support import engine
+
+    def out_of_memory(*work):
+        assert (tmp_path / "runs").exists()
+        raise MemoryError
+
+    monkeypatch.setattr(engine.Engine, "generate", out_of_memory)
+    done = call(f"02_optimize.py --method {method} --train-rows 4 --eval-rows 3", tmp_path)
+    assert one_line(done) and "out of memory" in done.err
+    monkeypatch.setattr("support.check.check_rows", lambda *work: (_ for _ in ()).throw(UserError("no")))
+    assert one_line(call(f"02_optimize.py --method {method} --train-rows 4 --eval-rows 3", tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
+@linux_only
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_search_that_is_stopped_before_its_first_step_leaves_no_folder(tmp_path, number):
+    process = start("02_optimize.py --train-rows 200 --max-new-tokens 400 --batch-size 1", tmp_path)
+    while process.poll() is None and not list(tmp_path.glob("runs/*/.lock")):
+        time.sleep(0.01)
+    process.send_signal(number)
+    done = end_of(process)
+    assert good_stop(done, number) and not (tmp_path / "runs").exists(), done
 
 
 # --- run.json and the steps beside it -----------------------------------------------------------------------------
@@ -594,7 +637,6 @@ def stopped_at(process, number, seconds):
 
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
 def good_stop(done, number):

@@ -289,3 +289,25 @@ def test_repeated_questions_a_missing_label_and_few_rows_are_told():
 @pytest.mark.parametrize(("count", "low", "high"), [(25, 32, 68), (4, 15, 85)])
 def test_what_few_rows_leave_open_is_the_wilson_interval(count, low, high):
     assert own.doubt(count) == f"an accuracy of 50 % means anything from {low} to {high} %"
+
+
+# --- Texts to be generated ----------------------------------------------------------------------------------------
+
+
+def test_a_list_of_answers_is_one_of_references_the_first_of_which_is_the_answer(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": [" one way ", "another"]}])
+    (row,) = own.rows_of(own.read_records(tmp_path / "a.jsonl"), "a.jsonl")
+    assert (row["answer"], row["references"]) == ("one way", ["one way", "another"])
+    for bad in ([], [1], ["a", None], [""], ["a", " "]):
+        with pytest.raises(UserError, match="line 1: (the row has no|one of its) answer"):
+            own.rows_of([{"question": "q", "answer": bad}], "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("answer", "references"),
+    [('["one", "another"]', ["one", "another"]), ("one", None), ("[1, 2]", None), ("[]", None), ('["one"', None)],
+)
+def test_a_table_s_cell_may_spell_a_list_of_references(answer, references):
+    row = {"id": "1", "question": "q", "answer": answer}
+    expected = row | {"answer": references[0], "references": references} if references else row
+    assert own.with_references(row) == expected

@@ -207,6 +207,21 @@ def test_unfinished_runs_are_messages_beside_the_finished_ones_and_an_error_alon
     assert [run.folder.name for run in runs] == ["done"] and len(unfinished) == 1
 
 
+def test_a_start_that_was_killed_before_its_first_step_is_no_run(tmp_path):
+    make_run(tmp_path / "done")
+    begun = make_run(tmp_path / "begun")
+    for name in ("steps.jsonl", "results.jsonl", "prompts.jsonl"):
+        (begun / name).unlink()
+    runs, unfinished = load_runs(tmp_path)
+    assert [run.folder.name for run in runs] == ["done"] and unfinished == []
+
+
+def test_a_run_whose_continuation_has_no_final_prompts_yet_is_unfinished(tmp_path):
+    (make_run(tmp_path / "more") / "prompts.jsonl").unlink()
+    with pytest.raises(Unfinished, match="more: being continued, no prompts.jsonl"):
+        load_run(tmp_path / "more")
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         load_runs(tmp_path)

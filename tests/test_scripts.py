@@ -11,8 +11,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, settings
 
+from support.answerers import local_answerer
+from support.evaluation import evaluate
 from support.files import read_jsonl, text_hash, write_jsonl
 
 QUICK = ["--steps", "2", "--train-rows", "6", "--eval-rows", "20", "--finalists", "2"]
@@ -183,9 +185,127 @@ def test_a_killed_run_goes_on_to_the_same_result(finished, tmp_path):
     assert again_table == table and "best against" in table
 
 
+LONGER = ["--steps", "3", "--train-rows", "6", "--eval-rows", "30", "--finalists", "3"]
+
+
+def test_a_continued_run_ends_as_one_that_had_its_steps_and_rows_from_the_start(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "continued")
+    (tmp_path / "whole").mkdir()
+    run_dir = "runs/demo-seed0"
+    before = (tmp_path / "continued" / run_dir / "predictions.jsonl").read_bytes()
+    elsewhere = ["--device", "cpu", "--patience", "9", "--data-dir", "rows"]
+    printed = {
+        "continued": good("02_optimize.py", *LONGER, *elsewhere, folder=tmp_path / "continued"),
+        "whole": good("02_optimize.py", *LONGER, folder=tmp_path / "whole"),
+    }
+    assert "going on behind step 2" in printed["continued"]
+    ends = [text[text.index("\ninitial ") :] for text in printed.values()]
+    assert ends[0] == ends[1]
+    folders = [tmp_path / name / run_dir for name in printed]
+    for name in ("steps.jsonl", "prompts.jsonl"):
+        assert without_time(folders[0] / name) == without_time(folders[1] / name), name
+    roles = [{(r["role"], r["split"]): r for r in without_time(folder / "results.jsonl")} for folder in folders]
+    assert all(roles[0][key] == roles[1][key] for key in roles[1] if key[0] != "candidate")
+    assert sum(r["role"] == "best" for r in read_jsonl(folders[0] / "results.jsonl")) == 2 + 2 * (
+        read_jsonl(finished[0] / run_dir / "prompts.jsonl")[0]["prompt"] == roles[1]["best", "test"]["prompt"]
+    )
+    after = (folders[0] / "predictions.jsonl").read_bytes()
+    assert after.startswith(before)
+    taken = [p["id"] for p in read_jsonl(folders[0] / "predictions.jsonl") if "answered_in" in p]
+    assert len(taken) >= 2 * 20 and len(taken) % 20 == 0  # of the initial prompt at least, dev and test
+    config = json.loads((folders[0] / "run.json").read_text())["config"]
+    assert (config["steps"], config["eval_rows"], config["patience"]) == (3, 30, 9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--steps", "1"], "holds 2 steps, --steps 1 asks for fewer: give at least 2, or choose another --run-dir"),
+        (["--eval-rows", "10"], "other eval_rows (recorded 20, now 10): choose another --run-dir"),
+        (["--top-k", "4", "--mu", "1"], "other shortlist_size (recorded 3, now 1), top_k (recorded 10, now 4): "),
+        (["--dtype", "float64"], "--dtype must be one of"),
+        (["--dtype", "bfloat16"], "other dtype (recorded auto, now bfloat16), dtype_here (recorded float32, now bfl"),
+        (["--seeds", "1", "0"], "other train_ids"),
+        (["--seeds", "1", "1"], "--seeds: each of them once"),
+        (["--seed", "1", "--seeds", "2"], "--seed and --seeds: give one of them"),
+        (["--patience", "-1"], "--patience must be at least 0"),
+    ],
+)
+def test_what_cannot_be_continued_is_said_in_a_line_and_nothing_is_changed(finished, flags, said):
+    run_dir = finished[0] / "runs" / "demo-seed0"
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    rows = ["--train-rows", "5"] if flags[0] == "--seeds" else []
+    done = run("02_optimize.py", *QUICK, *rows, *flags, folder=finished[0])
+    assert done.returncode == 2 and said in done.stderr.strip().splitlines()[-1], done.stderr
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+    assert not (finished[0] / "runs" / "demo-seed1").exists()
+
+
+def test_a_finished_run_repeated_loads_no_model(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import support.engine, runpy\n"
+        "def refuse(*a): raise AssertionError('loaded')\n"
+        f"support.engine.load_engine = refuse; sys.argv = ['x', *{QUICK}]\n"
+        f"runpy.run_path({str(ROOT / '02_optimize.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "copy", capture_output=True, text=True)
+    assert done.returncode == 0 and "2 steps are done" in done.stdout, done.stderr
+    ends = [text[text.index("\ninitial ") :] for text in (done.stdout, finished[1])]
+    assert ends[0] == ends[1]
+
+
+def test_patience_ends_a_search_says_so_and_is_judged_anew_when_it_goes_on(tmp_path):
+    flags = ["--train-rows", "6", "--eval-rows", "5", "--finalists", "1", "--steps", "30", "--seed", "1"]
+    printed = good("02_optimize.py", *flags, "--patience", "2", folder=tmp_path)
+    path = tmp_path / "runs" / "demo-seed1" / "steps.jsonl"
+    best = [step["best"]["objective"] for step in read_jsonl(path)]
+    stop = next(n for n in range(2, len(best)) if min(best[: n - 1]) <= min(best[n - 1 : n + 1]))
+    assert len(best) == stop + 1 < 31
+    said = f"--patience 2: the best objective has not improved for 2 steps; the search ends at {stop}"
+    assert said in printed and said in good("02_optimize.py", *flags, "--patience", "2", folder=tmp_path)
+    good("02_optimize.py", *flags[:-4], "--steps", str(stop + 1), "--seed", "1", folder=tmp_path)
+    assert len(read_jsonl(path)) == stop + 2
+
+
+def test_several_seeds_run_in_folders_of_their_own_as_they_do_alone_and_end_in_a_table(finished, tmp_path):
+    printed = good("02_optimize.py", *QUICK, "--seeds", "1", "0", folder=tmp_path)
+    runs = tmp_path / "runs"
+    assert sorted(path.name for path in runs.iterdir()) == ["demo-seed0", "demo-seed1"]
+    for name in ("steps.jsonl", "prompts.jsonl"):
+        alone = finished[0] / "runs" / "demo-seed0" / name
+        assert without_time(runs / "demo-seed0" / name) == without_time(alone), name
+    end = printed[printed.rindex("what is sent") :]
+    found, differences = {}, []
+    for seed in (1, 0):
+        folder = runs / f"demo-seed{seed}"
+        results = {(r["role"], r["split"]): r for r in read_jsonl(folder / "results.jsonl")}
+        found[seed] = [results[role, split]["accuracy"] for split in ("dev", "test") for role in ("initial", "best")]
+        numbers = re.search(rf"^seed {seed} +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER}$", end, re.M).groups()[::3]
+        assert list(map(float, numbers)) == pytest.approx([100 * accuracy for accuracy in found[seed]])
+        correct = {
+            (p["prompt_hash"], p["split"], p["id"]): p["correct"] for p in read_jsonl(folder / "predictions.jsonl")
+        }
+        hashes = [results[role, "test"]["prompt_hash"] for role in ("initial", "best")]
+        ids = [row for prompt, split, row in correct if (prompt, split) == (hashes[0], "test")]
+        differences.append([correct[hashes[1], "test", row] - correct[hashes[0], "test", row] for row in ids])
+        assert results["best", "test"]["prompt"] in end
+    means = re.search(r"^mean +([\d.]+) ± ([\d.]+) +([\d.]+) ± ([\d.]+)", end, re.M).groups()
+    assert float(means[2]) == pytest.approx(50 * (found[0][1] + found[1][1]), abs=0.06)
+    assert float(means[3]) == pytest.approx(50 * abs(found[0][1] - found[1][1]), abs=0.06)
+    difference = float(re.search(r"^paper +([+-][\d.]+) %", end, re.M).group(1))
+    assert difference == pytest.approx(100 * sum(map(sum, differences)) / 40, abs=0.06)
+    # The initial prompt was answered once.
+    second = read_jsonl(runs / "demo-seed0" / "predictions.jsonl")
+    assert len([p for p in second if p["prompt_hash"] == hashes[0] and "answered_in" in p]) == 2 * 20
+    config = json.loads((runs / "demo-seed1" / "run.json").read_text())["config"]
+    assert config["seed"] == 1 and "seeds" not in config
+
+
 def test_another_configuration_in_the_same_folder_is_refused(finished):
     done = run("02_optimize.py", *QUICK, "--lambda", "0.5", "--run-dir", "runs/demo-seed0", folder=finished[0])
-    assert done.returncode == 2 and "other fluency_weight: choose another --run-dir" in done.stderr
+    said = "other fluency_weight (recorded 0.2, now 0.5): choose another --run-dir"
+    assert done.returncode == 2 and said in done.stderr
 
 
 def test_a_search_that_failed_before_its_first_step_may_be_begun_otherwise(tmp_path):
@@ -200,11 +320,12 @@ def test_stage_3_reads_finished_results_and_evaluates_new_prompts(finished):
     folder = finished[0]
     path = folder / "runs" / "demo-seed0" / "predictions.jsonl"
     before = path.read_text().count("\n")
-    printed = good("03_evaluate.py", "--run-dir", "runs/demo-seed0", "--eval-rows", "20", folder=folder)
+    printed = good("03_evaluate.py", "--run-dir", "runs/demo-seed0", folder=folder)  # on as many rows as the run
+    assert "test, 20 rows" in printed
     assert path.read_text().count("\n") == before  # nothing was generated again
     assert re.search(rf"^initial +{NUMBER} ", printed, re.M)
     assert re.search(r"^initial +read the problem here and find the answer now \.$", printed, re.M)
-    flags = ["--prompt", "tell the total .", "--prompt", "check each step slowly ."]
+    flags = ["--prompt", "tell the total .", "--prompt", "check each step slowly .", "--eval-rows", "0"]
     printed = good("03_evaluate.py", "--run-dir", "runs/demo-seed0", "--split", "dev", *flags, folder=folder)
     assert [row[0] for row in re.findall(rf"^(given \d) +{NUMBER} ", printed, re.M)] == ["given 1", "given 2"]
     assert path.read_text().count("\n") == before + 200
@@ -304,6 +425,19 @@ def test_stage_4_writes_the_matrix_of_prompts_and_models_and_runs_nothing_twice(
     before = [path.read_bytes() for path in files]
     assert good("04_transfer.py", *flags, folder=folder) == printed
     assert [path.read_bytes() for path in files] == before and len(files) == 2
+
+
+def test_stage_4_generates_only_what_the_target_did_not_answer_in_the_runs(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    flags = ["--runs", "runs/demo-seed0", "--targets", "demo/model", "demo/small", "--eval-rows", "25", "--out", "new"]
+    good("04_transfer.py", *flags, folder=tmp_path / "copy")
+    for model, asked in (("model", 5), ("small", 25)):  # stage 2 asked the one for 20 test rows
+        lines = read_jsonl(tmp_path / "copy" / "new" / "demo" / f"demo-{model}" / "predictions.jsonl")
+        assert len(lines) == 2 * 25 and len([p for p in lines if "answered_in" not in p]) == 2 * asked, model
+    there = read_jsonl(finished[0] / "runs" / "demo-seed0" / "predictions.jsonl")
+    texts = {(p["prompt_hash"], p["id"]): p["text"] for p in there if p["split"] == "test"}
+    lines = read_jsonl(tmp_path / "copy" / "new" / "demo" / "demo-model" / "predictions.jsonl")
+    assert all(p["text"] == texts[p["prompt_hash"], p["id"]] for p in lines if "answered_in" in p)
 
 
 def test_stage_4_keeps_each_run_s_own_limit_and_initial_prompt(finished, tmp_path):
@@ -615,9 +749,28 @@ def test_a_killed_text_method_goes_on_to_the_same_result_on_a_server_at_another_
 
 
 def test_a_text_method_with_other_settings_needs_another_folder(by_opro, demo_server):
-    flags = text_flags(demo_server, "--rounds", "4", "--run-dir", "runs/demo-seed0-opro")
+    flags = text_flags(demo_server, "--samples", "4", "--run-dir", "runs/demo-seed0-opro")
     done = run("02_optimize.py", *flags, folder=by_opro[0])
-    assert done.returncode == 2 and "other rounds: choose another --run-dir" in done.stderr
+    assert done.returncode == 2 and "other samples (recorded 8, now 4): choose another --run-dir" in done.stderr
+
+
+def test_a_text_method_that_is_continued_ends_as_one_that_had_so_many_rounds_from_its_start(
+    by_opro, demo_server, tmp_path
+):
+    names = ("steps.jsonl", "prompts.jsonl", "optimizer.jsonl", "train_predictions.jsonl")
+    parts = {"budget": ["--budget", "60"], "rounds": ["--rounds", "1"], "whole": ["--rounds", "3"]}
+    for name in ("budget", "rounds"):  # a budget of 60 cuts the first round: 7 of 9 prompts on 8 rows
+        folder = tmp_path / name
+        first = text_flags(demo_server, *parts[name], "--run-dir", "r")
+        good("02_optimize.py", *first, folder=folder if folder.mkdir() is None else folder)
+        good("02_optimize.py", *text_flags(demo_server, *parts["whole"], "--run-dir", "r"), folder=folder)
+        for file in names:
+            whole = without_time(by_opro[0] / "runs" / "demo-seed0-opro" / file)
+            assert without_time(folder / "r" / file) == whole, (name, file)
+    done = run("02_optimize.py", *text_flags(demo_server, "--rounds", "2", "--run-dir", "r"), folder=folder)
+    assert done.returncode == 2 and "r holds 3 rounds, --rounds 2 asks for fewer: give at least 3" in done.stderr
+    again = good("02_optimize.py", *text_flags(demo_server, *parts["whole"], "--run-dir", "r"), folder=folder)
+    assert "3 rounds are done" in again and "going on" not in again
 
 
 @pytest.mark.parametrize(
@@ -674,3 +827,99 @@ def test_a_budget_below_one_round_is_warned_of(demo_server, tmp_path):
     flags = text_flags(demo_server, "--budget", "40", "--dry-run")
     printed = good("02_optimize.py", *flags, folder=tmp_path)
     assert "warning: the start and one whole round take 72 generations, --budget is 40" in printed
+
+
+# --- Texts to be generated ------------------------------------------------------------------------------------------
+
+SAYING = [
+    "--template",
+    "{question} please {prompt}",
+    "--initial-prompt",
+    "read the problem here and find the answer now .",
+]
+REFERENCE_PROMPT = "verify every total carefully then verify every total carefully ."
+
+
+@pytest.fixture(scope="module")
+def workings(tmp_path_factory, demo_engine, demo_task, demo_data):
+    """A file of the demo's questions whose references are what its model writes under a good instruction."""
+    rows = demo_data["train"][:64]
+    answerer = local_answerer(demo_engine, str(ROOT / "demo" / "model"))
+    written = evaluate(answerer, demo_task, rows, REFERENCE_PROMPT, settings(max_new_tokens=40))
+    path = tmp_path_factory.mktemp("texts") / "workings.jsonl"
+    references = [[prediction["text"], "not this"] for prediction in written]
+    write_jsonl(path, [row | {"answer": texts} for row, texts in zip(rows, references)])
+    return path
+
+
+def saying(path, url, *more):
+    few = ["--max-new-tokens", "40", "--batch-size", "64", "--rounds", "2", "--beam", "2", "--groups", "2"]
+    model = ["--task", path, "--model", ROOT / "demo" / "model", "--run-dir", "runs/texts"]
+    return [*model, *text_flags(url, *few, *more, method="apo"), *SAYING]
+
+
+@pytest.fixture(scope="module")
+def by_apo(tmp_path_factory, workings, demo_server):
+    """A folder with a finished run of APO on texts in it, and what the run printed."""
+    folder = tmp_path_factory.mktemp("apo")
+    return folder, good("02_optimize.py", *saying(workings, demo_server), folder=folder)
+
+
+def test_a_text_method_raises_the_mean_score_of_generated_texts(by_apo):
+    folder, printed = by_apo
+    run_dir = folder / "runs" / "texts"
+    steps, prompts = read_jsonl(run_dir / "steps.jsonl"), read_jsonl(run_dir / "prompts.jsonl")
+    initial = next(prompt for prompt in prompts if prompt["initial"])
+    assert 0 < initial["train_accuracy"] < steps[-1]["best"]["accuracy"] < 1.0001
+    assert prompts[0]["dev_accuracy"] == max(prompt["dev_accuracy"] for prompt in prompts) > initial["dev_accuracy"]
+    results = {(result["role"], result["split"]): result for result in read_jsonl(run_dir / "results.jsonl")}
+    result = results["best", "test"]
+    assert result["kind"] == "generation" and 0 < result["low"] <= result["accuracy"] <= result["high"] <= 1
+    assert all(isinstance(p["correct"], float) for p in read_jsonl(run_dir / "predictions.jsonl"))
+    assert "points of ROUGE-L" in printed and "p (sign flips)" in printed and "harness, %" not in printed
+    asked = read_jsonl(run_dir / "optimizer.jsonl")[0]["chats"][0][0]["content"]
+    assert "agree least with reference texts" in asked and "A good text: " in asked and "Accuracy: " in asked
+
+
+def test_a_killed_run_on_texts_ends_with_the_same_files(by_apo, workings, demo_server, tmp_path):
+    shutil.copytree(by_apo[0], tmp_path, dirs_exist_ok=True)
+    run_dir = tmp_path / "runs" / "texts"
+    names = ("prompts.jsonl", "train_predictions.jsonl", "optimizer.jsonl", "predictions.jsonl")
+    whole = {name: (run_dir / name).read_bytes() for name in names}
+    (run_dir / "prompts.jsonl").unlink()
+    for name, kept in (("train_predictions.jsonl", 11), ("optimizer.jsonl", 2), ("steps.jsonl", 1)):
+        (run_dir / name).write_bytes(b"".join((run_dir / name).read_bytes().splitlines(True)[:kept]))
+    for name in ("results.jsonl", "predictions.jsonl"):
+        (run_dir / name).unlink()
+    good("02_optimize.py", *saying(workings, demo_server), folder=tmp_path)
+    assert {name: (run_dir / name).read_bytes() for name in names} == whole
+
+
+def test_stages_3_and_4_the_report_and_the_program_take_a_run_on_texts(by_apo, tmp_path):
+    folder = by_apo[0]
+    run_dir = "runs/texts"
+    printed = good("03_evaluate.py", "--run-dir", run_dir, "--eval-rows", "6", "--mistakes", "2", folder=folder)
+    worst = printed.partition("the 2 of 6 texts of the last prompt with the lowest scores:")[2]
+    low, high = map(float, re.findall(r"ROUGE-L ([\d.]+) %", worst))
+    assert low <= high and worst.count("    reference  ") == 2
+    graded = good("03_evaluate.py", "--run-dir", run_dir, "--regrade", folder=folder)
+    pairs = re.findall(r"paper +([\d.]+) -> +([\d.]+) %", graded)
+    assert len(pairs) >= 6 and all(before == after for before, after in pairs)
+    good("03_evaluate.py", "--report", "runs", folder=folder)
+    report = (folder / "runs" / "report.md").read_text()
+    assert "mean ROUGE-L, each row's the best" in report and "p (sign flips)" in report
+    out = ["--runs", run_dir, "--targets", ROOT / "demo" / "small", "--eval-rows", "5", "--out", "moved"]
+    assert "of generated texts the mean ROUGE-L" in good("04_transfer.py", *out, folder=folder)
+    records = read_jsonl(folder / "moved" / "transfer.jsonl")
+    assert all(record["kind"] == "generation" and record["low"] <= record["high"] for record in records)
+    question = "tom has 3 pens . tom gets 4 pens . how many pens ?"
+    command = [sys.executable, "use_transformers.py", question]
+    done = subprocess.run(command, cwd=folder / run_dir, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip()
+
+
+def test_greater_refuses_texts_to_be_generated_and_names_the_methods_that_take_them(workings, tmp_path):
+    done = run("02_optimize.py", "--task", workings, "--model", ROOT / "demo" / "model", *SAYING, folder=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "GReaTer's loss is that of an answer behind reasoning" in line and "opro, gpo" in line and "random" in line

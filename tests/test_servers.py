@@ -501,6 +501,14 @@ def test_where_no_choice_is_among_the_likeliest_tokens_what_is_written_is_read(r
     assert asked == [1, 12, 1, settings().answer_tokens(LABELS)]  # check, reasoning, ranks, and the reply as a whole
 
 
+def test_a_text_to_be_generated_is_the_whole_reply_and_takes_one_request(rows):
+    with serving(lambda handler, body, before: handler.say(200, completion("So it is."))) as web:
+        answerer = server_answerer(flags(), web.url, "m")
+        (found,) = evaluate(answerer, own_task("generation", ""), rows[:1], "think.", settings())
+    assert (found["answer"], found["text"], found["reply"]) == ("So it is.", "So it is.", "")
+    assert [body["max_tokens"] for body, _ in web.requests][1:] == [12]  # behind the check, and nothing behind it
+
+
 def test_the_pause_is_at_least_as_long_as_the_server_asks_for(rows):
     times = []
 

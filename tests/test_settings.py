@@ -235,8 +235,8 @@ def test_help_shows_each_flag_once_in_dashes_in_groups_with_an_example(script):
 
 def test_help_shows_the_values_that_a_flag_may_have_and_its_default_where_there_is_one():
     text = " ".join(called("02_optimize.py", "--help").stdout.split())
-    assert "--shortlist gradient|random|all how" in text and "--answer-space choices|vocabulary" in text
-    assert "--kind number|choice|boolean|label|text what" in text and "--dry-run [yes|no]" in text
+    assert "--shortlist gradient|random|likeliest|all how" in text and "--answer-space choices|vocabulary" in text
+    assert "--kind number|choice|boolean|label|text|generation what" in text and "--dry-run [yes|no]" in text
     assert "--steps N T: positions visited (default: 20)" in text
     assert "0: all --run-dir" in text  # a default that its text explains is not repeated
     assert "(default: 105)" in " ".join(called("02_optimize.py", "--task", "gsm8k", "--help").stdout.split())
@@ -254,7 +254,7 @@ def test_help_shows_the_values_that_a_flag_may_have_and_its_default_where_there_
         ("--objective los", "--objective must be one of loss, error, probability, not 'los'"),
         ("--device gpu", "--device must be auto, cpu, cuda, cuda:N or mps, not 'gpu'"),
         ("--dtype half", "--dtype must be one of auto, float32, bfloat16, float16, not 'half'"),
-        ("--kind words", "--kind must be one of number, choice, boolean, label, text, not 'words'"),
+        ("--kind words", "--kind must be one of number, choice, boolean, label, text, generation, not 'words'"),
         ("--loss-temperature inf", "--loss-temperature must be a number above 0"),
         ("--lambda nan", "--lambda must be a number not below 0"),
     ],

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import runpy
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -436,7 +437,8 @@ def test_task_json_is_byte_for_byte_the_same_for_every_known_task(tmp_path, monk
     """So that a prepared folder is not another one for a change elsewhere."""
     rows = {split: [{"id": f"{split}-1", "question": "1?", "answer": "1"}] for split in SPLITS}
     monkeypatch.setattr(sources, "split_rows", lambda task, source: rows)
-    written = [(sources.prepare(task, tmp_path) / "task.json").read_bytes() for task in TASKS.values()]
+    older = [task for task in TASKS.values() if task.name != "webnlg"]
+    written = [(sources.prepare(task, tmp_path) / "task.json").read_bytes() for task in older]
     assert len(written) == 90
     digest = "c3a9af1af5c9d190589b528ab3b461f0d46f7f062c37232f244c9ae0fe93e975"
     assert hashlib.sha256(b"".join(written)).hexdigest() == digest
@@ -528,3 +530,174 @@ def test_a_kind_that_does_not_fit_the_answers_is_named_and_a_known_task_is_prepa
         sources.open_task(flags)
     sources.open_task(TaskFlags("demo", extractor="hence", data_dir=str(tmp_path / "data")))
     assert json.loads((tmp_path / "data/demo/task.json").read_text())["extractor"] == TASKS["demo"].extractor
+
+
+# --- WebNLG: texts to be generated ---------------------------------------------------------------------------------
+
+ENTRY = """<entry category="City" eid="Id{n}" shape="(X (X))" shape_type="NA" size="1">
+  <originaltripleset><otriple>Town_{n} | land | "Here &amp; there"@en</otriple></originaltripleset>
+  <modifiedtripleset>
+    <mtriple>Town_{n} | country | "Here &amp; there"</mtriple>
+    <mtriple>Town_{n} | leader | Ann_Ö.</mtriple>
+  </modifiedtripleset>
+  <lex comment="good" lid="Id1" lang="en">Ann Ö. leads  town {n},
+    which is here &amp; there.</lex>
+  <lex comment="bad" lid="Id2" lang="en">Town.</lex>
+  <lex comment="" lid="Id3" lang="ru">Город.</lex>
+  <lex comment="" lid="Id4" lang="en">Town {n} is led by Ann Ö.</lex>
+</entry>"""
+TEST_FILE = "test/rdf-to-text-generation-test-data-with-refs-en.xml"
+WEBNLG_ROW = {
+    "question": 'Town_0 | country | "Here & there"\nTown_0 | leader | Ann_Ö.',
+    "answer": "Ann Ö. leads town 0, which is here & there.",
+    "references": ["Ann Ö. leads town 0, which is here & there.", "Town 0 is led by Ann Ö."],
+}
+
+
+def webnlg_xml(numbers):
+    entries = "".join(ENTRY.format(n=n) for n in numbers)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n<benchmark><entries>{entries}</entries></benchmark>\n'
+
+
+WEBNLG_SIZES = {"train": 1321, "dev": 167, "test": 178}  # a tenth of the published ones
+
+
+@pytest.fixture
+def smaller_webnlg(monkeypatch):
+    """The release with so many entries only."""
+    published = sources.PUBLISHED["webnlg"]
+    assert {name: part.sizes for name, part in published.parts.items()} == {
+        "train": {13211},
+        "dev": {1667},
+        "test": {1779},
+    }
+    parts = {name: replace(part, sizes={WEBNLG_SIZES[name]}) for name, part in published.parts.items()}
+    monkeypatch.setitem(sources.PUBLISHED, "webnlg", replace(published, parts=parts))
+
+
+def webnlg_files(folder):
+    """Files in the form of the release, of invented entries, numbered in each part in the order of the files' names."""
+    train, dev, test = WEBNLG_SIZES.values()
+    files = {
+        "train/1triples/Airport.xml": range(train // 2),
+        "train/7triples/City.xml": range(train // 2, train),
+        "dev/1triples/Airport.xml": range(dev),
+        TEST_FILE: range(test),
+    }
+    for name, numbers in files.items():
+        path = folder / "webnlg" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(webnlg_xml(numbers), encoding="utf-8")
+
+
+def webnlg_hub_record(n, test_category=""):
+    """The same entry in the form of the hub."""
+    lex = {
+        "comment": ["good", "bad", "", ""],
+        "lid": ["Id1", "Id2", "Id3", "Id4"],
+        "text": [f"Ann Ö. leads town {n}, which is here & there.", "Town.", "Город.", f"Town {n} is led by Ann Ö."],
+        "lang": ["en", "en", "ru", "en"],
+    }
+    triples = [f'Town_{n} | country | "Here & there"', f"Town_{n} | leader | Ann_Ö."]
+    return {
+        "category": "City",
+        "size": 1,
+        "eid": f"Id{n}",
+        "modified_triple_sets": {"mtriple_set": [triples, triples[::-1]]},
+        "lex": lex,
+        "test_category": test_category,
+    }
+
+
+def test_webnlg_s_files_and_hub_give_the_same_rows_from_all_over_the_files(tmp_path, monkeypatch, smaller_webnlg):
+    webnlg_files(tmp_path)
+    task = TASKS["webnlg"]
+    splits = sources.split_rows(task, tmp_path)
+    assert [len(rows) for rows in splits.values()] == [100, 100, 178]
+    assert splits["train"][0] == {"id": "webnlg-train-0"} | WEBNLG_ROW
+    assert splits["train"][99]["question"].startswith("Town_1307 |")  # 99 * 1321 // 100, of the second file
+    assert len({row["id"] for rows in splits.values() for row in rows}) == 378
+    without = webnlg_hub_record(1) | {"lex": {"comment": [], "lid": [], "text": [], "lang": []}}
+    data_to_text = "rdf-to-text-generation-test-data-with-refs-en"
+    test = [webnlg_hub_record(n, "semantic-parsing-test-data-with-refs-en") for n in range(3)]
+    test += [webnlg_hub_record(n, data_to_text) for n in range(178)] + [without] * 2
+    hub = {
+        "train": [webnlg_hub_record(n) for n in range(1321)],
+        "validation": [webnlg_hub_record(n) for n in range(167)],
+        "test": test,
+    }
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: asked.append((args, more)) or hub)
+    assert sources.split_rows(task) == splits
+    conversion = {"data_dir": "release_v3.0_en", "revision": "refs/convert/parquet"}
+    assert asked == [(("webnlg-challenge/web_nlg",), conversion)]
+
+
+def test_the_hub_s_conversion_is_read_by_the_names_that_the_task_expects(tmp_path):
+    """Its files lie in a folder for each configuration and in it one for each split."""
+    for split in ("train", "dev", "test"):
+        (tmp_path / "hub" / "release_v3.0_en" / split).mkdir(parents=True)
+        part = datasets.Dataset.from_list([webnlg_hub_record(0)])
+        part.to_parquet(tmp_path / "hub" / "release_v3.0_en" / split / "0000.parquet")
+    loaded = datasets.load_dataset(str(tmp_path / "hub"), data_dir="release_v3.0_en", cache_dir=str(tmp_path / "cache"))
+    expected = {name for part in sources.PUBLISHED["webnlg"].parts.values() for name in part.hub.split("+")}
+    assert set(loaded) <= expected | {"train", "test"} and set(loaded) & {"dev", "validation"}
+    question, references = sources.make_row(TASKS["webnlg"], loaded["test"][0])
+    assert (question, references) == (WEBNLG_ROW["question"], WEBNLG_ROW["references"])
+
+
+def test_an_xml_file_with_a_doctype_or_of_another_form_is_refused(tmp_path):
+    path = tmp_path / "a.xml"
+    bomb = '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]><benchmark><entries>&c;</entries></benchmark>'
+    path.write_text(bomb)
+    with pytest.raises(UserError, match="a.xml has a DOCTYPE"):
+        sources.read_webnlg(path)
+    for content in (b"<benchmark>", b"\xff\xfe", b"[]"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot read .*a.xml"):
+            sources.read_webnlg(path)
+    path.write_text("<benchmark><entries/></benchmark>")
+    assert sources.read_webnlg(path) == []
+    with pytest.raises(UserError, match="cannot read .*none"):
+        sources.read_webnlg(tmp_path / "none")
+
+
+def test_a_webnlg_file_of_another_size_or_an_entry_without_texts_is_an_error(tmp_path, smaller_webnlg):
+    webnlg_files(tmp_path)
+    (tmp_path / "webnlg" / "train" / "7triples" / "City.xml").unlink()
+    with pytest.raises(UserError, match="webnlg/train has 660 rows, expected .1321."):
+        sources.split_rows(TASKS["webnlg"], tmp_path)
+    webnlg_files(tmp_path)
+    path = tmp_path / "webnlg" / TEST_FILE
+    path.write_text(path.read_text(encoding="utf-8").replace('lang="en"', 'lang="de"'), encoding="utf-8")
+    with pytest.raises(UserError, match="with-refs-en.xml, record 1: .*impossible answer ''"):
+        sources.split_rows(TASKS["webnlg"], tmp_path)
+
+
+def test_prepared_webnlg_rows_keep_their_references_and_need_the_package(tmp_path, monkeypatch, smaller_webnlg):
+    webnlg_files(tmp_path)
+    flags = TaskFlags(task="webnlg", source=str(tmp_path), data_dir=str(tmp_path / "data"))
+    task, splits = sources.open_task(flags)
+    assert task == TASKS["webnlg"] and splits == sources.split_rows(task, tmp_path)
+
+    def missing():
+        raise UserError("pip install it")
+
+    monkeypatch.setattr(sources, "require_package", missing)
+    with pytest.raises(UserError, match="pip install it"):
+        sources.open_task(flags)
+
+
+def test_own_texts_come_with_their_references_from_a_table_and_must_hold_words_that_count(tmp_path, capsys):
+    path = tmp_path / "facts.csv"
+    lines = [f'{n}?,"[""it is {n}"", ""{n} it is""]"' for n in range(12)]
+    path.write_text("question,answer\n" + "\n".join(lines) + "\n")
+    flags = TaskFlags(task=str(path), kind="generation", data_dir=str(tmp_path / "data"))
+    _, splits = sources.open_task(flags)
+    assert "answers: generation; the whole reply" in capsys.readouterr().out
+    for row in [row for rows in splits.values() for row in rows]:
+        number = row["question"].rstrip("?")
+        assert row["answer"] == f"it is {number}" and row["references"] == [f"it is {number}", f"{number} it is"]
+    path.write_text("question,answer\n" + "\n".join(f"{n}?,да" for n in range(12)) + "\n")
+    with pytest.raises(UserError, match="ROUGE-L reads no others"):
+        sources.open_task(flags)

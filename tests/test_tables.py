@@ -7,7 +7,7 @@ from conftest import own_task
 from made_runs import result
 
 from support import tables
-from support.evaluation import compare
+from support.evaluation import compare, compare_scores
 
 
 def verdict(gained, lost, n, first_dev=0.75, initial_dev=0.5):
@@ -140,3 +140,38 @@ def test_very_many_answers_have_no_columns():
     head, first, *_ = tables.confusion_table(task, [answered("label 0", "label 1")] * 2).splitlines()
     assert head.split() == ["right", "answer", "unread", "right,", "%"]
     assert re.split(r" {2,}", first) == ["1 label 0", "0", "0.0 (0.0 to 65.8)"]
+
+
+# --- Generated texts ----------------------------------------------------------------------------------------------
+
+
+def scored(scores):
+    return [{"correct": score, "harness_correct": score} for score in scores]
+
+
+def test_texts_have_one_reading_in_the_tables():
+    of_texts = result("best", "dev", 0.4, kind="generation", low=0.31, high=0.52)
+    head, line = tables.accuracy_table(["best"], [of_texts]).splitlines()
+    assert "ROUGE-L, %" in head and "harness" not in head and "40.0 (31.0 to 52.0)   25.0 %" in line
+    assert "bootstrap" in tables.legend_of([of_texts]) and "Wilson" in tables.legend_of([result("best", "dev", 0.4)])
+    first, second = [0.1, 0.2, 0.3, 0.0], [0.2, 0.4, 0.2, 0.0]
+    head, line = tables.comparison_table("best", ["initial"], [scored(first), scored(second)]).splitlines()
+    assert head.endswith("gained  lost  p (sign flips)")
+    change = compare_scores(first, second)
+    assert re.search(rf"^initial +ROUGE-L +\+5.0 %  .*  2     1  {change['p']:.2g}$", line) and change["p"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [
+        (0.1, "the best prompt is better than the initial one by 10.0 points of ROUGE-L, p = 0.0039."),
+        (-0.1, "the best prompt is worse than the initial one by 10.0 points of ROUGE-L, p = 0.0039."),
+        (0.0, "could be told from chance: 0.0 points of ROUGE-L more, p = 1, not below 0.05."),
+    ],
+)
+def test_the_verdict_on_texts_is_in_points_of_the_mean_score(difference, words):
+    prompts = [
+        {"prompt": "check it .", "initial": False, "dev_accuracy": 0.75},
+        {"prompt": "read it .", "initial": True, "dev_accuracy": 0.5},
+    ]
+    assert tables.verdict(prompts, compare_scores([0.5] * 9, [0.5 + difference] * 9)).endswith(words)

@@ -13,12 +13,13 @@ from support.tokens import answer_ids, extractor_ids
 # --- The table ---------------------------------------------------------------------------------------
 
 
-def test_the_table_holds_all_27_bbh_tasks_and_the_paper_s_21_all_57_mmlu_subjects_and_six_others():
+def test_the_table_holds_all_27_bbh_tasks_and_the_paper_s_21_all_57_mmlu_subjects_and_seven_others():
     names = [n for n in TASKS if n.startswith("bbh/")]
     assert len(names) == 27 and len(tasks.PAPER_BBH) == 21
     subjects = tasks.GROUPS["mmlu"]
     assert len(subjects) == 57 and subjects == sorted(subjects)
-    assert {"demo", "gsm8k", "folio", "multiarith", "aqua", "wsc"} == set(TASKS) - set(names) - set(subjects)
+    others = {"demo", "gsm8k", "folio", "multiarith", "aqua", "wsc", "webnlg"}
+    assert others == set(TASKS) - set(names) - set(subjects)
     assert sources.PUBLISHED.keys() == TASKS.keys() - {"demo"}
     choices = {name[4:]: TASKS[name].choices for name in tasks.PAPER_BBH}
     last = {name: letters[-1] for name, letters in choices.items() if letters and len(letters[0]) == 1}
@@ -49,7 +50,10 @@ def test_the_table_holds_all_27_bbh_tasks_and_the_paper_s_21_all_57_mmlu_subject
     assert choices.keys() - last.keys() - words.keys() == {"multistep_arithmetic_two", "object_counting"}
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+WITH_EXTRACTOR = [task for task in TASKS.values() if not task.is_generation]
+
+
+@pytest.mark.parametrize("task", WITH_EXTRACTOR, ids=lambda task: task.name)
 def test_every_extractor_ends_where_an_answer_can_begin(task):
     assert task.extractor == task.extractor.strip() and task.paper_extractor == task.paper_extractor.strip()
     assert task.template.endswith(" {prompt}") and task.template.count("{question}") == 1
@@ -59,7 +63,7 @@ def test_every_extractor_ends_where_an_answer_can_begin(task):
 
 
 @pytest.mark.parametrize("form", ["extractor", "paper_extractor"])
-@pytest.mark.parametrize("task", [t for t in TASKS.values() if t.name != "demo"], ids=lambda t: t.name)
+@pytest.mark.parametrize("task", [t for t in WITH_EXTRACTOR if t.name != "demo"], ids=lambda t: t.name)
 def test_the_answer_s_span_is_found_non_empty_and_minimal_for_every_task(subword_tokenizer, task, form):
     """What follows the extractor is the answer and nothing else: no shorter span of ids decodes to it."""
     task = replace(task, extractor=getattr(task, form) or task.extractor)
@@ -285,3 +289,37 @@ def test_a_bare_prompt_stands_in_the_same_place_without_the_fixed_words_and_an_e
 def test_a_place_that_is_missing_or_there_twice_is_one_line(template, system):
     with pytest.raises(UserError, match="--template must hold"):
         get_task("gsm8k", template=template, system=system)
+
+
+# --- Texts to be generated ----------------------------------------------------------------------------------------
+
+
+def test_rows_with_lists_of_references_are_of_texts_to_be_generated(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    write_jsonl(path, [{"question": f"{n}?", "answer": [f"it is {n}", f"{n} it is"]} for n in range(8)])
+    task = get_task(str(path))
+    assert (task.kind, task.extractor, task.choices, task.is_generation) == ("generation", "", (), True)
+    assert not task.ranks_choices and task.answer_prefix == ""
+    assert task.messages("1?", "Say it.") == [{"role": "user", "content": "1?\nSay it."}]
+    assert task.bare.messages("1?", "") == [{"role": "user", "content": "1?"}]
+    with pytest.raises(UserError, match="--kind text: a row has a list of answers"):
+        get_task(str(path), "The answer is", "text")
+    with pytest.raises(UserError, match="--extractor: of the kind generation the whole reply is the answer"):
+        get_task(str(path), "The answer is")
+    with pytest.raises(UserError, match="--answer-space choices: own/facts has no closed set"):
+        get_task(str(path), answer_space="choices")
+
+
+def test_single_texts_are_generated_only_where_the_kind_says_so(tmp_path):
+    path = tmp_path / "facts.jsonl"
+    write_jsonl(path, [{"question": f"{n}?", "answer": f"it is {n}"} for n in range(8)])
+    assert get_task(str(path), "So").kind == "text" and get_task(str(path), kind="generation").extractor == ""
+    assert get_task("gsm8k", kind="generation").extractor == ""  # of a known task, too
+    assert get_task("webnlg", "The text is", "text").extractor == "The text is"
+
+
+def test_prepared_rows_keep_their_references(tmp_path):
+    rows = [{"id": "1", "question": "q", "answer": "a b", "references": ["a b", "b a"]}]
+    rows.append({"id": "2", "question": "q", "answer": "a"})
+    write_jsonl(tmp_path / "r.jsonl", rows)
+    assert tasks.read_rows(tmp_path / "r.jsonl") == rows

@@ -13,6 +13,7 @@ from support.tokens import (
     allowed_ids,
     answer_ids,
     chat_pieces,
+    continues_word,
     control_tokens,
     encode,
     encode_chat,
@@ -213,3 +214,12 @@ def test_a_sentence_ends_in_a_full_stop_or_its_likes(demo_tokenizer, text, ends)
             return f"{text} "
 
     assert ends_sentence(Tokenizer(), (3, 7)) is ends
+
+
+def test_a_token_continues_a_word_where_letters_meet_letters(subword_tokenizer):
+    word, stop = (encode(subword_tokenizer, text)[-1] for text in (" step", " step."))
+    piece = next(i for i in range(len(subword_tokenizer)) if subword_tokenizer.decode([i]) == "t")
+    assert continues_word(subword_tokenizer, word, piece)
+    assert not continues_word(subword_tokenizer, word, stop) and not continues_word(subword_tokenizer, stop, piece)
+    own = encode(subword_tokenizer, " step step")[len(encode(subword_tokenizer, " step"))]
+    assert not continues_word(subword_tokenizer, word, own)

@@ -9,7 +9,9 @@ from support.answerers import Answerer, local_answerer
 from support.evaluation import Generation, Written
 from support.files import UserError, read_jsonl, write_jsonl
 from support.proposals import Judge, unknown_tokens
-from support.trials import Search, Trials, shortened, show_cases
+from support.rouge import rouge_l
+from support.trials import FOR_SCORES, Search, Trials, shortened, show_cases
+from text_optimizers import METHODS
 
 ROWS = [{"id": "a", "question": "1 + 1", "answer": "2"}, {"id": "b", "question": "2 + 1", "answer": "3"}]
 
@@ -91,7 +93,7 @@ def test_a_prompt_is_scored_once_and_its_rows_are_on_disk_as_they_come(tmp_path)
     write_jsonl(tmp_path / "train_predictions.jsonl", lines[:1])  # killed behind the first row
     again = trials_of(model, tmp_path)
     assert again.accuracy("think .") == 0.5 and model.generated[2:] == [("think .", "b")]
-    assert [row["id"] for row, _ in again.cases("think .", [False])] == ["b"] and len(again.cases("think .")) == 2
+    assert [row["id"] for row, _ in again.mistakes("think .")] == ["b"] and len(again.cases("think .")) == 2
 
 
 def test_rows_of_another_version_of_the_grader_are_refused(tmp_path):
@@ -132,8 +134,62 @@ def test_draws_of_a_step_depend_on_seed_step_and_purpose_alone(tmp_path):
 def test_long_texts_are_shown_with_head_and_tail():
     text = "h" * 400 + "t" * 400
     assert shortened(text).startswith("h" * 300) and shortened(text).endswith("t" * 300) and len(shortened(text)) < 620
-    shown = show_cases([(ROWS[0], {"text": text, "answer": "7"})])
+    shown = show_cases([(ROWS[0], {"text": text, "answer": "7", "correct": False})])
     assert shortened(text) in shown and shown.endswith("Its answer: 7\nRight answer: 2")
+
+
+# --- Texts to be generated ----------------------------------------------------------------------------------------
+
+
+def of_texts(folder, texts):
+    """Trials of a task whose reference is "a b c d" for each row, under a prompt with which these texts are written."""
+    rows = [{"id": str(n), "question": f"q{n}", "answer": "a b c d"} for n in range(len(texts))]
+
+    def generate(task, rows, prompt, settings, done):
+        for row, text in zip(rows, texts):
+            if row["id"] not in done:
+                yield [Generation(row, text, "", 5, False)]
+
+    answerer = Answerer("m", ("m",), generate)
+    return Trials(answerer, answerer, own_task("generation", ""), rows, text_settings("apo"), folder)
+
+
+@pytest.mark.parametrize(
+    ("texts", "ids"),
+    [
+        (["a b c d", "a b", "a", "x"], ["2", "3"]),
+        (["a b c d", "a b c", "a b c"], ["1", "2"]),
+        (["a b", "a b", "a b"], ["0", "1", "2"]),
+        (["a b c d"] * 3, []),
+        (["a b c d", "a b c d", "a"], ["2"]),
+    ],
+)
+def test_of_scores_the_mistakes_are_the_worse_half_without_perfect_rows(tmp_path, texts, ids):
+    trials = of_texts(tmp_path, texts)
+    assert [row["id"] for row, _ in trials.mistakes("p")] == ids and len(trials.cases("p")) == len(texts)
+    scores = [rouge_l(["a b c d"], text) for text in texts]
+    assert trials.accuracy("p") == pytest.approx(sum(scores) / len(scores))
+    assert of_texts(tmp_path, []).kept  # on disk, and read again as they were
+
+
+def test_an_optimizer_reads_of_scores_and_good_texts_where_texts_are_generated(tmp_path):
+    trials = of_texts(tmp_path, ["a b"])
+    (case,) = trials.cases("p")
+    assert trials.outcome(case) == "67 in 100, by how much it agrees with a reference text"
+    assert show_cases([case]) == "Question: q0\nThe model wrote: a b\nAccuracy: 67\nA good text: a b c d"
+    assert trials.show_rows(trials.rows).endswith("A good text: a b c d")
+
+
+def test_each_part_of_a_meta_prompt_that_is_worded_anew_for_texts_is_there(tmp_path):
+    trials = of_texts(tmp_path, ["a b"])
+    templates = [template for method in METHODS.values() for template in method.meta_prompts]
+    for part, other in FOR_SCORES.items():
+        with_part = [template for template in templates if part in template]
+        assert with_part and all(other in trials.worded(template) for template in with_part)
+    worded = " ".join(map(trials.worded, templates)).lower()
+    assert "right answer" not in worded and "questions wrong" not in worded
+    others = trials_of(Model(), tmp_path / "number")
+    assert [others.worded(template) for template in templates] == templates
 
 
 # --- With the demo's model --------------------------------------------------------------------------------------
