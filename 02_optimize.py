@@ -17,9 +17,10 @@ from pathlib import Path
 
 from support.answerers import local_answerer, server_answerer
 from support.evaluation import Evaluation, estimate, evaluate_once, read_predictions
-from support.files import alone_in, append_jsonl, is_text, read_jsonl, require, require_fields, write_chained
+from support.files import append_jsonl, is_text, read_jsonl, require, require_fields, write_chained
 from support.identity import identity_of
 from support.progress import in_words, open_bar, remaining
+from support.ranks import working_in
 from support.runs import (
     begin_run,
     finalists,
@@ -113,9 +114,9 @@ def main():
         return
     prepared = read_prepared(task, flags.data_dir)
     record = record_of_run(configuration(job), prepared, [row["id"] for row in train])
-    with alone_in(run_dir):
-        require_same_run(run_dir, record)
-        optimize_task(replace(job, record=record))
+    with working_in(run_dir) as folder:
+        require_same_run(folder, record)
+        optimize_task(replace(job, record=record, run_dir=folder))
 
 
 # --- The flags ---------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from support.answerers import open_answerer, require_known
 from support.evaluation import Evaluation, evaluate_once, rows_hash
-from support.files import alone_in, as_bytes, require, short_name, write_jsonl, write_whole
+from support.files import as_bytes, require, short_name, write_jsonl, write_whole
 from support.own import OWN_FLAGS
 from support.progress import open_bar
+from support.ranks import working_in
 from support.runs import read_prompts, read_run
 from support.settings import (
     GenerationSettings,
@@ -90,8 +91,8 @@ def main():
     jobs = distinct_jobs(jobs)
     servers = resolve(flags, targets, jobs)
     out = Path(flags.out)
-    with alone_in(out):
-        write_matrix(transfer(flags, targets, servers, jobs, out), out)
+    with working_in(out) as folder:
+        write_matrix(transfer(flags, targets, servers, jobs, folder), folder)
 
 
 def resolve(flags, targets, jobs):

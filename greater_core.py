@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from support.answers import answer_columns, choice_log_probs, finite_rows, read_answers
 from support.engine import Context, Engine, pad
 from support.files import UserError, require
+from support.ranks import agreed
 from support.runs import Candidate, Score, Step, Tried, described, last_job, scores_of, timed
 from support.settings import SearchSettings
 from support.tokens import Row, allowed_ids, ends_sentence, survives_encoding
@@ -223,7 +224,7 @@ def mean_gradients(search, prefix, prompt, candidates):
         reasoning = [[] for _ in search.rows]
     per_row, _ = candidate_gradients(search, prefix, prompt, candidates, reasoning)
     whole = finite_rows(per_row, f"the gradient is not finite at ids {list(prompt)}", search.engine.dtype_hint)
-    return dict(zip(candidates, per_row[whole].double().mean(0).tolist()))
+    return agreed(dict(zip(candidates, per_row[whole].double().mean(0).tolist())))
 
 
 def make_shortlist(candidates, gradients, settings, rng):
@@ -302,7 +303,7 @@ def score_prompts(search, prefix, prompts):
         reasoning = [outcome.reasoning for outcome in own]
         tokens = sum(map(len, reasoning))
         scored.append((Score(tuple(prompt), cross_entropy, error, nll, objective, tokens), reasoning))
-    return scored
+    return agreed(scored)
 
 
 def select_candidate(search, prefix, tried, incumbent, forced=None):
@@ -371,7 +372,7 @@ def search_step(search, prefix, step):
         size = min(settings.sampled_rows, count)
         samples = [rng.sample(range(count), size) for _ in range(settings.intersections)]
         log_probs = prefix.log_probs.masked_fill(~search.allowed, float("-inf"))
-        candidates, k = propose_candidates(log_probs, samples, settings.top_k, settings.min_candidates, admit)
+        candidates, k = agreed(propose_candidates(log_probs, samples, settings.top_k, settings.min_candidates, admit))
 
     with timed(seconds, "gradient"):
         # A growing prompt has no token here yet: the gradient is taken at the likeliest proposal.

@@ -20,7 +20,9 @@ def stop(number, frame):
     with suppress(OSError, ValueError, RuntimeError):  # a terminal that is gone, a stream that is being written
         sys.stdout.flush()
     with suppress(OSError):
-        os.write(2, f"\n{STOPPED}\n".encode())
+        # Of the ranks that torchrun starts (ranks.py) the first one says it.
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
+            os.write(2, f"\n{STOPPED}\n".encode())
     os._exit(EXIT_CODES[signal.Signals(number).name])
 
 

@@ -17,6 +17,7 @@ from support.answers import choice_log_probs, read_answers
 from support.engine import physical_memory
 from support.evaluation import graded
 from support.files import UserError, require
+from support.ranks import count_here
 from support.reading import read_answer
 from support.tokens import decode, encode, encode_chat, encode_prompt
 
@@ -275,9 +276,10 @@ def require_words(tokenizer, name, texts):
 
 def require_memory(engine, cost):
     """Errors: UserError if a CPU's memory does not hold the run."""
-    if engine.device.type != "cuda" and cost.memory > physical_memory():
+    memory = cost.memory * count_here()  # of all ranks (ranks.py)
+    if engine.device.type != "cuda" and memory > physical_memory():
         there = physical_memory() / 2**30
         raise UserError(
-            f"the run would take {cost.memory / 2**30:.1f} GiB, this machine has {there:.0f}: lower --batch-size, "
+            f"the run would take {memory / 2**30:.1f} GiB, this machine has {there:.0f}: lower --batch-size, "
             "--train-rows or --max-new-tokens"
         )

@@ -33,7 +33,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from support.files import UserError, require
+from support import ranks
+from support.files import UserError, require, text_hash
 from support.identity import cannot_load, commit_of, identity_of, is_folder
 from support.onednn import use_onednn
 from support.progress import Progress
@@ -368,7 +369,8 @@ class Engine:
         self.compare_longest(sequences)
         size = batch_size or self.rows_that_fit(longest)
         distinct = list({tuple(ids): ids for ids in sequences}.values())  # all alike where the prompt comes first
-        parts = self.over_rows(run, distinct, "reading questions", size, cost=len)
+        # Not shared over ranks: each of them goes on from all questions, and this is read once.
+        parts = self.over_own_rows(run, distinct, "reading questions", size, cost=len)
         context, logits = join([context for context, _ in parts]), torch.stack([logits for _, logits in parts])
         if len(distinct) == len(sequences):
             return context, logits
@@ -557,11 +559,32 @@ class Engine:
         for ids in sequences:
             states = self.model.get_decoder()(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state
             means.append(F.normalize(states[0].double().mean(0), dim=0))
-        return torch.stack(means)
+        return ranks.agreed(torch.stack(means).cpu())
 
     # --- Batches ---
 
     def over_rows(self, function, jobs, stage, size, cost):
+        """[result of each job], in the jobs' order, of function(batch of jobs) -> [results], as `over_own_rows` does
+        it. Several ranks (ranks.py) share the jobs, and each has the results of all."""
+        if ranks.count() == 1:
+            return self.over_own_rows(function, jobs, stage, size, cost)
+        own = ranks.share_of(sorted(range(len(jobs)), key=lambda n: -cost(jobs[n])))
+        before = self.counts.copy()
+
+        def work():
+            found = self.over_own_rows(function, [jobs[n] for n in own], stage, size, cost)
+            return dict(zip(own, found)), self.counts - before, self.batch_sizes
+
+        shares = ranks.gather(work, f"{stage}, {self.identity}, {text_hash(repr(jobs))}", self.device)
+        results, self.counts = {}, before
+        for found, counted, batch_sizes in shares:
+            results |= found
+            self.counts += counted
+            for name, rows in batch_sizes.items():
+                self.batch_sizes[name] = min(rows, self.batch_sizes.get(name, rows))
+        return [results[n] for n in range(len(jobs))]
+
+    def over_own_rows(self, function, jobs, stage, size, cost):
         """[result of each job], in the jobs' order, of function(batch of jobs) -> [results].
 
         The costliest come first, `size` at a time, so that a batch needs little padding and memory runs out early.
@@ -607,7 +630,7 @@ class Engine:
             weights = sum(weight.numel() * weight.dtype.itemsize for weight in self.model.parameters())
             memory = torch.cuda.get_device_properties(self.device).total_memory * 4 // 5 - weights
         else:  # a CPU gains little from more rows than fit into 4 GiB
-            memory = min(2**32, physical_memory() // 4)
+            memory = min(2**32, physical_memory() // 4 // ranks.count_here())
         # Logits three times: as they come, in float32, and as logarithms of probabilities.
         logits = 3 * 4 * self.config.vocab_size * positions_read
         return max(1, memory // (self.column_bytes * columns + logits))

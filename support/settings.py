@@ -18,6 +18,7 @@ from types import NoneType
 from support import STOPPED, end_of_work
 from support.files import ROOT, UserError, require
 from support.own import OWN_FLAGS, OwnRows, beside, columns_into_key, is_own
+from support.ranks import be_silent, rank, says_errors
 from support.tasks import ANSWER_SPACES, GROUPS, KINDS, TASKS
 
 # --- Generation and search: the defaults are the paper's -----------------------------------------------------
@@ -593,16 +594,20 @@ def run_script(main):
     """
     calm_threads()
     print_any_text()
+    be_silent()
     try:
         main()
     except KeyboardInterrupt:  # of a script that is no stage: those end as support/__init__.py says
         print(f"\n{STOPPED}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        stream = sys.stderr if rank() == 0 else sys.__stderr__
         if os.environ.get("GREATER_DEBUG"):
+            sys.stderr = stream
             raise
         line, code = as_line(error)
-        print(f"error: {line}", file=sys.stderr)
+        if says_errors():
+            print(f"error: {line}", file=stream)
         sys.exit(code)
     finally:
         end_of_work()

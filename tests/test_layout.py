@@ -25,6 +25,7 @@ TOP = {
 }
 SUPPORT = (
     "files",
+    "ranks",
     "identity",
     "tokens",
     "progress",
@@ -161,7 +162,8 @@ def test_a_file_in_support_imports_only_from_support(name):
         ("own", {"files"}),
         ("tasks", {"files", "own", "reading"}),
         ("sources", {"files", "own", "reading", "tasks"}),
-        ("settings", {"files", "own", "tasks"}),
+        ("ranks", {"files"}),
+        ("settings", {"files", "own", "ranks", "tasks"}),
     ],
 )
 def test_the_ground_floor_of_support_imports_only_what_is_below_it(name, allowed):
