@@ -23,6 +23,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
+from support import TEMPORARY
 from support.files import alone_in
 
 PATIENCE = timedelta(days=7)  # for ranks that are still at work; that one is gone is noticed by its closed connection
@@ -192,6 +193,7 @@ def working_in(folder):
         records = first(partial(enter, stack, folder))
         if rank() > 0:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="greater-rank-"))
+            TEMPORARY.add(folder)
             for name, content in records.items():
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
