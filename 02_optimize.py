@@ -162,7 +162,7 @@ def configuration(job):
     flags = job.flags
     # The task's parts as they are now, also where the flags leave them to it: a later version's task may have others.
     config = flags.used() | job.task.parts | {"initial_prompt": job.task.initial_prompt}
-    left_out = {"dry_run", *(f.name for f in fields(ServerFlags))}
+    left_out = {"dry_run", "device_map", *(f.name for f in fields(ServerFlags))}
     if flags.method == GREATER:
         left_out |= {f.name for f in fields(TextSettings)} - ({"budget"} if flags.budget else set())
     else:
@@ -196,7 +196,7 @@ def optimize_task(job):
     from support.engine import load_engine  # imports torch, so only after everything that can be wrong without it
 
     flags, run_dir = job.flags, job.run_dir
-    engine = load_engine(flags.model, flags.device, flags.dtype)
+    engine = load_engine(flags.model, flags.device, flags.dtype, flags.device_map)
     answerer = local_answerer(engine, flags.model)
     find = search_tokens if flags.method == GREATER else search_text
     prompts = find(job, engine, answerer)
@@ -376,7 +376,7 @@ def open_optimizer(flags, engine, answerer, meta_prompts):
         ask = ServerFlags(**server_flags | {"answer_turn": "ask"})  # no half-written message is continued
         return server_answerer(ask, flags.optimizer_endpoint, flags.optimizer_model)
     if flags.optimizer_model not in ("", flags.model):
-        engine = load_engine(flags.optimizer_model, flags.device, flags.dtype)
+        engine = load_engine(flags.optimizer_model, flags.device, flags.dtype, flags.device_map)
         answerer = local_answerer(engine, flags.optimizer_model)
     require_words(engine.tokenizer, answerer.name, meta_prompts)
     return answerer

@@ -224,7 +224,7 @@ def mean_gradients(search, prefix, prompt, candidates):
         reasoning = [[] for _ in search.rows]
     per_row, _ = candidate_gradients(search, prefix, prompt, candidates, reasoning)
     whole = finite_rows(per_row, f"the gradient is not finite at ids {list(prompt)}", search.engine.dtype_hint)
-    return agreed(dict(zip(candidates, per_row[whole].double().mean(0).tolist())))
+    return agreed(dict(zip(candidates, per_row[whole].cpu().double().mean(0).tolist())))
 
 
 def make_shortlist(candidates, gradients, settings, rng):

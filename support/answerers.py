@@ -41,7 +41,7 @@ def open_answerer(flags, model, endpoint=""):
         return server_answerer(flags, endpoint, model)
     from support.engine import load_engine
 
-    return local_answerer(load_engine(model, flags.device, flags.dtype), model)
+    return local_answerer(load_engine(model, flags.device, flags.dtype, flags.device_map), model)
 
 
 # --- A model loaded here ------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ KNOWN_VALUES = {  # of flags; an empty one leaves it to the task
     "kind": ("", *KINDS),
     "answer_space": ("", *ANSWER_SPACES),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "device_map": ("", "auto"),
     "answer_turn": ("continue", "prefill", "ask"),
     "split": ("dev", "test"),
 }
@@ -377,6 +378,9 @@ class ModelFlags:
     model: str = flag("meta-llama/Meta-Llama-3-8B-Instruct", "a hub name or a local folder")
     device: str = flag("auto", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:N or mps")
     dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on the CPU")
+    device_map: str = flag(
+        "", "auto: spread a model that is larger than one device over all of them (needs the package accelerate)"
+    )
 
     def model_path(self):
         """The model's name; the demo's own folders wherever the script is called from.
@@ -385,6 +389,7 @@ class ModelFlags:
         torch.
         """
         require_known("dtype", self.dtype)
+        require_known("device_map", self.device_map)
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device)
         require(known, f"--device must be auto, cpu, cuda, cuda:N or mps, not {self.device!r}")
         of_the_demo = self.model in ("demo/model", "demo/small")
@@ -620,7 +625,8 @@ def as_line(error):
         return text, 2
     if "embedded null byte" in text:
         return "a name of a file or folder has a zero byte in it", 2
-    # torch's own class is known by its name: torch need not be there.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    # torch's own class is known by its name: torch need not be there. On some devices it has none.
+    full = "can't allocate memory" in text or "backend out of memory" in text
+    if full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory: lower --batch-size or --max-new-tokens, or use a smaller model", 2
     return f"unexpected {type(error).__name__}: {text:.300} (GREATER_DEBUG=1 shows where)", 1
