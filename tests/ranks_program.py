@@ -5,6 +5,7 @@ python -m torch.distributed.run --standalone --nproc-per-node 3 tests/ranks_prog
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -107,8 +108,10 @@ def main():
         ranks.agreed(0)
     elif what == "killed":
         ranks.agreed(0)
+        if RANK == 0:  # torchrun asks the others to end, too; this one is to notice by itself
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if RANK == 1:
-            os.kill(os.getpid(), 9)
+            os.kill(os.getpid(), signal.SIGKILL)
         ranks.agreed(0)
 
 
