@@ -19,11 +19,12 @@ from pathlib import Path
 
 from support.answerers import LazyModel, server_answerer
 from support.evaluation import Evaluation, estimate, evaluate_once, read_predictions, rename_former_best
-from support.files import alone_in, is_text, read_jsonl, require, require_fields, write_chained
+from support.files import is_text, read_jsonl, require, require_fields, write_chained
 from support.identity import identity_of
 from support.instruments import signal_of, signal_verdict
 from support.plans import planned, rounds_over, rounds_within
 from support.progress import in_words, open_bar, remaining
+from support.ranks import working_in
 from support.resume import add_step, begin_run, continue_run, require_same_run
 from support.runs import (
     finalists,
@@ -116,7 +117,7 @@ def main():
     require(
         flags.train_rows <= available, f"--train-rows {flags.train_rows}: {task.name} has {available} training rows"
     )
-    model = LazyModel(flags.model, flags.device, flags.dtype)
+    model = LazyModel(flags.model, flags.device, flags.dtype, flags.device_map)
     jobs = []
     for seed in flags.seeds or [flags.seed]:
         train = random.Random(f"{seed}/rows").sample(splits["train"], flags.train_rows)
@@ -133,8 +134,9 @@ def main():
     for job, record in zip(jobs, records):
         if flags.seeds:
             print(f"\nseed {job.flags.seed}: {job.run_dir}", flush=True)
-        with alone_in(job.run_dir):
-            outcomes[job.flags.seed] = optimize_task(job, record, [other.run_dir for other in jobs if other is not job])
+        with working_in(job.run_dir) as folder:
+            others = [other.run_dir for other in jobs if other is not job]
+            outcomes[job.flags.seed] = optimize_task(replace(job, run_dir=folder), record, others)
     if flags.seeds:
         print(f"\n{seeds_report(outcomes, best_name(flags))}")
 
@@ -200,7 +202,7 @@ def configuration(job):
     flags = job.flags
     # The task's parts as they are now, also where the flags leave them to it: a later version's task may have others.
     config = flags.used() | job.task.parts | {"initial_prompt": job.task.initial_prompt}
-    left_out = {"dry_run", "seeds", *(f.name for f in fields(ServerFlags))}
+    left_out = {"dry_run", "seeds", "device_map", *(f.name for f in fields(ServerFlags))}
     if flags.method == GREATER:
         left_out |= {f.name for f in fields(TextSettings)} - ({"budget"} if flags.budget else set())
     else:
@@ -470,7 +472,7 @@ def open_optimizer(job, meta_prompts):
         ask = ServerFlags(**server_flags | {"answer_turn": "ask"})  # no half-written message is continued
         return server_answerer(ask, flags.optimizer_endpoint, flags.optimizer_model)
     if flags.optimizer_model not in ("", flags.model):
-        model = LazyModel(flags.optimizer_model, flags.device, flags.dtype)
+        model = LazyModel(flags.optimizer_model, flags.device, flags.dtype, flags.device_map)
     answerer = model.answerer()
     require_words(model.tokenizer, answerer.name, meta_prompts)
     return answerer

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from support.answerers import open_answerer, require_known
 from support.evaluation import READINGS, Evaluation, are_scores, evaluate_once, read_predictions, regrade
-from support.files import alone_in, is_text, require
+from support.files import is_text, require
 from support.progress import open_bar
+from support.ranks import count, working_in
 from support.runs import dev_warning, read_prompts, read_run
 from support.settings import (
     GenerationSettings,
@@ -73,6 +74,7 @@ def main():
     check_split_and_counts(flags, eval_rows=0, mistakes=0, top=1)
     flags.check_server_flags()
     if flags.report:
+        require(count() == 1, "--report needs no model and no torchrun: call it with python")
         from support.report import write_report
 
         print("\n".join(f"  {path}" for path in write_report(flags.report)))
@@ -111,14 +113,14 @@ def evaluate_prompts(flags, task, split_rows, run_dir):
     if task.ranks_choices and not answerer.gives_log_probs:
         note = "no log-probabilities from this server and --answer-turn, so answers are read from what it writes"
         print(f"note: {note}", file=sys.stderr)
-    with alone_in(run_dir):
+    with working_in(run_dir) as folder:
         results = []
         with open_bar(total=len(prompts), desc="prompts", unit="prompt") as bar:
             for prompt in prompts:
                 evaluation = Evaluation(answerer, prompt.task, flags.split, rows, prompt.text, flags)
-                results.append(evaluate_once(evaluation, run_dir, prompt.role, prompt.name))
+                results.append(evaluate_once(evaluation, folder, prompt.role, prompt.name))
                 bar.update()
-        print_results(flags, run_dir, task, results, rows)
+        print_results(flags, folder, task, results, rows)
 
 
 # --- Which prompts ---------------------------------------------------------------------------------------
@@ -185,14 +187,14 @@ def print_signal(folder):
 def regrade_folder(run_dir, task, splits):
     """Grade the kept texts of a folder again, and print what changed."""
     require(run_dir.is_dir(), f"{run_dir} holds no evaluation")
-    with alone_in(run_dir):
-        for old, new in regrade(run_dir, task, splits):
+    with working_in(run_dir) as folder:
+        for old, new in regrade(folder, task, splits):
             line = f"{new['role']:9s}  {new['split']:4s}"
             for reading, beginning in READINGS.items():
                 before, after = (100 * result[f"{beginning}accuracy"] for result in (old, new))
                 line += f"  {reading} {before:5.1f} -> {after:5.1f} %"
             print(f"{line}  {new['prompt'] or '(no prompt)'}")
-        print_paths(run_dir)
+        print_paths(folder)
 
 
 def print_results(flags, run_dir, task, results, rows):

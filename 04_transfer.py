@@ -13,9 +13,10 @@ from pathlib import Path
 
 from support.answerers import open_answerer, require_known
 from support.evaluation import Evaluation, evaluate_once, has_scores, rows_hash
-from support.files import alone_in, as_bytes, require, short_name, write_jsonl, write_whole
+from support.files import as_bytes, require, short_name, write_jsonl, write_whole
 from support.own import OWN_FLAGS
 from support.progress import open_bar
+from support.ranks import working_in
 from support.runs import read_prompts, read_run
 from support.settings import (
     GenerationSettings,
@@ -59,6 +60,7 @@ class Flags(ServerFlags):
     source: str = flag("", "folder of the authors' data files, for tasks that are not prepared; empty: the hub")
     device: str = flag("auto", "cpu, cuda or cuda:N")
     dtype: str = flag("auto", "auto (bfloat16 on CUDA, float32 on the CPU), float32, bfloat16 or float16")
+    device_map: str = flag("", "auto: spread a target over all devices (needs the package accelerate)")
     out: str = flag("runs/transfer", "folder of the predictions and of the last call's matrix")
 
 
@@ -91,8 +93,8 @@ def main():
     jobs = distinct_jobs(jobs)
     servers = resolve(flags, targets, jobs)
     out = Path(flags.out)
-    with alone_in(out):
-        write_matrix(transfer(flags, targets, servers, jobs, out), out)
+    with working_in(out) as folder:
+        write_matrix(transfer(flags, targets, servers, jobs, folder), folder)
 
 
 def resolve(flags, targets, jobs):
@@ -102,9 +104,11 @@ def resolve(flags, targets, jobs):
     """
     local = [model for model, endpoint in targets if not endpoint]
     if local:
-        from support.engine import load_tokenizer, require_device
+        from support.engine import load_tokenizer, require_device, require_spreading
 
         require_device(flags.device)
+        if flags.device_map:
+            require_spreading(flags.device)
         for model in local:
             tokenizer = load_tokenizer(model)
             for job in jobs:
@@ -189,7 +193,7 @@ def as_target(text, flags):
         require(model.strip(), f"--targets {text}: say which model, NAME{text}")
         return model.strip(), url
     require(not at or Path(text).exists(), f"--targets {text}: a server is NAME@http://HOST:PORT/v1")
-    return ModelFlags(text, flags.device, flags.dtype).model_path(), ""
+    return ModelFlags(text, flags.device, flags.dtype, flags.device_map).model_path(), ""
 
 
 def jobs_of_run(folder, flags):

@@ -31,6 +31,7 @@ from greater_core import (
 )
 from support.answers import answer_columns, finite_rows
 from support.engine import pad
+from support.ranks import agreed
 from support.runs import Audit, Candidate, Step, Tried, timed
 from support.tokens import survives_encoding
 
@@ -161,7 +162,7 @@ def gradients_of(search, prefix, tokens_at):
     reasoning = [[] for _ in search.rows] if settings.gradient_without_reasoning else search.reasoning
     per_row = gradients_everywhere(search, prefix, [*tokens_at.values()], reasoning)  # [B, P, K]
     whole = finite_rows(per_row, f"the gradient is not finite at ids {list(prompt)}", search.engine.dtype_hint)
-    means = per_row[whole].double().mean(0).tolist()
+    means = agreed(per_row[whole].cpu().double().mean(0).tolist())
     return {
         (position, token): gradient
         for (position, tokens), at_position in zip(tokens_at.items(), means)

@@ -34,6 +34,7 @@ from support.answers import answer_columns, choice_log_probs, finite_rows, read_
 from support.engine import Context, Engine, pad
 from support.files import UserError, require
 from support.instruments import paired_gain
+from support.ranks import agreed
 from support.runs import Candidate, Score, Step, Tried, described, last_job, row_outcomes, scores_of, timed
 from support.settings import SearchSettings
 from support.tokens import Row, allowed_ids, continues_word, ends_sentence, survives_encoding
@@ -231,7 +232,7 @@ def mean_gradients(search, prefix, prompt, candidates):
         reasoning = [[] for _ in search.rows]
     per_row, _ = candidate_gradients(search, prefix, prompt, candidates, reasoning)
     whole = finite_rows(per_row, f"the gradient is not finite at ids {list(prompt)}", search.engine.dtype_hint)
-    return dict(zip(candidates, per_row[whole].double().mean(0).tolist()))
+    return agreed(dict(zip(candidates, per_row[whole].cpu().double().mean(0).tolist())))
 
 
 def make_shortlist(candidates, gradients, settings, rng):
@@ -307,7 +308,7 @@ def score_prompts(search, prefix, prompts):
     for prompt in prompts:
         own = [outcomes[prompt, i] for i in numbers]
         scored.append((score_of_rows(search, prompt, own), [outcome.reasoning for outcome in own]))
-    return scored
+    return agreed(scored)
 
 
 def score_of_rows(search, prompt, outcomes):
@@ -400,7 +401,7 @@ def proposals(search, prefix, step, admit):
         glued = settings.word_starts and token != likeliest
         return not (glued and continues_word(search.engine.tokenizer, before, token)) and admit(token)
 
-    return propose_candidates(log_probs, samples, settings.top_k, settings.min_candidates, admit_word)
+    return agreed(propose_candidates(log_probs, samples, settings.top_k, settings.min_candidates, admit_word))
 
 
 def search_step(search, prefix, step):

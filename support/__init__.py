@@ -5,6 +5,7 @@ it still imports what it needs.
 """
 
 import os
+import shutil
 import signal
 import sys
 from contextlib import suppress
@@ -12,19 +13,23 @@ from pathlib import Path
 
 STOPPED = "stopped; what was finished is on disk, and the same command goes on from there"
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 143}
+TEMPORARY = set()  # folders of this process that nobody needs when it has ended
 
 
 def stop(number, frame):
-    """End the process at once. An exception could be lost in a library that catches it, and nothing needs to be tidied
-    but folders in which nothing is yet: what is written is written whole or line by line, as a run that is killed needs
-    it."""
+    """End the process at once. An exception could be lost in a library that catches it, and no record needs to be
+    tidied: what is written is written whole or line by line, as a run that is killed needs it."""
     files = sys.modules.get("support.files")
     if hasattr(files, "remove_all_empty"):  # not where the signal comes while it is imported
         files.remove_all_empty()
     with suppress(OSError, ValueError, RuntimeError):  # a terminal that is gone, a stream that is being written
         sys.stdout.flush()
     with suppress(OSError):
-        os.write(2, f"\n{STOPPED}\n".encode())
+        # Of the ranks that torchrun starts (ranks.py) the first one says it.
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
+            os.write(2, f"\n{STOPPED}\n".encode())
+    for folder in TEMPORARY:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(EXIT_CODES[signal.Signals(number).name])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from support import ranks
 from support.evaluation import Generation, Written
 from support.files import UserError, require, short_name
 from support.identity import identity_of
@@ -40,7 +41,7 @@ def open_answerer(flags, model, endpoint=""):
     """The Answerer that --model, or --endpoint and --model, name; the server is asked, the model loaded on demand."""
     if endpoint:
         return server_answerer(flags, endpoint, model)
-    return LazyModel(model, flags.device, flags.dtype).answerer()
+    return LazyModel(model, flags.device, flags.dtype, flags.device_map).answerer()
 
 
 # --- A model loaded here ------------------------------------------------------------------------------
@@ -56,13 +57,14 @@ class LazyModel:
     path: str  # a hub name or a local folder
     device: str
     dtype: str
+    device_map: str = ""  # as of engine.load_engine
     progress: Progress = field(default_factory=Progress)
 
     @cached_property
     def engine(self):
         from support.engine import load_engine
 
-        engine = load_engine(self.path, self.device, self.dtype)
+        engine = load_engine(self.path, self.device, self.dtype, self.device_map)
         engine.progress = self.progress
         return engine
 
@@ -127,8 +129,6 @@ class LocalModel:
     def generate(self, task, rows, prompt, settings, done):
         """As `Answerer` says, soon after rows end. Errors: UserError if the tokenizer does not know the prompt's
         words."""
-        from torch import OutOfMemoryError
-
         tokenizer = self.engine.tokenizer
         require_known(tokenizer, prompt)
         choices = encode_choices(tokenizer, task)  # here, so that its errors come before any work
@@ -136,21 +136,32 @@ class LocalModel:
         columns = max(len(ids) for _, ids in contexts) + settings.max_new_tokens
         behind = max(map(len, choices.reads)) if choices else settings.answer_tokens(task)
         self.engine.require_positions(columns + len(extractor_ids(tokenizer, task)) + behind)
-        size = settings.batch_size or self.engine.rows_that_fit(columns)
+        size = ranks.agreed(settings.batch_size or self.engine.rows_that_fit(columns))
         # A row's batch does not depend on what is done, and all of it is generated again for those of its rows that
         # are missing, so an evaluation that was killed ends with the same texts.
-        for batch in batches_of_like_length(contexts, size):
+        for batch in batches_of_like_length(contexts, size * ranks.count()):
             if done.issuperset(row["id"] for row, _ in batch):
                 continue
-            for ended in self.engine.stream([ids for _, ids in batch], settings.max_new_tokens, len(batch)):
-                try:
-                    answered = self.answered(task, [batch[n][0] for n in ended.rows], ended, settings)
-                except OutOfMemoryError:
-                    ended.again = True
-                    continue
-                missing = [generation for generation in answered if generation.row["id"] not in done]
-                if missing:
-                    yield missing
+            own = ranks.share_of(batch)
+            missing = [row for row, _ in own if row["id"] not in done]
+            about = f"{prompt!r}, {self.engine.identity}, {len(batch)} rows from {batch[0][0]['id']}"
+            yield from ranks.together(self.missing_of(task, own, settings, done), len(missing), about)
+
+    def missing_of(self, task, batch, settings, done):
+        """Lists of `Generation` of a batch, all of it generated at once, as its rows end; none for an id in `done`."""
+        from torch import OutOfMemoryError
+
+        if not batch:  # more ranks than rows
+            return
+        for ended in self.engine.stream([ids for _, ids in batch], settings.max_new_tokens, len(batch)):
+            try:
+                answered = self.answered(task, [batch[n][0] for n in ended.rows], ended, settings)
+            except OutOfMemoryError:
+                ended.again = True
+                continue
+            missing = [generation for generation in answered if generation.row["id"] not in done]
+            if missing:
+                yield missing
 
     def write(self, chats, sampling):
         """As `Answerer` says."""
@@ -241,6 +252,13 @@ def server_answerer(flags, endpoint, model):
     assistant's message although it shall (--answer-turn).
     """
     server = Server(endpoint, model, flags)
-    server = replace(server, gives_log_probs=check_server(server))
+    server = replace(server, gives_log_probs=ranks.first(lambda: check_server(server)))
     identity = ("server", model, flags.answer_turn)
-    return Answerer(short_name(model), identity, server.generate, endpoint, server.gives_log_probs, write=server.write)
+
+    def generate(*of_rows):
+        return ranks.each_of_first(server.generate(*of_rows))
+
+    def write(*of_chats):
+        return ranks.first(lambda: server.write(*of_chats))
+
+    return Answerer(short_name(model), identity, generate, endpoint, server.gives_log_probs, write=write)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from support import ranks
 from support.answerers import LocalModel, chat_of_row
 from support.answers import choice_log_probs, read_answers
 from support.engine import physical_memory
@@ -239,9 +240,9 @@ def cost_of(engine, checked, rows, settings, counts):
         "dev": (counts["finalists"] + 1) * counts["dev"],
         "test": 2 * counts["test"],
     }
-    minutes = {name: count * checked.row_seconds / 60 for name, count in generations.items()}
+    minutes = {name: count * checked.row_seconds / 60 / ranks.count() for name, count in generations.items()}
     read = settings.steps * len(rows) * len(rows[0].reads) * checked.tokens
-    minutes["search"] += BACKWARD * read * checked.read_seconds / 60
+    minutes["search"] += BACKWARD * read * checked.read_seconds / 60 / ranks.count()
     columns = max(len(row.question) for row in rows) + settings.max_prompt_tokens + settings.max_new_tokens
     at_once = min(settings.batch_size or engine.rows_that_fit(columns), len(rows) * tried)
     weights = sum(weight.numel() * weight.dtype.itemsize for weight in engine.model.parameters())
@@ -261,10 +262,11 @@ def text_cost(engine, checked, rows, settings, counts):
         "dev": (counts["finalists"] + 1) * counts["dev"],
         "test": 2 * counts["test"],
     }
-    minutes = {name: count * checked.row_seconds / 60 for name, count in generations.items()}
+    minutes = {name: count * checked.row_seconds / 60 / ranks.count() for name, count in generations.items()}
     if not (settings.optimizer_model or settings.optimizer_endpoint):
         reasoning = sum(prediction["tokens"] for prediction in checked.predictions) / len(checked.predictions)
-        minutes["optimizer"] = counts["samples"] * REPLY_TOKENS * checked.row_seconds / max(1, reasoning) / 60
+        replies = counts["samples"] * REPLY_TOKENS * checked.row_seconds / max(1, reasoning)
+        minutes["optimizer"] = replies / 60 / ranks.count()
     columns = max(len(row.question) for row in rows) + settings.longest_prompt + settings.max_new_tokens
     at_once = min(settings.batch_size or engine.rows_that_fit(columns), len(rows))
     weights = sum(weight.numel() * weight.dtype.itemsize for weight in engine.model.parameters())
@@ -290,9 +292,10 @@ def require_words(tokenizer, name, texts):
 
 def require_memory(engine, cost):
     """Errors: UserError if a CPU's memory does not hold the run."""
-    if engine.device.type != "cuda" and cost.memory > physical_memory():
+    memory = cost.memory * ranks.count_here()  # of all ranks (ranks.py)
+    if engine.device.type != "cuda" and memory > physical_memory():
         there = physical_memory() / 2**30
         raise UserError(
-            f"the run would take {cost.memory / 2**30:.1f} GiB, this machine has {there:.0f}: lower --batch-size, "
+            f"the run would take {memory / 2**30:.1f} GiB, this machine has {there:.0f}: lower --batch-size, "
             "--train-rows or --max-new-tokens"
         )

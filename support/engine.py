@@ -19,6 +19,7 @@ Shape letters: B rows, S new tokens, C columns of keys and values before them, L
 E embedding size, V vocabulary.
 """
 
+import importlib.util
 import logging
 import os
 import random
@@ -33,7 +34,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from support.files import UserError, require
+from support import ranks
+from support.files import UserError, require, text_hash
 from support.identity import cannot_load, commit_of, identity_of, is_folder
 from support.onednn import use_onednn
 from support.progress import Progress
@@ -99,14 +101,15 @@ class Borrowed(DynamicLayer):
         return torch.cat([self.picked(states), new], 2)
 
     def picked(self, states):
-        return states.transpose(1, 2)[self.index, self.source].transpose(1, 2)
+        index, source = self.index.to(states.device), self.source.to(states.device)
+        return states.transpose(1, 2)[index, source].transpose(1, 2)
 
 
 @dataclass
 class Context:
-    """What the model has read of B rows: a `Growing` layer per layer that keeps something, and mask [B, C], 0 for
-    padding. Padding stands on the left. A `forward` may have some on the right, and nothing may follow it then: the
-    distances that a sliding window sees would not be those of the tokens."""
+    """What the model has read of B rows: a `Growing` layer per layer that keeps something, each on its layer's device,
+    and mask [B, C], 0 for padding. Padding stands on the left. A `forward` may have some on the right, and nothing may
+    follow it then: the distances that a sliding window sees would not be those of the tokens."""
 
     layers: list
     mask: torch.Tensor
@@ -117,7 +120,7 @@ class Context:
         mask = self.mask.index_select(0, index)
         first = int(mask.any(0).int().argmax())
         layers = [
-            Growing(layer.keys[:, :, first:].index_select(0, index), layer.values[:, :, first:].index_select(0, index))
+            Growing(rows_of(layer.keys[:, :, first:], index), rows_of(layer.values[:, :, first:], index))
             for layer in self.layers
         ]
         return Context(layers, mask[:, first:])
@@ -131,7 +134,7 @@ class Context:
         """Drop all but the rows index [b], a layer at a time, so that no second copy of all layers exists."""
         self.mask = self.mask.index_select(0, index)
         for n, layer in enumerate(self.layers):
-            self.layers[n] = Growing(layer.keys.index_select(0, index), layer.values.index_select(0, index))
+            self.layers[n] = Growing(rows_of(layer.keys, index), rows_of(layer.values, index))
 
     def rewind(self, index, columns):
         """The rows index [b] without their last `columns` [b] columns, padded on the left instead: for one forward
@@ -169,6 +172,11 @@ class Context:
             for layer in self.layers
         ]
         return Context(layers, self.mask.repeat_interleave(times, 0))
+
+
+def rows_of(states, index):
+    """A copy of the rows index [b] of keys or values, on their device."""
+    return states.index_select(0, index.to(states.device))
 
 
 def join(contexts):
@@ -217,11 +225,13 @@ class Sampler:
 
     def draw(self, logits, rows):
         """A token [b, 1] for each of the rows, a list of numbers, whose logits are [b, V]."""
-        shares = (logits.double() / self.temperature).softmax(-1).cumsum(-1)  # [b, V]
+        wide = logits.cpu() if logits.device.type == "mps" else logits  # which has no float64
+        shares = (wide.double() / self.temperature).softmax(-1).cumsum(-1)  # [b, V]
         drawn = [[self.rngs[row].random()] for row in rows]
         places = torch.tensor(drawn, dtype=shares.dtype, device=shares.device) * shares[:, -1:]  # [b, 1]
         # The first token whose share ends behind the place, so never one without a share.
-        return torch.searchsorted(shares, places, right=True).clamp(max=shares.shape[1] - 1)
+        tokens = torch.searchsorted(shares, places, right=True).clamp(max=shares.shape[1] - 1)
+        return tokens.to(logits.device)
 
 
 # --- The engine ------------------------------------------------------------------------------------
@@ -247,8 +257,10 @@ class Engine:
         self.model, self.tokenizer = model.requires_grad_(False).eval(), tokenizer
         if model.config._attn_implementation == "sdpa":
             model.set_attn_implementation("sdpa-always-masked")
-        use_onednn(model)
-        self.device = model.device
+        self.devices = set(getattr(model, "hf_device_map", {}).values())  # of a model that accelerate has spread
+        if not self.devices:  # else accelerate moves the weights
+            use_onednn(model)
+        self.device = input_device(model)
         self.config = model.config.get_text_config()
         # In Gemma-3n and -4 every layer looks a token up once more; see `embed`.
         extra = getattr(self.config, "hidden_size_per_layer_input", 0)
@@ -276,7 +288,33 @@ class Engine:
         except Exception as error:  # whatever a model raises that wants to be read in another way
             raise UserError(f"--model cannot be read in pieces ({error!r:.200}): use another model") from error
         self.require_same(plain, pieces)
+        if self.device.type == "mps":  # on which the tests do not run
+            self.check_gradient(ids)
         self.counts.clear()
+
+    def check_gradient(self, ids):
+        """Compare the gradient behind ids [1, S] with the CPU's: a device may be right forward and wrong back.
+
+        Errors: UserError if they differ."""
+        device = self.device
+        there = self.gradient_of_likeliest(ids)
+        self.model.to("cpu")
+        self.device = torch.device("cpu")
+        here = self.gradient_of_likeliest(ids.cpu())
+        self.model.to(device)
+        self.device = device
+        tolerance = 0.2 if self.dtype_hint else 1e-2
+        same = (there - here).norm() < tolerance * here.norm()  # not so where one of them is not a number
+        require(same, f"gradients on --device {device.type} are not those of the CPU: use --device cpu")
+
+    def gradient_of_likeliest(self, ids):
+        """[S, E], float32 on the CPU: of the log-probability of the likeliest token behind ids [1, S] with respect to
+        their embeddings."""
+        embedded = self.embed(ids).requires_grad_()  # [1, S, E]
+        context = Context([], ids.new_zeros(1, 0))
+        log_prob = self.forward(context, embedded)[0, 0].log_softmax(-1).max()
+        (gradient,) = torch.autograd.grad(log_prob, embedded)
+        return gradient[0].float().cpu()
 
     @property
     def dtype_hint(self):
@@ -368,7 +406,8 @@ class Engine:
         self.compare_longest(sequences)
         size = batch_size or self.rows_that_fit(longest)
         distinct = list({tuple(ids): ids for ids in sequences}.values())  # all alike where the prompt comes first
-        parts = self.over_rows(run, distinct, "reading questions", size, cost=len)
+        # Not shared over ranks: each of them goes on from all questions, and this is read once.
+        parts = self.over_own_rows(run, distinct, "reading questions", size, cost=len)
         context, logits = join([context for context, _ in parts]), torch.stack([logits for _, logits in parts])
         if len(distinct) == len(sequences):
             return context, logits
@@ -417,7 +456,8 @@ class Engine:
             longest = max(map(len, columns))
             full = [row + row[-1:] * (longest - len(row)) for row in columns]
             places = torch.arange(len(full), device=self.device)[:, None], torch.tensor(full, device=self.device)
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0][places],))
+        output = self.model.get_output_embeddings()
+        hook = output.register_forward_pre_hook(lambda module, args: (states_at(args[0], places),))
         try:
             logits = self.model(**inputs).logits
         finally:
@@ -556,12 +596,33 @@ class Engine:
         means = []
         for ids in sequences:
             states = self.model.get_decoder()(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state
-            means.append(F.normalize(states[0].double().mean(0), dim=0))
-        return torch.stack(means)
+            means.append(F.normalize(states[0].cpu().double().mean(0), dim=0))
+        return ranks.agreed(torch.stack(means))
 
     # --- Batches ---
 
     def over_rows(self, function, jobs, stage, size, cost):
+        """[result of each job], in the jobs' order, of function(batch of jobs) -> [results], as `over_own_rows` does
+        it. Several ranks (ranks.py) share the jobs, and each has the results of all."""
+        if ranks.count() == 1:
+            return self.over_own_rows(function, jobs, stage, size, cost)
+        own = ranks.share_of(sorted(range(len(jobs)), key=lambda n: -cost(jobs[n])))
+        before = self.counts.copy()
+
+        def work():
+            found = self.over_own_rows(function, [jobs[n] for n in own], stage, size, cost)
+            return dict(zip(own, found)), self.counts - before, self.batch_sizes
+
+        shares = ranks.gather(work, f"{stage}, {self.identity}, {text_hash(repr(jobs))}", self.device)
+        results, self.counts = {}, before
+        for found, counted, batch_sizes in shares:
+            results |= found
+            self.counts += counted
+            for name, rows in batch_sizes.items():
+                self.batch_sizes[name] = min(rows, self.batch_sizes.get(name, rows))
+        return [results[n] for n in range(len(jobs))]
+
+    def over_own_rows(self, function, jobs, stage, size, cost):
         """[result of each job], in the jobs' order, of function(batch of jobs) -> [results].
 
         The costliest come first, `size` at a time, so that a batch needs little padding and memory runs out early.
@@ -604,10 +665,13 @@ class Engine:
         """How many rows to generate at once, if each has so many columns of keys and values and so many positions
         whose logits are read. The same on the same machine, so that a resumed run makes the same batches."""
         if self.device.type == "cuda":
-            weights = sum(weight.numel() * weight.dtype.itemsize for weight in self.model.parameters())
-            memory = torch.cuda.get_device_properties(self.device).total_memory * 4 // 5 - weights
+            there = [weight for weight in self.model.parameters() if weight.is_cuda or not self.devices]
+            weights = sum(weight.numel() * weight.dtype.itemsize for weight in there)
+            spread = {device for device in self.devices if isinstance(device, int)} or {self.device}
+            total = sum(torch.cuda.get_device_properties(device).total_memory for device in spread)
+            memory = total * 4 // 5 - weights
         else:  # a CPU gains little from more rows than fit into 4 GiB
-            memory = min(2**32, physical_memory() // 4)
+            memory = min(2**32, physical_memory() // 4 // ranks.count_here())
         # Logits three times: as they come, in float32, and as logarithms of probabilities.
         logits = 3 * 4 * self.config.vocab_size * positions_read
         return max(1, memory // (self.column_bytes * columns + logits))
@@ -628,6 +692,11 @@ def physical_memory():
     if not hasattr(os, "sysconf"):
         return 2**34
     return max(1, round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)) * 2**30
+
+
+def states_at(states, places):
+    """states[places], which of a model that is spread over devices may be on another one than the places."""
+    return states[tuple(place if isinstance(place, slice) else place.to(states.device) for place in places)]
 
 
 def next_tokens(logits, rows, sampler):
@@ -660,28 +729,39 @@ def pad(sequences, device, left=False):
 # --- Loading ---------------------------------------------------------------------------------------
 
 
-def load_engine(name, device="auto", dtype="auto"):
+def load_engine(name, device="auto", dtype="auto", device_map=""):
     """The `Engine` of a hub name or a local folder.
 
-    Only safetensors are read and no code from the model's folder is run. dtype "auto": see `dtype_on`. Errors:
-    UserError when the model is not there, gated, has no chat template, or lacks weights or has others than its
-    configuration says, and those of `Engine`.
+    Only safetensors are read and no code from the model's folder is run. dtype "auto": see `dtype_on`. device_map:
+    "auto" spreads a model over all devices, and what does not fit there over memory and disk; or {module: device}; "":
+    all of it is on `device`. Errors: UserError when the model is not there, gated, has no chat template, or lacks
+    weights or has others than its configuration says, and those of `Engine`.
     """
+    if device_map:
+        require_spreading(device)
     device = require_device(device)
     dtype = dtype_on(device, dtype)
     tokenizer = load_tokenizer(name)
     # Weights of another shape are not ignored: they are named, like those that are missing.
     options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"device_map": device_map} if device_map else {}
     model, loading = pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype), **options)
     require_all_weights(name, loading)
-    engine = Engine(model.to(device), tokenizer)
+    engine = Engine(model if device_map else model.to(device), tokenizer)
     engine.identity = identity_of(name)
     return engine
 
 
 def require_device(device):
-    """The device, "auto" as the one it stands for. Errors: UserError if there is none of the name here."""
+    """The device, "auto" as the one it stands for; of several ranks on a machine each takes a GPU of its own. Errors:
+    UserError if there is none of the name here."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if ranks.count_here() > 1 and device.startswith("cuda"):
+        require(device == "cuda", f"--device {device}: all ranks would be on it; --device cuda gives each its own")
+        device = f"cuda:{ranks.place_here()}"
+    if device == "mps":  # torch's own line says no more than that something is not supported
+        there = torch.backends.mps.is_available()
+        require(there, "--device mps cannot be used here: it needs a Mac with Apple silicon and macOS 14 or later")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -693,6 +773,22 @@ def dtype_on(device, dtype):
     """The name of the dtype on a device of `require_device`; "auto": bfloat16 on CUDA, float32 elsewhere."""
     automatic = "bfloat16" if device.startswith("cuda") else "float32"
     return automatic if dtype == "auto" else dtype
+
+
+def require_spreading(device):
+    """Errors: UserError if a model cannot be spread over devices here."""
+    lacks = "--device-map needs the package accelerate: pip install accelerate"
+    require(importlib.util.find_spec("accelerate"), lacks)
+    require(device == "auto", f"--device-map says where the model lies, --device {device} too: give one of them")
+    require(ranks.count() == 1, "--device-map: one process has all devices; call it with python, not torchrun")
+
+
+def input_device(model):
+    """The torch.device on which a model takes its inputs: of one that accelerate has spread, where its hook of the
+    token embeddings puts them, since the weights may lie elsewhere until they are needed."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else torch.device(device)
 
 
 def load_tokenizer(name):

@@ -18,6 +18,7 @@ from types import NoneType
 from support import STOPPED, end_of_work
 from support.files import ROOT, UserError, require
 from support.own import OWN_FLAGS, OwnRows, beside, columns_into_key, is_own
+from support.ranks import be_silent, rank, says_errors
 from support.tasks import ANSWER_SPACES, GROUPS, KINDS, TASKS
 
 # --- Generation and search: the defaults are the paper's -----------------------------------------------------
@@ -94,6 +95,7 @@ KNOWN_VALUES = {  # of flags; an empty one leaves it to the task
     "kind": ("", *KINDS),
     "answer_space": ("", *ANSWER_SPACES),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "device_map": ("", "auto"),
     "answer_turn": ("continue", "prefill", "ask"),
     "split": ("dev", "test"),
 }
@@ -422,6 +424,9 @@ class ModelFlags:
     model: str = flag("meta-llama/Meta-Llama-3-8B-Instruct", "a hub name or a local folder")
     device: str = flag("auto", "auto (cuda where there is one, else cpu), cpu, cuda, cuda:N or mps")
     dtype: str = flag("auto", "auto: bfloat16 on CUDA, float32 on the CPU")
+    device_map: str = flag(
+        "", "auto: spread a model that is larger than one device over all of them (needs the package accelerate)"
+    )
 
     def model_path(self):
         """The model's name; the demo's own folders wherever the script is called from.
@@ -430,6 +435,7 @@ class ModelFlags:
         torch.
         """
         require_known("dtype", self.dtype)
+        require_known("device_map", self.device_map)
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device)
         require(known, f"--device must be auto, cpu, cuda, cuda:N or mps, not {self.device!r}")
         of_the_demo = self.model in ("demo/model", "demo/small")
@@ -639,16 +645,20 @@ def run_script(main):
     """
     calm_threads()
     print_any_text()
+    be_silent()
     try:
         main()
     except KeyboardInterrupt:  # of a script that is no stage: those end as support/__init__.py says
         print(f"\n{STOPPED}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        stream = sys.stderr if rank() == 0 else sys.__stderr__
         if os.environ.get("GREATER_DEBUG"):
+            sys.stderr = stream
             raise
         line, code = as_line(error)
-        print(f"error: {line}", file=sys.stderr)
+        if says_errors():
+            print(f"error: {line}", file=stream)
         sys.exit(code)
     finally:
         end_of_work()
@@ -661,7 +671,8 @@ def as_line(error):
         return text, 2
     if "embedded null byte" in text:
         return "a name of a file or folder has a zero byte in it", 2
-    # torch's own class is known by its name: torch need not be there.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    # torch's own class is known by its name: torch need not be there. On some devices it has none.
+    full = "can't allocate memory" in text or "backend out of memory" in text
+    if full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory: lower --batch-size or --max-new-tokens, or use a smaller model", 2
     return f"unexpected {type(error).__name__}: {text:.300} (GREATER_DEBUG=1 shows where)", 1

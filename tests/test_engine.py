@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, greedy_reference, tiny_engine
+from conftest import FAMILIES, ROOT, greedy_reference, settings, tiny_engine
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM as Auto
@@ -27,6 +27,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from greater_core import optimize
 from support import engine as engine_file
 from support.engine import Context, Engine, Growing, Sampler, join, load_engine, of_like_length, pad
 from support.files import UserError
@@ -727,6 +728,79 @@ def test_an_odd_configuration_is_one_line(saved, change):
     with pytest.raises(UserError) as error:
         load_engine(str(folder), "cpu", "float32")
     assert "\n" not in str(error.value)
+
+
+# --- Devices -------------------------------------------------------------------------------------------------------
+
+DEMO = str(ROOT / "demo" / "model")
+ON_CPU = ("norm", "rotary_emb", "layers.0", "layers.2", "layers.3")
+SPREAD = {f"model.{name}": "cpu" for name in ON_CPU} | {"model.layers.1": "disk"}
+
+
+@pytest.mark.parametrize("ends", ["cpu", "disk"])  # where the embeddings lie, of input and output
+def test_a_model_that_is_spread_over_devices_gives_the_same_texts_and_the_same_search(demo_engine, few_rows, ends):
+    """Of several devices there are only the CPU and the disk here."""
+    pytest.importorskip("accelerate")
+    spread = load_engine(DEMO, dtype="float32", device_map=SPREAD | {"model.embed_tokens": ends, "lm_head": ends})
+    assert spread.devices == {"cpu", "disk"} and spread.device.type == "cpu"
+    assert spread.model.model.layers[1].mlp.up_proj.weight.device.type == "meta"  # on disk until it is needed
+    sequences = [list(range(5, 9 + n)) for n in range(5)]
+    assert spread.complete(sequences, 9) == demo_engine.complete(sequences, 9)
+    rows, prompt = few_rows
+    found, expected = (list(optimize(engine, rows, prompt, settings(steps=2))) for engine in (spread, demo_engine))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.prompt == theirs.prompt and ours.objective == pytest.approx(theirs.objective, rel=1e-4)
+        gradients = [[candidate.gradient for candidate in step.candidates] for step in (ours, theirs)]
+        assert gradients[0] == pytest.approx(gradients[1], rel=1e-3)
+
+
+def test_a_model_that_fits_on_one_device_is_not_spread(demo_engine):
+    pytest.importorskip("accelerate")
+    engine = load_engine(DEMO, dtype="float32", device_map="auto")
+    assert engine.devices == set()
+    assert engine.complete([[5, 6, 7]], 9) == demo_engine.complete([[5, 6, 7]], 9)
+
+
+def test_spreading_needs_accelerate_and_all_devices(monkeypatch):
+    pytest.importorskip("accelerate")
+    with pytest.raises(UserError, match="--device-map says where the model lies, --device cpu too"):
+        load_engine(DEMO, "cpu", device_map="auto")
+    monkeypatch.setattr(engine_file.ranks, "count", lambda: 2)
+    with pytest.raises(UserError, match="call it with python, not torchrun"):
+        load_engine(DEMO, device_map="auto")
+    monkeypatch.setattr(engine_file.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install accelerate"):
+        load_engine(DEMO, device_map="auto")
+
+
+def test_each_rank_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(engine_file.ranks, "count_here", lambda: 2)
+    monkeypatch.setattr(engine_file.ranks, "place_here", lambda: 1)
+    monkeypatch.setattr(engine_file.torch, "empty", lambda *sizes, device: None)  # so that there seem to be GPUs
+    assert engine_file.require_device("cuda") == "cuda:1" and engine_file.require_device("cpu") == "cpu"
+    with pytest.raises(UserError, match="--device cuda:0: all ranks would be on it"):
+        engine_file.require_device("cuda:0")
+    monkeypatch.setattr(engine_file.torch.cuda, "is_available", lambda: True)
+    assert engine_file.require_device("auto") == "cuda:1"
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has it")
+def test_mps_is_refused_in_one_line_where_there_is_none():
+    with pytest.raises(UserError, match="--device mps cannot be used here: it needs a Mac") as error:
+        load_engine(DEMO, "mps")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [0.9, float("nan")])
+def test_a_device_whose_gradients_are_not_those_of_the_cpu_is_refused(demo_tokenizer, monkeypatch, wrong):
+    """There is no such device here, so the first of the two gradients is made wrong."""
+    engine, ids = tiny_engine("llama", demo_tokenizer, torch.float32), torch.arange(3, 15)[None]
+    engine.check_gradient(ids)
+    right, factors = engine.gradient_of_likeliest, iter([wrong, 1.0])
+    assert right(ids).abs().sum() > 0
+    monkeypatch.setattr(engine, "gradient_of_likeliest", lambda ids: right(ids) * next(factors))
+    with pytest.raises(UserError, match="gradients on --device cpu are not those of the CPU"):
+        engine.check_gradient(ids)
 
 
 # --- Sampling ------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ TOP = {
 }
 SUPPORT = (
     "files",
+    "ranks",
     "identity",
     "tokens",
     "progress",
@@ -169,7 +170,8 @@ def test_a_file_in_support_imports_only_from_support(name):
         ("own", {"files"}),
         ("tasks", {"files", "own", "reading"}),
         ("sources", {"files", "own", "reading", "rouge", "tasks"}),
-        ("settings", {"files", "own", "tasks"}),
+        ("ranks", {"files"}),
+        ("settings", {"files", "own", "ranks", "tasks"}),
     ],
 )
 def test_the_ground_floor_of_support_imports_only_what_is_below_it(name, allowed):

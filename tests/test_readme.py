@@ -151,11 +151,16 @@ def known_flags(script):
 @pytest.mark.parametrize("command", sorted({*commands("bash"), *commands("sh"), *inline_commands()}))
 def test_every_flag_in_a_command_is_one_of_its_script(command):
     words = shlex.split(command)
-    assert words[0] in ("python", "vllm", "transformers")
-    if words[0] != "python" or words[1] == "-m":  # not ours
+    assert words[0] in ("python", "torchrun", "vllm", "transformers")
+    if words[0] in ("vllm", "transformers") or words[1] == "-m":  # not ours
         return
-    assert (ROOT / words[1]).exists()
-    assert {word for word in words if word.startswith("--")} <= known_flags(words[1])
+    (script,) = (word for word in words if word.endswith(".py"))
+    assert (ROOT / script).exists()
+    ours = words[words.index(script) :]
+    assert words[: -len(ours)] == ["python"] or re.fullmatch(
+        r"torchrun --nproc-per-node \d", " ".join(words[: -len(ours)])
+    )
+    assert {word for word in ours if word.startswith("--")} <= known_flags(script)
 
 
 def test_every_flag_in_a_sentence_is_one_of_some_script():

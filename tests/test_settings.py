@@ -252,6 +252,7 @@ def test_help_shows_the_values_that_a_flag_may_have_and_its_default_where_there_
         ("--steps many", "argument --steps: invalid int value: 'many'"),
         ("--dry-run maybe", "argument --dry-run: yes or no, not 'maybe'"),
         ("--objective los", "--objective must be one of loss, error, probability, not 'los'"),
+        ("--device-map even", "--device-map must be one of auto, not 'even'"),
         ("--device gpu", "--device must be auto, cpu, cuda, cuda:N or mps, not 'gpu'"),
         ("--dtype half", "--dtype must be one of auto, float32, bfloat16, float16, not 'half'"),
         ("--kind words", "--kind must be one of number, choice, boolean, label, text, generation, not 'words'"),
