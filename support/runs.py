@@ -341,7 +341,12 @@ def read_run(folder, **kinds):
     return record
 
 
-NEWER = {"audit_every": 0, "margin": 0.0, "positions": "one"}  # as it was before there were these settings
+NEWER = {
+    "audit_every": 0,
+    "margin": 0.0,
+    "positions": "one",
+    "word_starts": False,
+}  # as it was before there were these settings
 
 
 def with_answer_space(record):

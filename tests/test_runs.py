@@ -10,6 +10,7 @@ from conftest import ROOT
 from made_runs import STEPS, finalist, make_run, result, step
 
 from support.files import UserError, write_json, write_jsonl
+from support.resume import write_record
 from support.runs import (
     Best,
     Candidate,
@@ -20,7 +21,6 @@ from support.runs import (
     Tried,
     Unfinished,
     as_step,
-    begin_run,
     changed_parts,
     described,
     dev_warning,
@@ -405,12 +405,12 @@ def test_a_run_from_before_the_settings_beyond_the_paper_goes_on_as_it_began(tmp
         "config": {"task": "demo", "model": "m", "shortlist": "gradient", "answer_space": "choices"},
         "task": {"name": "demo"},
     }
-    begin_run(tmp_path, record)
+    write_record(tmp_path, record)
     config = read_run(tmp_path, task=str)["config"]
-    new = ("audit_every", "margin", "positions", "edits")
+    new = ("audit_every", "margin", "positions", "edits", "word_starts")
     assert {name: config[name] for name in new} == {name: getattr(SearchSettings(), name) for name in new}
     del record["config"]["shortlist"]  # a text method has none of them
-    begin_run(tmp_path, record)
+    write_record(tmp_path, record)
     assert not set(new) & read_run(tmp_path, task=str)["config"].keys()
 
 
