@@ -2,6 +2,9 @@
 
     python benchmarks/claims.py                     # the tables in benchmarks/README.md
     python benchmarks/claims.py --seeds 3 --budgets 1000
+    python benchmarks/claims.py --arms options --train-rows 24 --mu 3 --budgets 1000 2000 4000 8000
+
+`--arms options`: what goes beyond the paper (beyond_paper.py, --margin, --objective), each against the full method.
 
 An arm searches until its next step would take it over the budget of generated tokens; its current prompt is then
 scored on all held-out test rows. A seed draws the training rows and every random choice. The table gives the mean
@@ -20,6 +23,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import greater_core as core
+from beyond_paper import visit
 from support.answerers import local_answerer
 from support.engine import load_engine
 from support.evaluation import accuracy, error_text, evaluate, mean_of_runs
@@ -28,12 +32,25 @@ from support.sources import split_rows
 from support.tasks import get_task
 from support.tokens import encode_prompt, encode_row
 
+FULL = "full method"
 ARMS = {
-    "full method": {},
-    "random shortlist": {"shortlist": "random"},
-    "gradient without reasoning": {"gradient_without_reasoning": True},
-    "selection by error": {"objective": "error"},
-    "lambda 0": {"fluency_weight": 0.0},
+    "claims": {
+        FULL: {},
+        "random shortlist": {"shortlist": "random"},
+        "gradient without reasoning": {"gradient_without_reasoning": True},
+        "selection by error": {"objective": "error"},
+        "lambda 0": {"fluency_weight": 0.0},
+    },
+    "options": {
+        FULL: {},
+        "likeliest shortlist": {"shortlist": "likeliest"},
+        "margin 1": {"margin": 1.0},
+        "margin 2": {"margin": 2.0},
+        "probability": {"objective": "probability"},
+        "all positions": {"positions": "all"},
+        "insert, delete": {"edits": ["substitute", "insert", "delete"]},
+        "all positions, margin 1": {"positions": "all", "margin": 1.0},
+    },
 }
 STARTS = {
     "neutral": "read the problem here and find the answer now .",
@@ -47,7 +64,7 @@ def search(engine, task, data, start, settings, budgets):
     rows = [encode_row(engine.tokenizer, task, row) for row in train]
     prompt_ids = encode_prompt(engine.tokenizer, task, train[0]["question"], start)[1]
     found, prompt = {}, start
-    for step in core.optimize(engine, rows, prompt_ids, settings):
+    for step in core.optimize(engine, rows, prompt_ids, settings, visit=visit):
         tokens = step.totals["generated_tokens"]
         found |= {budget: prompt for budget in budgets if budget < tokens and budget not in found}
         if len(found) == len(budgets):
@@ -65,11 +82,11 @@ def draw(results, budgets, path):
 
     figure, panels = plt.subplots(1, len(STARTS), figsize=(11, 4.2), sharey=True, layout="constrained")
     for panel, start in zip(panels, STARTS):
-        for n, arm in enumerate(ARMS):
+        for n, arm in enumerate(results[start]):
             points = [mean_of_runs(results[start][arm][budget]) for budget in budgets]
             means, errors = ([100 * value for value in column] for column in zip(*points))
             xs = [budget * (1 + 0.03 * (n - 2)) for budget in budgets]  # side by side, so that no bar hides another
-            panel.errorbar(xs, means, errors, marker="osD^v"[n], markersize=5, capsize=3, label=arm)
+            panel.errorbar(xs, means, errors, marker="osD^v<>p"[n], markersize=5, capsize=3, label=arm)
         panel.set(title=f"{start} start: “{STARTS[start]}”", xlabel="generated tokens", xscale="log")
         panel.set_xticks(budgets, [str(b) for b in budgets], minor=False)
         panel.minorticks_off()
@@ -82,6 +99,7 @@ def draw(results, budgets, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arms", choices=ARMS, default="claims", help="what is compared with the full method")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--train-rows", type=int, default=10)
     parser.add_argument("--mu", type=int, default=1, help="shortlist size of every arm")
@@ -91,7 +109,7 @@ def main():
     started, task = time.time(), get_task("demo")
     engine = load_engine(str(ROOT / "demo" / "model"), "cpu", "float32")
     answerer = local_answerer(engine, ROOT / "demo" / "model")
-    data, known = split_rows(task), {}
+    data, known, arms = split_rows(task), {}, ARMS[flags.arms]
 
     def test_accuracy(prompt, settings):
         if prompt not in known:
@@ -99,12 +117,12 @@ def main():
             known[prompt] = accuracy([p["correct"] for p in outcomes])[0]
         return known[prompt]
 
-    results = {start: {arm: {budget: [] for budget in flags.budgets} for arm in ARMS} for start in STARTS}
-    jobs = [(start, arm, seed) for start in STARTS for arm in ARMS for seed in range(flags.seeds)]
+    results = {start: {arm: {budget: [] for budget in flags.budgets} for arm in arms} for start in STARTS}
+    jobs = [(start, arm, seed) for start in STARTS for arm in arms for seed in range(flags.seeds)]
     for start, arm, seed in tqdm(jobs, unit="search"):
         common = {"max_new_tokens": 40, "batch_size": 200, "gradient_batch_size": 40, "max_prompt_tokens": 20}
         sizes = {"steps": 100, "train_rows": flags.train_rows, "shortlist_size": flags.mu}
-        settings = SearchSettings(**common, **sizes, seed=seed, **ARMS[arm])
+        settings = SearchSettings(**common, **sizes, seed=seed, **arms[arm])
         prompts = search(engine, task, data, STARTS[start], settings, flags.budgets)
         for budget, prompt in prompts.items():
             results[start][arm][budget].append(test_accuracy(prompt, settings))
@@ -112,13 +130,13 @@ def main():
     for start in STARTS:
         print(f"\n{start} start: {STARTS[start]}  ({100 * test_accuracy(STARTS[start], settings):.1f} % on test)")
         print(f"{'arm':28s}" + "".join(f"{f'{budget} tokens':>28s}" for budget in flags.budgets))
-        for arm in ARMS:
+        for arm in arms:
             cells = []
             for budget in flags.budgets:
                 mean, error = mean_of_runs(results[start][arm][budget])
-                pairs = zip(results[start][arm][budget], results[start]["full method"][budget])
+                pairs = zip(results[start][arm][budget], results[start][FULL][budget])
                 gap, gap_error = mean_of_runs([a - b for a, b in pairs])
-                versus = "" if arm == "full method" else f" ({100 * gap:+5.1f} ± {error_text(gap_error)})"
+                versus = "" if arm == FULL else f" ({100 * gap:+5.1f} ± {error_text(gap_error)})"
                 cells.append(f"{100 * mean:5.1f} ± {error_text(error)}{versus:>16s}")
             print(f"{arm:28s}" + "".join(f"{cell:>28s}" for cell in cells))
     flags.out.mkdir(parents=True, exist_ok=True)
