@@ -31,6 +31,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
+from support import ranks
 from support.files import (
     UserError,
     append_jsonl,
@@ -290,7 +291,8 @@ def run_evaluation(evaluation, path, results, elsewhere=()):
     started = time.perf_counter()
     kept = kept_predictions(evaluation, path, results)
     if all("answered_in" in prediction for prediction in kept.values()):  # none was made yet
-        taken = answered_before(evaluation, [path, *(Path(folder) / path.name for folder in elsewhere)])
+        paths = [path, *(Path(folder) / path.name for folder in elsewhere)]
+        taken = ranks.first(lambda: answered_before(evaluation, paths))  # others may write there meanwhile
         taken = [prediction for prediction in taken if prediction["id"] not in kept]
         if taken:
             append_jsonl(path, *taken)
