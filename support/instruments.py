@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.evaluation import Z, wilson
+from support.evaluation import Z, mcnemar, wilson
 from support.files import UserError, require, short_name
 from support.runs import (
     PROMPT_FIELDS,
@@ -34,6 +34,7 @@ from support.runs import (
 
 DRAWS = 1000  # of a bootstrap
 LEAST = 10  # steps below which a bootstrap's interval is too narrow to say anything
+SIGNIFICANT = 0.05  # a p-value below it tells the audits that the gradient won from those that it lost
 MEASURES = {  # of what the change is taken: fields of a `Tried`
     "fixed_loss": "loss behind the old reasoning",
     "cross_entropy": "cross-entropy, reasoned anew",
@@ -503,9 +504,13 @@ def signal_verdict(signal):
 def gradient_sentence(signal):
     advantage, within = signal.advantage, signal.correlations["objective", False][0]
     if advantage:
-        helped = told(advantage, "The gradient helped", "The gradient hurt", "That the gradient helped cannot be told")
+        unknown = "That the gradient helped cannot be told"
+        helped = told(advantage, "The gradient helped", "The gradient hurt", unknown)
+        if mcnemar(*signal.ahead) >= SIGNIFICANT:  # a few large differences make a mean, and no more
+            helped = unknown
         lower = f"the best of its shortlist has an objective {advantage.text(3)} lower than the best of a random one"
-        return f"{helped}: {lower} ({advantage.steps} steps)."
+        better, worse = signal.ahead
+        return f"{helped}: {lower} ({advantage.steps} steps: lower in {better}, higher in {worse})."
     if within:
         order = told(within, "better than chance", "worse than chance", "not told from chance")
         ranked = f"The gradient ordered its own shortlist {order}: rank correlation {within.text()} in"

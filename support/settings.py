@@ -145,7 +145,7 @@ class SearchSettings(GenerationSettings):
     choose_on: str = flag("dev", "rows that choose the final prompt among the best of the run")
     max_prompt_tokens: int = flag(64, "a prompt stops growing at this length")
     gradient_batch_size: int = flag(0, "rows in one forward and backward pass; 0: by the model's size")
-    audit_every: int = flag(0, "spend generations of every so manieth step on what the gradient is worth; 0: of none")
+    audit_every: int = flag(0, "every N steps spend some more generations to see what the gradient is worth; 0: never")
     seed: int = flag(0, "draws the training rows and the sampled rows of each step")
 
     @property

@@ -161,16 +161,17 @@ def test_optimism_is_the_accuracy_on_the_rows_that_chose_less_that_on_dev():
 
 
 @pytest.mark.parametrize(
-    ("interval", "verdict"),
+    ("interval", "ahead", "verdict"),
     [
-        (Interval(0.3, 0.1, 0.5, 20), "The gradient helped: "),
-        (Interval(-0.3, -0.5, -0.1, 20), "The gradient hurt: "),
-        (Interval(0.3, -0.1, 0.5, 20), "That the gradient helped cannot be told: "),
-        (Interval(0.3, 0.1, 0.5, 9), "That the gradient helped cannot be told: "),  # of so few steps
+        (Interval(0.3, 0.1, 0.5, 20), (16, 2), "The gradient helped: "),
+        (Interval(-0.3, -0.5, -0.1, 20), (2, 16), "The gradient hurt: "),
+        (Interval(0.3, -0.1, 0.5, 20), (16, 2), "That the gradient helped cannot be told: "),
+        (Interval(0.3, 0.1, 0.5, 9), (9, 0), "That the gradient helped cannot be told: "),  # of so few steps
+        (Interval(0.3, 0.1, 0.5, 20), (6, 1), "That the gradient helped cannot be told: "),  # p = 0.125
     ],
 )
-def test_the_gradient_helped_only_where_the_interval_of_enough_audits_is_above_zero(interval, verdict):
-    signal = replace(instruments.signal_of(AUDITED), advantage=interval)
+def test_the_gradient_helped_only_where_interval_and_count_of_enough_audits_say_so(interval, ahead, verdict):
+    signal = replace(instruments.signal_of(AUDITED), advantage=interval, ahead=ahead)
     assert instruments.gradient_sentence(signal).startswith(verdict)
 
 
