@@ -187,6 +187,8 @@ class SearchSettings(GenerationSettings):
         require(not (moves and self.force_sentence_end), forced)
         every = self.positions == "all" and self.shortlist == "all"
         require(not every, "--positions all with --shortlist all would try hundreds of prompts in a step: choose one")
+        first = self.positions == "all" and self.shortlist == "likeliest"  # would be those of the first position
+        require(not first, "--shortlist likeliest compares the proposals of one position: leave out --positions all")
 
     def require_rows(self, count):
         """Errors: UserError if so many training rows are too few for --margin."""

@@ -327,6 +327,7 @@ def test_only_a_task_of_own_rows_keeps_the_flags_for_them():
         ({"edits": ["delete", "delete"]}, "--edits must be some of"),
         ({"positions": "two"}, "--positions must be one of"),
         ({"positions": "all", "shortlist": "all"}, "choose one"),
+        ({"positions": "all", "shortlist": "likeliest"}, "leave out --positions all"),
         ({"positions": "all", "force_sentence_end": True}, "leave out --positions"),
         ({"edits": ["insert"], "force_sentence_end": True}, "leave out --positions"),
         ({"audit_every": -1}, "--audit-every must not be negative"),
