@@ -13,7 +13,9 @@ MARK = "[INSTRUCTION]"  # where the prompt stands in what an optimizer is shown
 ANY_TAG = re.compile(r"<[^<>]+>|</?prompt", re.I)
 THOUGHT = re.compile(r"<think>.*?(</think>|$)", re.S)
 LABEL = re.compile(r"^(?:here is |here's )?(?:the |a |an |my )?(?:new |improved |better |final )*prompt\s*:\s*", re.I)
-RUN, SHORTEST = 8, 4  # words in succession that no prompt shares by chance with a longer text, or a whole shorter one
+# Words in succession that no prompt shares by chance: with a longer text, with what one question alone says, or with a
+# whole short question.
+RUN, RUN_OF_ONE, SHORTEST = 8, 6, 4
 
 # Why a reply gives no prompt.
 EMPTY = "empty"
@@ -55,10 +57,10 @@ def words_of(text):
     return re.findall(r"\w+", text.lower())
 
 
-def word_runs(text):
-    """Each `RUN` words in succession."""
+def word_runs(text, length=RUN):
+    """Each so many words in succession."""
     words = words_of(text)
-    return {tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1)}
+    return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 
 @dataclass
@@ -71,12 +73,15 @@ class Judge:
     templates: tuple[str, ...] = ()  # of meta-prompts, which a reply may copy
     tokenizer: object = None  # the task model's
     questions: set = field(init=False)
+    of_one: set = field(init=False)  # what one question alone says: others may share the task's words
     short_questions: set = field(init=False)  # as words with spaces around them
     meta_prompts: set = field(init=False)
     echoes: set = field(init=False)
 
     def __post_init__(self):
         self.questions = set().union(*[word_runs(row["question"]) for row in self.rows])
+        runs = Counter(run for row in self.rows for run in word_runs(row["question"], RUN_OF_ONE))
+        self.of_one = {run for run, count in runs.items() if count == 1}
         words = [words_of(row["question"]) for row in self.rows]
         self.short_questions = {f" {' '.join(few)} " for few in words if SHORTEST <= len(few) < RUN}
         pieces = [piece for template in self.templates for piece in re.split(r"\{\w+\}", template)]
@@ -96,7 +101,8 @@ class Judge:
         if runs & self.meta_prompts or any(echo in prompt for echo in self.echoes):
             return COPIED
         text = f" {' '.join(words_of(prompt))} "
-        if runs & self.questions or any(few in text for few in self.short_questions) or self.gives_answer(prompt):
+        shared = runs & self.questions or word_runs(prompt, RUN_OF_ONE) & self.of_one
+        if shared or any(few in text for few in self.short_questions) or self.gives_answer(prompt):
             return LEAKING
         return "" if self.is_known(prompt) else UNKNOWN_WORDS
 

@@ -128,3 +128,14 @@ def test_the_summary_warns_of_an_optimizer_that_is_unfit():
     ]:
         assert warning in "\n".join(summary([step({}, 0), step(replies)], "OPRO"))
     assert "no reply of an optimizer" in summary([replace(good, replies={})], "GPO")[0]
+
+
+def test_six_words_leak_where_one_question_alone_has_them_and_not_where_all_have():
+    about = "Is the following sentence about sports plausible to you? "
+    rows = [{"question": about + rest, "answer": "yes"} for rest in ("Ann Lee called for the screen.", "Bo Ray ran.")]
+    of_rows = Judge(own_task("text"), rows, 100, ())
+    assert of_rows.refusal('Translate "Ann Lee called for the screen."') == LEAKING
+    assert of_rows.refusal("Ann Lee called for the ball.") == ""  # five words
+    assert (
+        of_rows.refusal("Say if the following sentence about sports plausible to is.") == ""
+    )  # of the task, not of a row
