@@ -17,7 +17,7 @@ import re
 from support.plans import rounds_over
 from support.proposals import MARK
 from support.runs import TextStep, timed
-from support.trials import best_of, distinct, shortened, show_cases, show_scored
+from support.trials import best_of, distinct, promising, shortened, show_cases, show_scored
 
 RULES = "It must suit every question of this task, so do not repeat a question or an answer in it."
 REPLY = "Reply with the instruction alone, in this form: <prompt>text of the instruction</prompt>"
@@ -252,7 +252,7 @@ class Apo(Method):
         children = []
         for number, kept in enumerate(search.pool):
             children += self.children_of(search, kept.prompt, batch, search.rng(f"parent {number}"))
-        return children
+        return promising(search, children)
 
     def children_of(self, search, prompt, batch, rng):
         """Some of a prompt's edits and rewordings. batch: ids of the rows whose mistakes count; rng: draws."""

@@ -169,7 +169,7 @@ def measured(setup, loop, trials):
         evaluation = Evaluation(setup.answerer, setup.task, split, rows[split], prompt, flags)
         return evaluate_once(evaluation, folder, role)
 
-    scored = sorted(trials.scored, key=lambda prompt: -trials.accuracy(prompt))
+    scored = sorted(trials.answered, key=lambda prompt: -trials.accuracy(prompt))
     prompts = []
     for prompt in dict.fromkeys([*scored[: flags.finalists], initial]):
         accuracy = evaluate(prompt, "candidate", "dev")["accuracy"]
@@ -204,11 +204,11 @@ def table_row(title, loop, reached):
     return [
         title,
         loop,
-        len(reached.trials.scored),
+        len(reached.trials.answered),
         totals["scored_generations"],
         totals["optimizer_requests"],
         totals["optimizer_samples"],
-        f"{100 * max(map(reached.trials.accuracy, reached.trials.scored)):.1f}",
+        f"{100 * max(map(reached.trials.accuracy, reached.trials.answered)):.1f}",
         f"{100 * best['dev_accuracy']:.1f}",
         f"{100 * reached.results['best']['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
         f"{100 * change['difference']:+.1f}",

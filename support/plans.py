@@ -4,6 +4,7 @@ The numbers are those of a run in which every reply gives a good and new prompt 
 take less. Works without torch.
 """
 
+import math
 from dataclasses import dataclass
 
 STALLED = 10  # rounds without a new prompt
@@ -44,8 +45,10 @@ def round_calls(settings, pool):
         groups, sources = settings.groups, settings.groups + 1
         rewordings = sources * settings.paraphrases
         requests = 2 * groups + (sources if rewordings else 0)
-        prompts = min(settings.children, groups + rewordings)
-        return Calls(pool * prompts, pool * requests, pool * (2 * groups + rewordings))
+        prompts = pool * min(settings.children, groups + rewordings)
+        if settings.bandit:  # its answers, as prompts on all rows, and the prompts that it lets through
+            prompts = min(prompts, math.ceil(settings.bandit / settings.train_rows) + settings.beam)
+        return Calls(prompts, pool * requests, pool * (2 * groups + rewordings))
     if settings.method == "pe2":
         return Calls(pool * count, 2 * pool * count, 2 * pool * count)
     if settings.method == "textgrad":

@@ -356,6 +356,8 @@ def with_answer_space(record):
     if "shortlist" in config:  # of GReaTer
         for name, value in {**NEWER, "edits": ["substitute"]}.items():
             config.setdefault(name, value)
+    if config.get("method") == "APO":
+        config.setdefault("bandit", 0)
     if "answer_space" not in config:
         known = TASKS.get(task.get("name"))
         config |= {"answer_space": "vocabulary", "extractor": task["extractor"], "template": task["template"]}

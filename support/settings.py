@@ -244,6 +244,7 @@ TEXT_METHODS = {
         "errors": 4,
         "paraphrases": 2,
         "children": 4,
+        "bandit": 0,
     },
     "pe2": {"rounds": 5, "samples": 4, "beam": 4, "optimizer_temperature": 0.7, "errors": 2},
     "textgrad": {"rounds": 24, "errors": 3, "optimizer_temperature": 0.0},
@@ -292,6 +293,7 @@ class TextSettings:
     minibatch: int | None = flag(None, "apo: training rows in which a round looks for mistakes")
     paraphrases: int | None = flag(None, "apo: rewordings of each edited prompt and of its parent")
     children: int | None = flag(None, "apo: new prompts of a kept one that are scored, drawn by the seed")
+    bandit: int | None = flag(None, "apo: answers by which UCB chooses among a round's children; 0: all are scored")
     retrieval: str | None = flag(None, f"gpo: which earlier prompts are shown: {', '.join(RETRIEVALS)}")
     refinement: str | None = flag(None, f"gpo: how a new prompt comes from the current one: {', '.join(REFINEMENTS)}")
     word_schedule: str | None = flag(None, f"gpo: how many words may change: {', '.join(WORD_SCHEDULES)}")
@@ -308,7 +310,7 @@ class TextSettings:
                 continue
             require(name in self.own_settings, f"{as_flag(name)}: --method {self.method} has no such setting")
             if isinstance(value, int):
-                least = 0 if name in ("paraphrases", "exemplars") else 1
+                least = 0 if name in ("paraphrases", "exemplars", "bandit") else 1
                 require(value >= least, f"{as_flag(name)} must be at least {least}")
         known = {"retrieval": RETRIEVALS, "refinement": REFINEMENTS, "word_schedule": WORD_SCHEDULES}
         for name, values in known.items():

@@ -10,6 +10,7 @@ had never stopped.
 Works without torch.
 """
 
+import math
 import random
 import statistics
 from collections import Counter, defaultdict
@@ -33,6 +34,8 @@ from support.runs import Scored
 from support.tasks import Task
 from support.tokens import encode, encode_prompt
 
+ELSEWHERE = {"answered_in": ""}  # in the place of a prediction: the row is not asked now
+PULL = 8  # rows that a bandit asks at once
 LONGEST_SHOWN = 600  # characters of a text that is shown
 RIGHT_ANSWER, REFERENCE = "Right answer", "A good text"
 FOR_SCORES = {  # parts of the meta-prompts, and what stands in their place where texts are generated and get scores
@@ -59,7 +62,7 @@ class Trials:
     folder: Path
     engine: object = None  # engine.Engine of the task model, for what needs more than texts
     totals: Counter = field(default_factory=Counter)  # see runs.TextStep
-    scored: dict[str, list[dict]] = field(default_factory=dict)  # {prompt: its predictions on all rows}
+    answered: dict[str, dict] = field(default_factory=dict)  # {prompt: {row's id: Prediction}}
 
     def __post_init__(self):
         self.calls_path, self.rows_path = self.folder / "optimizer.jsonl", self.folder / "train_predictions.jsonl"
@@ -134,24 +137,38 @@ class Trials:
 
     # --- The task model ---
 
-    def affords(self, prompt):
-        """Whether the budget still holds the prompt's generations; those of one that was scored cost nothing."""
-        after = self.totals["scored_generations"] + len(self.rows)
-        return prompt in self.scored or not self.settings.budget or after <= self.settings.budget
+    def affords(self, prompt, rows=None):
+        """Whether the budget still holds the prompt's generations on these training rows, or on all; those that are
+        there cost nothing."""
+        after = self.totals["scored_generations"] + len(self.unanswered(prompt, rows or self.rows))
+        return not self.settings.budget or after <= self.settings.budget
 
-    def predictions(self, prompt):
-        """A `Prediction` of each training row under the prompt, each generated once."""
-        if prompt not in self.scored:
-            evaluation = Evaluation(self.answerer, self.task, "train", self.rows, prompt, self.settings)
-            kept = self.kept[evaluation.reference]
-            complete = all(row["id"] in kept for row in self.rows)
-            found = (
-                [kept[row["id"]] for row in self.rows] if complete else add_missing(evaluation, self.rows_path, kept)
-            )
-            self.scored[prompt] = found
-            self.totals["scored_generations"] += len(self.rows)
-            self.totals["generated_tokens"] += sum(prediction["tokens"] for prediction in found)
-        return self.scored[prompt]
+    def unanswered(self, prompt, rows):
+        return [row for row in rows if row["id"] not in self.answered.get(prompt, {})]
+
+    def predictions(self, prompt, rows=None):
+        """A `Prediction` of each of these training rows, or of all, under the prompt, each generated once."""
+        rows = rows or self.rows
+        new = self.unanswered(prompt, rows)
+        if new:
+            answered = self.answered.setdefault(prompt, {})
+            answered |= self.answers(prompt, new)
+            self.totals["scored_generations"] += len(new)
+            self.totals["generated_tokens"] += sum(answered[row["id"]]["tokens"] for row in new)
+        return [self.answered[prompt][row["id"]] for row in rows]
+
+    def answers(self, prompt, rows):
+        """{row's id: `Prediction`} of training rows under the prompt, those on disk from there. What is missing is made
+        in one evaluation with the others of these rows, so that a run that goes on makes the same batches."""
+        evaluation = Evaluation(self.answerer, self.task, "train", self.rows, prompt, self.settings)
+        kept = self.kept[evaluation.reference]
+        if any(row["id"] not in kept for row in rows):
+            asked = {row["id"] for row in rows}
+            others = {row["id"]: ELSEWHERE for row in self.rows if row["id"] not in asked}
+            own = {row_id: prediction for row_id, prediction in kept.items() if row_id in asked}
+            made = add_missing(evaluation, self.rows_path, others | own)
+            kept |= {row["id"]: prediction for row, prediction in zip(self.rows, made) if row["id"] in asked}
+        return {row["id"]: kept[row["id"]] for row in rows}
 
     def accuracy(self, prompt):
         """The prompt's accuracy on the training rows, `paper` reading."""
@@ -260,13 +277,44 @@ class Search:
             if not self.trials.affords(prompt):
                 return None
             accuracy = self.trials.accuracy(prompt)
-            tokens = sum(prediction["tokens"] for prediction in self.trials.scored[prompt])
+            tokens = sum(prediction["tokens"] for prediction in self.trials.predictions(prompt))
             self.archive[prompt] = Scored(prompt, accuracy, tokens, self.step)
         return self.archive[prompt]
 
     def top(self, count):
         """The best of all prompts so far; of equals the first."""
         return best_of(self.archive.values(), count)
+
+
+def promising(search, prompts):
+    """Of new prompts as many as a round keeps: those that do best on parts of the training rows, by the bandit UCB1
+    with at most `settings.bandit` answers; all of them where that is 0.
+
+    A pull asks `PULL` rows, of an order drawn for the round, under the prompt with the highest bound: its accuracy so
+    far, and the more the less is known of it. The answers count as scored generations and are not asked again."""
+    trials, settings = search.trials, search.settings
+    if not settings.bandit:
+        return prompts
+    order = search.draw_rows(len(trials.rows), "bandit")
+    points, asked = dict.fromkeys(prompts, 0.0), dict.fromkeys(prompts, 0)
+
+    def bound(prompt):
+        if not asked[prompt]:
+            return math.inf
+        return points[prompt] / asked[prompt] + math.sqrt(math.log(sum(asked.values())) / asked[prompt])
+
+    while sum(asked.values()) < settings.bandit:
+        unfinished = [prompt for prompt in prompts if asked[prompt] < len(order)]
+        if not unfinished:
+            break
+        prompt = max(unfinished, key=bound)
+        rows = order[asked[prompt] : asked[prompt] + PULL]
+        if not trials.affords(prompt, rows):
+            break
+        points[prompt] += sum(prediction["correct"] for prediction in trials.predictions(prompt, rows))
+        asked[prompt] += len(rows)
+    tried = [prompt for prompt in points if asked[prompt]]
+    return sorted(tried, key=lambda prompt: -points[prompt] / asked[prompt])[: settings.beam]
 
 
 def best_of(scored, count):

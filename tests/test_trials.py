@@ -10,7 +10,7 @@ from support.evaluation import Generation, Written
 from support.files import UserError, read_jsonl, write_jsonl
 from support.proposals import Judge, unknown_tokens
 from support.rouge import rouge_l
-from support.trials import FOR_SCORES, Search, Trials, shortened, show_cases
+from support.trials import FOR_SCORES, PULL, Search, Trials, promising, shortened, show_cases
 from text_optimizers import METHODS
 
 ROWS = [{"id": "a", "question": "1 + 1", "answer": "2"}, {"id": "b", "question": "2 + 1", "answer": "3"}]
@@ -217,3 +217,62 @@ def test_prompts_of_like_words_are_more_alike_than_others_to_the_model(of_the_de
         "check each step .", ["check each step .", "check each sum .", "rush hastily ."]
     )
     assert likeness[0] == pytest.approx(1) and likeness[0] > likeness[1] > likeness[2]
+
+
+# --- The bandit --------------------------------------------------------------------------------------
+
+MANY = [{"id": str(n), "question": f"{n} + 1", "answer": str(n + 1)} for n in range(40)]
+
+
+class Known(Model):
+    """Answers right in so many of forty rows under each prompt."""
+
+    def __init__(self, right):
+        super().__init__()
+        self.right = right
+
+    def generate(self, task, rows, prompt, settings, done):
+        self.generated.append((prompt, [row["id"] for row in rows]))
+        for row in rows:
+            if row["id"] not in done:
+                right = int(row["id"]) < self.right[prompt]
+                yield [Generation(row, "so", row["answer"] if right else "99", 5, False)]
+
+
+def bandit_search(model, folder, **changes):
+    settings = text_settings("apo", **changes)
+    return Search(Trials(model.answerer, model.answerer, own_task(), MANY, settings, folder), None, [], 1)
+
+
+def test_a_bandit_lets_the_best_through_and_asks_less_than_all_rows(tmp_path):
+    right = {f"prompt {n} .": n * 8 for n in range(6)}  # of 40 rows
+    search = bandit_search(Known(right), tmp_path, bandit=96, beam=2)
+    kept = promising(search, list(right))
+    assert set(kept) == {"prompt 5 .", "prompt 4 ."} and search.trials.totals["scored_generations"] == 96
+    assert search.score(kept[0]).accuracy == 40 / 40 or kept[0] == "prompt 4 ."
+    before = search.trials.totals["scored_generations"]
+    answered = len(search.trials.answered["prompt 3 ."])
+    search.score("prompt 3 .")  # only the rows that the bandit did not ask
+    assert 0 < answered < 40 and search.trials.totals["scored_generations"] == before + 40 - answered
+
+
+def test_without_a_bandit_all_go_on_and_one_keeps_to_the_budget(tmp_path):
+    right = {"one .": 40, "two .": 0}
+    assert promising(bandit_search(Known(right), tmp_path), list(right)) == list(right)
+    search = bandit_search(Known(right), tmp_path, bandit=80, beam=1, budget=3 * PULL + 1)
+    assert promising(search, list(right)) == ["one ."]
+    assert search.trials.totals["scored_generations"] == 3 * PULL
+
+
+def test_a_bandit_that_was_killed_makes_the_same_pulls_in_the_same_batches(tmp_path):
+    right = {"one .": 30, "two .": 20, "three .": 10}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    whole = Known(right)
+    kept = promising(bandit_search(whole, tmp_path / "a", bandit=64, beam=2), list(right))
+    lines = read_jsonl(tmp_path / "a" / "train_predictions.jsonl")
+    write_jsonl(tmp_path / "b" / "train_predictions.jsonl", lines[: 3 * PULL + 3])  # killed in the fourth pull
+    again = Known(right)
+    assert promising(bandit_search(again, tmp_path / "b", bandit=64, beam=2), list(right)) == kept
+    assert again.generated == whole.generated[3:]
+    assert read_jsonl(tmp_path / "b" / "train_predictions.jsonl") == lines
