@@ -223,6 +223,27 @@ def test_a_model_that_gives_other_logits_in_pieces_is_refused(demo_tokenizer, mo
         engine.check()
 
 
+def test_a_model_in_half_precision_is_refused_where_it_differs_by_more_than_rounding_does(demo_tokenizer, monkeypatch):
+    engine = tiny_engine("llama", demo_tokenizer, torch.bfloat16)
+    ids = torch.arange(3, 15)[None]
+    plain = torch.randn(12, 40)
+    pieces = plain[-7:] + 0.5 * torch.randn(7, 40)
+    monkeypatch.setattr(Engine, "roughness", lambda self, ids: torch.tensor(0.3))  # of a model with large states
+    engine.require_same(plain, pieces, ids)
+    monkeypatch.setattr(Engine, "roughness", lambda self, ids: torch.tensor(0.1))
+    with pytest.raises(UserError, match="other logits .* Try --dtype float32$"):
+        engine.require_same(plain, pieces, ids)
+
+
+def test_the_roughness_of_a_model_is_about_what_half_precision_does_to_its_logits(demo_tokenizer):
+    half, whole = (tiny_engine("llama", demo_tokenizer, dtype) for dtype in (torch.bfloat16, torch.float32))
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        apart = (half.model(input_ids=ids).logits[0, -7:].float() - whole.model(input_ids=ids).logits[0, -7:]).std()
+    assert 0.2 < (half.roughness(ids) / apart).item() < 5
+    assert whole.roughness(ids) < 1e-3 * half.roughness(ids)
+
+
 def test_a_model_that_does_not_know_where_its_padding_ends_is_refused(demo_tokenizer):
     """Bart takes its positions from the columns, whatever it is told."""
     config = BartConfig(
