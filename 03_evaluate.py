@@ -234,9 +234,14 @@ def show_mistakes(predictions, rows, flags):
     for row, prediction in shown:
         print(f"  {prediction['id']}  gold {prediction['gold']}, read {prediction['answer']}")
         # A question and a reasoning end with what matters, a reply begins with it.
-        print(f"    question   {row['question'][-200:]!r}")
-        print(f"    reasoning  {prediction['text'][-200:]!r}")
+        print(f"    question   {ending(row['question'])}")
+        print(f"    reasoning  {ending(prediction['text'])}")
         print(f"    reply      {prediction['reply'][:200]!r}")
+
+
+def ending(text):
+    """The last words of a text, in quotation marks."""
+    return repr(text if len(text) <= 200 else f"... {text[-200:].partition(' ')[2]}")
 
 
 def show_worst(predictions, rows, flags):

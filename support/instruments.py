@@ -20,6 +20,7 @@ import numpy as np
 
 from support.evaluation import Z, mcnemar, wilson
 from support.files import UserError, require, short_name
+from support.own import is_own, own_name
 from support.runs import (
     PROMPT_FIELDS,
     RowOutcomes,
@@ -512,7 +513,7 @@ def gradient_sentence(signal):
         better, worse = signal.ahead
         return f"{helped}: {lower} ({advantage.steps} steps: lower in {better}, higher in {worse})."
     if within:
-        order = told(within, "better than chance", "worse than chance", "not told from chance")
+        order = told(within, "better than chance", "worse than chance", "in a way that cannot be told from chance")
         ranked = f"The gradient ordered its own shortlist {order}: rank correlation {within.text()} in"
         return f"{ranked} {within.steps} steps; against a random shortlist only --audit-every compares it."
     return "Whether the gradient helped is not recorded."
@@ -537,8 +538,8 @@ def gain_sentence(signal):
     if again:
         noise += f", {again.objective.value:.3g} between equal prompts in other batches"
     return (
-        f"The gain on training rows over the initial prompt, {gain.mean:.3g}, is {'' if beyond else 'not '}beyond the "
-        f"noise ({noise}); as the best of many it is rather too large."
+        f"The gain in the objective on training rows, {gain.mean:.3g} below the initial prompt's, is "
+        f"{'' if beyond else 'not '}beyond the noise ({noise}); as the best of many it is rather too large."
     )
 
 
@@ -559,7 +560,8 @@ def load_search(folder):
     steps = whole_steps(path)
     require(len(steps) > 1, f"{folder} has no step behind its start yet")
     prompts = folder / "prompts.jsonl"
-    run = Run(folder, config, config["task"], short_name(config["model"]), method, [], steps)
+    task = own_name(config["task"]) if is_own(config["task"]) else config["task"]
+    run = Run(folder, config, task, short_name(config["model"]), method, [], steps)
     run.prompts = read_records(prompts, PROMPT_FIELDS) if prompts.exists() else []
     return run
 

@@ -117,7 +117,9 @@ def read_table(path):
                     records.append(record)
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}: {error}; save it as UTF-8") from None
-    except (OSError, csv.Error) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except csv.Error as error:
         raise UserError(f"cannot read {path}: {error} (a quotation mark that is never closed?)") from None
     return records
 

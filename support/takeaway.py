@@ -129,6 +129,8 @@ def ask(question):
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit("say which question: python use_transformers.py QUESTION ...")
     for question in sys.argv[1:]:
         print(ask(question)[0])
 '''
@@ -169,6 +171,8 @@ def ask(client, question, go_on=CONTINUE):
 
 
 if __name__ == "__main__":
+    if not sys.argv[2:]:
+        sys.exit("say where and what: python use_server.py URL QUESTION ...")
     # Without a key of its own the client would send your token for the Hugging Face hub to this server.
     client = InferenceClient(base_url=sys.argv[1], api_key=os.environ.get("OPENAI_API_KEY") or "none")
     for question in sys.argv[2:]:

@@ -180,7 +180,7 @@ def test_the_gradient_helped_only_where_interval_and_count_of_enough_audits_say_
     [
         (Interval(0.3, 0.1, 0.5, 20), "better than chance"),
         (Interval(-0.3, -0.5, -0.1, 20), "worse than chance"),
-        (Interval(0.1, -0.1, 0.3, 20), "not told from chance"),
+        (Interval(0.1, -0.1, 0.3, 20), "in a way that cannot be told from chance"),
     ],
 )
 def test_without_audits_the_verdict_says_how_the_shortlist_was_ordered_and_no_more(within, order):

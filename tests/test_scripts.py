@@ -69,7 +69,7 @@ def test_stage_2_says_at_its_end_what_stage_3_says_of_the_gradient_and_the_noise
     folder, printed = finished
     said = good("03_evaluate.py", "--signal", "runs/demo-seed0", folder=folder)
     verdict = said.splitlines()[-3:-1]
-    assert verdict[0].startswith("The gradient ordered") and "The gain on training rows" in verdict[1]
+    assert verdict[0].startswith("The gradient ordered") and "The gain in the objective on training rows" in verdict[1]
     assert "\n".join(verdict) in printed
     assert (folder / "runs" / "demo-seed0" / "signal.png").exists()
 
