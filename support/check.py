@@ -198,9 +198,11 @@ def warnings(checked, task, train, settings):
         found.append("All of these rows are right already, so there is little to find: choose a harder --task.")
     answers, golds = ({p[name] for p in predictions} for name in ("answer", "gold"))
     if task.choices and len(answers) == 1 < len(golds) and not unread >= MOST:
+        fixed = f"{task.template} {task.system}"
+        named = all(re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", fixed, re.I) for choice in task.choices)
+        first = "choose a stronger --model" if named else "name the answers in --template"
         found.append(
-            f"Every row is answered with {answers.pop()!r}, whatever it asks: name the answers in --template, or set "
-            "another --extractor."
+            f"Every row is answered with {answers.pop()!r}, whatever it asks: {first}, or set another --extractor."
         )
     guess = guessing(task, train)
     if guess is not None and right <= guess and not unread >= MOST:

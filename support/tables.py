@@ -159,7 +159,16 @@ def outcome_report(outcome, name):
     if "best" in names:
         parts.append(comparison_table(name, ["initial"], outcome.predictions))
     parts.append(verdict(outcome.prompts, compare_reading(*outcome.predictions, "paper")))
+    parts += one_answer(outcome.predictions[-1])
     return "\n\n".join(parts)
+
+
+def one_answer(predictions):
+    """A warning, in a list, if a prompt has the same answer read in all rows, though others are right in some."""
+    answers, golds = ({prediction[field] for prediction in predictions} for field in ("answer", "gold"))
+    if len(answers) > 1 or len(golds) == 1 or None in answers:  # that none is read the table says
+        return []
+    return [f"Warning: under the best prompt every test row is answered with {answers.pop()!r}, whatever it asks."]
 
 
 def seeds_report(outcomes, name):

@@ -90,7 +90,10 @@ def test_one_answer_to_rows_with_several_is_said():
     assert warnings(checked, CLOSED, EVEN, settings()) == []  # the rows at hand have one right answer
     checked.predictions[0]["gold"] = "B"
     (warning,) = warnings(checked, CLOSED, EVEN, settings())
-    assert "Every row is answered with 'A'" in warning and "--template" in warning
+    assert "Every row is answered with 'A'" in warning and "name the answers in --template" in warning
+    named = replace(CLOSED, template=f"{' or '.join(CLOSED.choices)}? {{question}} {{prompt}}")
+    (warning,) = warnings(checked, named, EVEN, settings())
+    assert "Every row is answered with 'A'" in warning and "stronger --model" in warning
 
 
 def test_rows_that_are_all_right_leave_nothing_to_find():

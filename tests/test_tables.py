@@ -175,3 +175,12 @@ def test_the_verdict_on_texts_is_in_points_of_the_mean_score(difference, words):
         {"prompt": "read it .", "initial": True, "dev_accuracy": 0.5},
     ]
     assert tables.verdict(prompts, compare_scores([0.5] * 9, [0.5 + difference] * 9)).endswith(words)
+
+
+def test_one_answer_to_all_test_rows_is_said_at_the_end_of_a_run():
+    rows = [{"answer": "A", "gold": gold} for gold in "ABA"]
+    (warning,) = tables.one_answer(rows)
+    assert "every test row is answered with 'A'" in warning
+    assert tables.one_answer([*rows, {"answer": "B", "gold": "B"}]) == []
+    assert tables.one_answer([row | {"gold": "A"} for row in rows]) == []
+    assert tables.one_answer([row | {"answer": None} for row in rows]) == []
