@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,6 +86,15 @@ class TorchInDouble:
 
     def __getattr__(self, name):
         return getattr(torch, name)
+
+
+@pytest.fixture(autouse=True)
+def same_signals():
+    """A stage that a test runs in this process blocks signals at its end, also those of processes begun later."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if hasattr(signal, "pthread_sigmask") else None
+    yield
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @pytest.fixture
