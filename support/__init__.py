@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,10 +43,12 @@ def stop_on_signals():
 
 
 def end_of_work():
-    """From here on no signal cuts the process short: it ends by itself at once. Python puts the usual handlers back
-    while it ends, under which a stage that has done all would seem to have been killed."""
-    if hasattr(signal, "pthread_sigmask") and is_stage(sys.modules["__main__"]):  # Windows has no such mask
-        signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, name) for name in EXIT_CODES})
+    """From here on no signal cuts the process short: it ends by itself at once. While Python ends it puts its handlers
+    back to the system's, under which a stage that has done all would seem to have been killed; what is ignored stays
+    ignored, in all threads."""
+    if is_stage(sys.modules["__main__"]) and threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def is_stage(program):

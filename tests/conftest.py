@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from transformers.models.qwen3 import modeling_qwen3
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from support import EXIT_CODES  # noqa: E402
 from support.engine import Engine, load_engine  # noqa: E402
 from support.settings import SearchSettings, TextSettings  # noqa: E402
 from support.sources import split_rows  # noqa: E402
@@ -90,11 +92,21 @@ class TorchInDouble:
 
 @pytest.fixture(autouse=True)
 def same_signals():
-    """A stage that a test runs in this process blocks signals at its end, also those of processes begun later."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if hasattr(signal, "pthread_sigmask") else None
-    yield
-    if mask is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    """A stage that a test runs in this process ignores signals at its end, and so would processes begun later."""
+    with kept_signals():
+        yield
+
+
+@contextmanager
+def kept_signals():
+    """The handlers of the signals that end a stage are afterwards what they were."""
+    numbers = [getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture

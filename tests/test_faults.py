@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, kept_signals
 
 from support import files
 from support.files import UserError, append_jsonl, read_appended, read_jsonl, write_jsonl
@@ -52,16 +52,14 @@ def call(command, folder):
     before, argv, code = os.getcwd(), sys.argv, 0
     os.chdir(folder)
     sys.argv = [script, *arguments]
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # a stage's end blocks signals, also of processes begun later
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), kept_signals():
             runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
     finally:
         os.chdir(before)
         sys.argv = argv
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return Done(code, out.getvalue(), err.getvalue())
 
 
@@ -772,7 +770,8 @@ def test_a_stage_that_has_done_its_work_is_not_killed_while_python_ends(tmp_path
     script = ROOT / "01_prepare_data.py"
     # As a stage: a signal comes when main() is over and Python takes everything down.
     code = (
-        "import atexit, os, sys; import __main__; "
+        "import atexit, os, sys, threading, time; import __main__; "
+        "threading.Thread(target=time.sleep, args=[60], daemon=True).start(); "  # a thread of a library
         f"__main__.__file__ = {str(script)!r}; sys.path.insert(0, {str(ROOT)!r}); "
         "from support.settings import run_script; "
         f"atexit.register(lambda: os.kill(os.getpid(), {int(number)})); run_script(lambda: print('done'))"
