@@ -397,11 +397,11 @@ def proposals(search, prefix, step, admit):
     before = [*search.rows[0].question, *prefix.tokens][-1]
     likeliest = log_probs.mean(0).argmax().item()  # a piece of a word only where the model itself would write it
 
-    def admit_word(token):
-        glued = settings.word_starts and token != likeliest
-        return not (glued and continues_word(search.engine.tokenizer, before, token)) and admit(token)
+    def may_stand(token):
+        any_token = not settings.word_starts or token == likeliest
+        return (any_token or not continues_word(search.engine.tokenizer, before, token)) and admit(token)
 
-    return agreed(propose_candidates(log_probs, samples, settings.top_k, settings.min_candidates, admit_word))
+    return agreed(propose_candidates(log_probs, samples, settings.top_k, settings.min_candidates, may_stand))
 
 
 def search_step(search, prefix, step):
