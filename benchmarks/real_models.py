@@ -45,6 +45,7 @@ class Setting:
     finalists: int = 5  # prompts of a search that compete on dev rows
     eval_rows: int = 0  # dev and test rows, at most so many of each; 0: all
     initial_prompt: str = ""  # empty: the task's own
+    audit_every: int = 0  # GReaTer's searches: the step of which generations say what the gradient is worth; 0: none
 
 
 # Qwen's reasonings on 24 dev rows of bbh/navigate, at most 320 tokens (chosen by length, not by accuracy): under the
@@ -77,6 +78,8 @@ METHODS = {  # what --methods calls it: (its name in tables, flags of stage 2)
     "greater": ("GReaTer", {}),
     "random": ("random shortlist", {"shortlist": "random"}),
     "likeliest": ("likeliest shortlist", {"shortlist": "likeliest"}),
+    "all-positions": ("all positions", {"positions": "all"}),
+    "margin": ("margin 1", {"margin": 1}),
 }
 BASELINES = ("empty", "zero-shot chain of thought")
 # Tasks of which --headroom finds those to run: a closed set of answers, questions of less than 500 letters.
@@ -144,13 +147,15 @@ class PieceFlags:
     def search_flags(self, method, setting):
         """{flag: value} of stage 2 that a search by the method has besides those of every piece."""
         names = ("train_rows", "steps", "shortlist_size", "finalists")
-        return {name: getattr(setting, name) for name in names} | self.KNOWN[method][1]
+        audits = {"audit_every": setting.audit_every} if method == "greater" and setting.audit_every else {}
+        return {name: getattr(setting, name) for name in names} | audits | self.KNOWN[method][1]
 
 
 @dataclass
 class Flags(PieceFlags):
     out: str = flag("runs/real-models", "folder of all pieces and of the tables")
     steps: int = flag(0, "steps of a search, instead of the script's table; 0: the table's")
+    audit_every: int = flag(0, "audit every so many steps of GReaTer's searches (see stage 2); 0: none")
     headroom: bool = flag(False, f"measure the initial prompts on {HEADROOM_ROWS} dev rows of many tasks instead")
 
     def usual_tasks(self):
@@ -467,8 +472,11 @@ def method_label(piece, name, flags):
 
 
 def search_minutes(folder):
-    """Minutes of a search's steps and of its evaluations on dev and test rows, each counted once."""
-    minutes = sum(sum(step.seconds.values()) for step in read_steps(folder / "steps.jsonl")) / 60
+    """Minutes of a search's steps, without audits, and of its evaluations on dev and test rows, each counted once."""
+    seconds = 0.0
+    for step in read_steps(folder / "steps.jsonl"):
+        seconds += sum(step.seconds.values()) - step.seconds.get("audit", 0)
+    minutes = seconds / 60
     by_evaluation = {reference_of(result): result["minutes"] for result in read_results(folder / "results.jsonl")}
     return minutes + sum(by_evaluation.values())
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from support.evaluation import compare, mean_of_runs
+from support.instruments import share_text, signal_of_all, with_incumbent
 from support.pictures import METHOD_COLORS, new_figure
 from support.report import markdown
 from support.runs import Step
@@ -198,6 +199,39 @@ def rows_table(measurements):
     return markdown(rows)
 
 
+def signal_table(searches):
+    """What the gradient was worth, over the steps of all tasks and seeds: a row per model and method."""
+    head = ["model", "method", "searches", "steps", "replaced, %", "best by rank 1, %", "old reasoning", "anew"]
+    rows = [[*head, "audits: lower, higher", "by", "flips, %", "again, %"]]
+    by_method = defaultdict(list)
+    for search in searches:
+        by_method[search.model, search.method].append(search.steps)
+    for (model, method), several in by_method.items():
+        signal = signal_of_all(several)
+        replaced = [before.prompt_ids != step.prompt_ids for steps in several for before, step in with_incumbent(steps)]
+        first = share_text(signal.wins.best[0], sum(signal.wins.best)) if signal.wins else ""
+        ranks = [signal.correlations[measure, False][0] for measure in ("fixed_loss", "objective")]
+        flips = [changed and changed.flips for changed in (signal.tried, signal.again)]
+        rows.append(
+            [
+                *(model, method, len(several), signal.steps, share_text(sum(replaced), len(replaced)), first),
+                *(rank.text() if rank else "" for rank in ranks),
+                f"{signal.audits}: {signal.ahead[0]}, {signal.ahead[1]}" if signal.ahead else "",
+                signal.advantage.text(3) if signal.advantage else "",
+                *(flip.text(1, 100) if flip else "" for flip in flips),
+            ]
+        )
+    return markdown(rows)
+
+
+SIGNAL_LEGEND = """In brackets 95 % intervals over the steps of all searches. Best by rank 1: steps in which the try
+with the most negative gradient was the best one of its shortlist. Old reasoning, anew: mean rank correlation within
+steps of the predicted change with that of the loss behind the incumbent's reasoning, and of the objective when the
+model reasons anew. Audits: how often the lowest objective of the gradient's shortlist was lower or higher than that of
+a random one beside it, and by how much lower it is on average. Flips: training rows whose outcome a try changed;
+again: the same for the same prompt in other batches."""
+
+
 def search_table(searches):
     """Training rows at the start and at the step of the lowest objective; dev rows of initial and chosen prompt."""
     rows = [["task", "model", "method", "seed", "error", "objective", "at step", "dev, %", "chosen prompt"]]
@@ -239,6 +273,7 @@ def write_results(study, out):
     if study.searches:
         about = "Error rate and objective on the training rows: initial prompt → step of the lowest objective."
         parts += ["## Searches", about, search_table(study.searches)]
+        parts += ["## The gradient", signal_table(study.searches), SIGNAL_LEGEND]
     if study.transfers:
         about = "Prompts on a model that they were not found with; the difference is to the initial prompt there."
         parts += ["## Transfer", about, accuracy_table(study.transfers)]

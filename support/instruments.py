@@ -1,6 +1,7 @@
 """What a search of GReaTer says about its own signal: did the gradient help, was the gain beyond the noise?
 
     signal_of(steps, prompts, rows)   a `Signal`, from the records of a run, finished or not
+    signal_of_all(searches)           the same of the steps of several runs together
     signal_text(signal)               tables of it
     signal_verdict(signal)            two sentences
 
@@ -12,7 +13,7 @@ import math
 import shutil
 import tempfile
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,8 +104,12 @@ def place_of(record):
 
 def with_incumbent(steps):
     """[(the step before, step)] of those steps that had a token to replace."""
-    pairs = zip(steps, steps[1:])
-    return [(before, step) for before, step in pairs if step.position < len(before.prompt_ids)]
+    found = []
+    for before, step in zip(steps, steps[1:]):
+        starts = step.position is None  # the start of another search behind the end of one
+        if not starts and step.position < len(before.prompt_ids):
+            found.append((before, step))
+    return found
 
 
 def tried_in(step, drawn=False):
@@ -324,6 +329,14 @@ def signal_of(steps, prompts=(), rows=0):
     """The `Signal` of a search.
 
     steps: its `Step`s; prompts: the records of prompts.jsonl, none of an unfinished run; rows: how many train."""
+    return replace(signal_of_all([steps]), gain=gain_of(steps, prompts), optimism=optimism_of(prompts, rows))
+
+
+def signal_of_all(searches):
+    """The `Signal` of several searches together, lists of `Step`s; without what concerns the end of a single one."""
+    steps = []
+    for own in searches:
+        steps += [replace(step, step=len(steps) + step.step) for step in own]  # the numbers tell the steps apart
     pairs = with_incumbent(steps)
     correlations = {}
     for drawn in (False, True):
@@ -338,7 +351,7 @@ def signal_of(steps, prompts=(), rows=0):
     audited = [(before, step) for before, step in pairs if step.audit]
     differences = [lowest(step.audit.drawn) - lowest(tried_in(step)) for _, step in audited]
     return Signal(
-        steps=len(steps) - 1,
+        steps=len(steps) - len(searches),  # without the starts
         audits=len(audited),
         audit_generations=sum(step.audit.generations for _, step in audited),
         wins=wins_of(steps),
@@ -349,8 +362,8 @@ def signal_of(steps, prompts=(), rows=0):
         advantage=bootstrap(differences, mean_of),
         ahead=(sum(d > 0 for d in differences), sum(d < 0 for d in differences)) if audited else None,
         accepted=accepted_of(pairs),
-        gain=gain_of(steps, prompts),
-        optimism=optimism_of(prompts, rows),
+        gain=None,
+        optimism=None,
     )
 
 

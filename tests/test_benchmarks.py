@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from conftest import ROOT
 from filelock import FileLock
+from made_runs import AUDITED, STEPS
 
-from support.files import CHECK, UserError, write_chained
+from support.files import CHECK, UserError, write_chained, write_jsonl
 from support.own import SPLITS
 from support.runs import Best, Scored, Step, TextStep, Tried
 from support.settings import TaskFlags
@@ -264,9 +266,9 @@ def test_the_two_readings_are_two_columns_never_mixed():
 def test_the_first_seed_of_everything_comes_before_the_second():
     flags = real_models.Flags(models=["a/x", "a/y"], tasks=["demo", "gsm8k"], seeds=[3, 4])
     pieces = real_models.plan(flags)
-    assert len(pieces) == len({piece.label for piece in pieces}) == 4 + 2 * (12 + 4)
+    assert len(pieces) == len({piece.label for piece in pieces}) == 4 + 2 * (20 + 4)
     seeds = [piece.seed for piece in pieces if piece.kind != "fixed"]
-    assert seeds == [3] * 16 + [4] * 16
+    assert seeds == [3] * 24 + [4] * 24
     for number, piece in enumerate(pieces):
         if piece.kind == "transfer":
             assert piece.search in pieces[:number]
@@ -277,7 +279,29 @@ def test_all_methods_take_as_many_steps_and_tries():
     greater, *others = [piece for piece in real_models.plan(flags) if piece.kind == "search"]
     values = real_models.stage_call(greater, flags)[1]
     calls = [real_models.stage_call(piece, flags)[1] for piece in others]
-    assert calls == [values | {"shortlist": name} for name in ("random", "likeliest")]
+    changes = [{"shortlist": "random"}, {"shortlist": "likeliest"}, {"positions": "all"}, {"margin": 1}]
+    assert calls == [values | change for change in changes]
+
+
+def test_audits_are_of_greaters_own_searches_and_no_minutes_of_theirs(tmp_path):
+    flags = real_models.Flags(models=["a/x"], tasks=["demo"], seeds=[0], audit_every=3, out=str(tmp_path))
+    greater, *others = [piece for piece in real_models.plan(flags) if piece.kind == "search"]
+    assert real_models.stage_call(greater, flags)[1]["audit_every"] == 3
+    assert all("audit_every" not in real_models.stage_call(piece, flags)[1] for piece in others)
+    seconds = [{"select": 60.0}, {"select": 30.0, "audit": 90.0}]
+    steps = [replace(one, seconds=own) for one, own in zip(STEPS, seconds)]
+    write_chained(tmp_path / "steps.jsonl", [asdict(one) for one in steps])
+    write_jsonl(tmp_path / "results.jsonl", [])
+    assert real_models.search_minutes(tmp_path) == 1.5
+
+
+def test_the_signal_of_a_methods_searches_is_one_row_over_all_tasks_and_seeds():
+    searches = [real_models_table.SearchRecord("t", "m", "GReaTer", seed, AUDITED, []) for seed in (0, 1)]
+    searches.append(real_models_table.SearchRecord("t", "m", "random shortlist", 0, STEPS[:1], []))
+    head, _, greater, random = real_models_table.signal_table(searches).splitlines()
+    cells = [cell.strip() for cell in greater.strip("|").split("|")]
+    assert cells[:6] == ["m", "GReaTer", "2", "6", "100.0 (61.0 to 100.0)", "100.0 (61.0 to 100.0)"]
+    assert cells[8] == "6: 4, 2" and head.count("|") == greater.count("|") == random.count("|")
 
 
 def open_tickets(folder):

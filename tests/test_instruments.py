@@ -122,6 +122,20 @@ def test_a_paired_gain_is_the_mean_difference_and_its_standard_error_without_bro
 # --- All of it ------------------------------------------------------------------------------------------------
 
 
+def test_searches_together_count_the_steps_of_each_and_none_between_them():
+    one, two = instruments.signal_of(AUDITED), instruments.signal_of_all([AUDITED, AUDITED])
+    assert (two.steps, two.audits, two.audit_generations) == (6, 6, 48)
+    assert two.wins == Wins(best=[6, 0], taken=[6, 0], kept=0, steps=6) and two.ahead == (4, 2)
+    assert two.advantage.value == pytest.approx(one.advantage.value) and two.advantage.steps == 6
+    for place, (within, _) in one.correlations.items():
+        twice = two.correlations[place][0]
+        assert (within and within.value) == (twice and twice.value) and (
+            twice is None or twice.steps == 2 * within.steps
+        )
+    assert two.again.flips.value == one.again.flips.value and two.again.flips.steps == 2 * one.again.flips.steps
+    assert two.gain is None is two.optimism
+
+
 def test_the_signal_of_a_run_is_the_one_worked_out_by_hand():
     signal = instruments.signal_of(AUDITED)
     assert (signal.steps, signal.audits, signal.audit_generations) == (3, 3, 24)
