@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from greater_core import (
     answer_loss,
-    candidate_gradients,
     generator_of,
     make_shortlist,
     mean_gradients,
     prefix_at,
+    prompt_nll,
     proposals,
     reason_and_score,
     score_of_rows,
@@ -225,18 +225,19 @@ def audited(search, prefix, taken):
     scored = {score.prompt_ids: score for score, _ in score_prompts(search, prefix, new)} if new else {}
     scores = search.scores | scored
     again = score_again(search, prefix)
+    fixed = fixed_losses(search, prefix, {prompt, *drawn, *(one.prompt_ids for one in taken.shortlist)})
 
     def tried(ids, one):
         place = {"token": one.token, "edit": one.edit, "position": one.position}
-        return Tried(**vars(scores[ids]), **place, new=ids in new, fixed_loss=fixed_loss(search, prefix, ids))
+        return Tried(**vars(scores[ids]), **place, new=ids in new, fixed_loss=fixed[ids])
 
     audit = Audit(
         drawn=[tried(ids, one) for ids, one in drawn.items()],
-        fixed_loss=fixed_loss(search, prefix, prompt),
+        fixed_loss=fixed[prompt],
         again=again,
         generations=(len(new) + 1) * len(search.rows),
     )
-    shortlist = [replace(one, fixed_loss=fixed_loss(search, prefix, one.prompt_ids)) for one in taken.shortlist]
+    shortlist = [replace(one, fixed_loss=fixed[one.prompt_ids]) for one in taken.shortlist]
     engine.counts["audit_tokens"] += engine.counts["generated_tokens"] - before["generated_tokens"]
     engine.counts["audit_generations"] += audit.generations
     engine.batch_sizes = batch_sizes  # lest memory that ran out here changes the batches of the search
@@ -266,11 +267,41 @@ def drawn_beside(search, taken, count):
     return make_shortlist(possible, {}, at_random, generator_of(settings, taken.step, "audit"))
 
 
-def fixed_loss(search, prefix, prompt):
-    """The mean training loss of a prompt behind the reasoning at hand, which is the current prompt's."""
-    position = len(prefix.tokens)
-    _, losses = candidate_gradients(search, prefix, prompt, [prompt[position]], search.reasoning)
-    return losses[losses.isfinite()].double().mean().item()
+def fixed_losses(search, prefix, prompts):
+    """{prompt: mean training loss} of prompts behind the reasoning at hand, which is the current prompt's."""
+    engine, settings, position = search.engine, search.settings, len(prefix.tokens)
+    tails = {}
+    for prompt in sorted(prompts):
+        for i, row in enumerate(search.rows):
+            tails[prompt, i] = [*prompt[position:], *row.turn_end, *search.reasoning[i], *row.extractor]
+
+    @torch.inference_mode()
+    def run(batch):
+        rows = [search.rows[i] for _, i in batch]
+        pairs = [(job, read) for job in batch for read in search.rows[job[1]].reads]
+        later = len(batch[0][0]) - position - 1  # as in `candidate_gradients`
+        ids, mask = pad([[*tails[job], *read] for job, read in pairs], engine.device)  # [B * R, S]
+        columns = [[*range(later), *answer_columns(len(tails[job]) + len(read), read)] for job, read in pairs]
+        count = len(pairs) // len(batch)  # R
+        logits = engine.forward(prefix.context.select([i for (_, i), _ in pairs]), ids, mask, columns)
+        logits = logits.unflatten(0, (-1, count))  # [B, R, later + A, V]
+        cross_entropy, _ = answer_loss(logits[:, :, later:], rows, settings.loss_temperature)
+        tokens = ids[::count, : later + 1]  # [B, 1 + later]
+        here = prefix.log_probs[[i for _, i in batch], tokens[:, 0]]  # [B]
+        nll = prompt_nll(prefix.nll[[i for _, i in batch]], here, logits[:, 0, :later], tokens[:, 1:])
+        return training_loss(cross_entropy, nll, settings).tolist()
+
+    losses = {}
+    for length in sorted(set(map(len, prompts))):  # insertions and deletions change it
+        jobs = [job for job in tails if len(job[0]) == length]
+        longest = max(len(tails[job]) for job in jobs) * len(search.rows[0].reads)
+        size = settings.gradient_batch_size or engine.rows_for_backward(longest)
+        losses |= zip(jobs, engine.over_rows(run, jobs, "audit", size, cost=lambda job: len(tails[job])))
+    means = {}
+    for prompt in prompts:
+        own = torch.tensor([losses[prompt, i] for i in range(len(search.rows))], dtype=torch.float64)
+        means[prompt] = own[own.isfinite()].mean().item()
+    return means
 
 
 def score_again(search, prefix):
