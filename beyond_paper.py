@@ -2,7 +2,9 @@
 
     --audit-every N                    spends generations of every N-th step on what the gradient is worth
     --positions all                    the best (position, token) pairs of the whole prompt, by one gradient
-    --edits substitute insert delete   tokens may also come and go, so that a prompt can shrink
+    --edits substitute insert delete   tokens may also come and go, so that a prompt can shrink; swap: change places
+    --gradient-samples N               a gradient averaged over N sampled reasonings and the greedy one
+    --distance-weight W                prefers tokens whose embedding is near, where a gradient says more
 
 `visit` takes a step with them; greater_core.optimize is told so. They use the functions of greater_core.py, and its
 shape letters. (--margin and --objective are there.)
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 
 from greater_core import (
     answer_loss,
+    candidate_gradients,
     generator_of,
     make_shortlist,
     mean_gradients,
@@ -30,7 +33,7 @@ from greater_core import (
     training_loss,
 )
 from support.answers import answer_columns, finite_rows
-from support.engine import pad
+from support.engine import Sampler, pad
 from support.ranks import agreed
 from support.runs import Audit, Candidate, Step, Tried, timed
 from support.tokens import survives_encoding
@@ -40,8 +43,7 @@ def visit(search, prefix, step):
     """The `Step` number `step` at the prefix's position, with an audit where it is due."""
     settings, before = search.settings, replace(search)  # where the search stood; both have the same dict of scores
     grows = len(prefix.tokens) == len(search.current.prompt_ids)  # as in the paper, whatever may be edited else
-    usual = settings.positions == "one" and settings.edits == ["substitute"]
-    taken = search_step(search, prefix, step) if grows or usual else edit_step(search, prefix, step)
+    taken = edit_step(search, prefix, step) if settings.edit_steps and not grows else search_step(search, prefix, step)
     every = settings.audit_every
     if not every or step % every or grows or not substituted(taken):  # a prompt that grows has no incumbent
         return taken
@@ -54,7 +56,7 @@ def visit(search, prefix, step):
 
 def edit_step(search, prefix, step):
     """A `Step` over the edits of the settings, at the prefix's position or, where this is 0, at all."""
-    kinds = {"substitute": substitutions, "insert": insertions, "delete": deletions}
+    kinds = {"substitute": substitutions, "insert": insertions, "delete": deletions, "swap": swaps}
     settings, prompt, seconds = search.settings, search.current.prompt_ids, {}
     candidates, tried = [], {}  # {prompt: Candidate}
     with timed(seconds, "gradient"):  # and proposals
@@ -82,9 +84,15 @@ def edit_step(search, prefix, step):
 def edited(prompt, candidate):
     """The prompt with a `Candidate`'s edit."""
     position = candidate.position
-    token = () if candidate.edit == "delete" else (candidate.token,)
-    behind = position if candidate.edit == "insert" else position + 1
-    return (*prompt[:position], *token, *prompt[behind:])
+    here, behind = prompt[position : position + 1], prompt[position + 1 :]
+    middle = {
+        "substitute": (candidate.token,),
+        "insert": (candidate.token, *here),
+        "delete": (),
+        "swap": (*prompt[position + 1 : position + 2], *here),
+    }
+    behind = behind[1:] if candidate.edit == "swap" else behind
+    return (*prompt[:position], *middle[candidate.edit], *behind)
 
 
 def may_stand(search, edit, position, token):
@@ -111,7 +119,7 @@ def substitutions(search, prefix, step):
         here = prefix_at(engine, prefix, prompt[:position], known=here)
         tokens, _ = proposals(search, here, step, partial(may_stand, search, "substitute", position))
         tokens_at[position] = [*tokens, prompt[position]]
-    gradients = gradients_of(search, prefix, tokens_at)
+    gradients = gradients_of(search, prefix, step, tokens_at)
     candidates, changes = [], {}  # {candidate: its gradient less that of the token it would replace}
     for position, tokens in tokens_at.items():
         own = gradients.get((position, prompt[position]))
@@ -121,7 +129,23 @@ def substitutions(search, prefix, step):
             candidates.append(candidate)
             if token != prompt[position] and (one or edited(prompt, candidate) not in search.scores):
                 changes[candidate] = None if gradient is None else gradient - own
+    if settings.distance_weight and settings.shortlist == "gradient":
+        changes = near_first(search, changes)
     return candidates, make_shortlist([*changes], changes, settings, generator_of(settings, step, "shortlist"))
+
+
+def near_first(search, changes):
+    """{candidate: predicted change, plus so many of their standard deviations for each one by which the embedding's
+    squared distance to the token that it would replace is above the mean}."""
+    candidates, prompt, weight = [*changes], search.current.prompt_ids, search.settings.distance_weight
+    ids = [[one.token for one in candidates], [prompt[one.position] for one in candidates]]
+    new, old = search.engine.embed(torch.tensor(ids, device=search.engine.device)).cpu().double()  # [K, E] each
+    distances = (new - old).square().sum(1)  # [K]
+    predicted = torch.tensor([changes[one] for one in candidates], dtype=torch.float64)
+    if len(candidates) < 2 or not distances.std() > 0:
+        return changes
+    penalties = weight * predicted.std() * (distances - distances.mean()) / distances.std()
+    return dict(zip(candidates, agreed((predicted + penalties).tolist())))
 
 
 def insertions(search, prefix, step):
@@ -150,17 +174,33 @@ def deletions(search, prefix, step):
     return candidates, candidates
 
 
-def gradients_of(search, prefix, tokens_at):
-    """{(position, token): gradient, mean over the rows} of {position: tokens with the prompt's own}; empty where the
-    shortlist does not need one."""
+def swaps(search, prefix, step):
+    """(candidates, those to try): two neighbours change places. The last token stays, as in `deletions`."""
+    prompt = search.current.prompt_ids
+    if len(prompt) < 3:
+        return [], []
+    place = a_place(search, prefix, step, "swap", len(prompt) - 2)
+    possible = place < len(prompt) - 2 and may_stand(search, "swap", place, prompt[place])
+    candidates = [Candidate(prompt[place], None, edit="swap", position=place)] if possible else []
+    return candidates, candidates
+
+
+def gradients_of(search, prefix, step, tokens_at):
+    """{(position, token): gradient, mean over the rows and their reasonings} of {position: tokens with the prompt's
+    own}; empty where the shortlist does not need one."""
     settings, prompt = search.settings, search.current.prompt_ids
-    if settings.positions == "one":
-        ((position, tokens),) = tokens_at.items()
-        return {(position, token): g for token, g in mean_gradients(search, prefix, prompt, tokens).items()}
     if settings.shortlist != "gradient":
         return {}
-    reasoning = [[] for _ in search.rows] if settings.gradient_without_reasoning else search.reasoning
-    per_row = gradients_everywhere(search, prefix, [*tokens_at.values()], reasoning)  # [B, P, K]
+    if settings.gradient_without_reasoning:
+        reasonings = [[[] for _ in search.rows]]
+    else:
+        reasonings = [search.reasoning, *sampled_reasonings(search, prefix, step)]
+    if settings.positions == "one":
+        ((position, tokens),) = tokens_at.items()
+        own = [candidate_gradients(search, prefix, prompt, tokens, one)[0][:, None] for one in reasonings]
+    else:
+        own = [gradients_everywhere(search, prefix, [*tokens_at.values()], one) for one in reasonings]
+    per_row = torch.stack(own).nanmean(0)  # [B, P, K]; a row counts with those of its reasonings that are finite
     whole = finite_rows(per_row, f"the gradient is not finite at ids {list(prompt)}", search.engine.dtype_hint)
     means = agreed(per_row[whole].cpu().double().mean(0).tolist())
     return {
@@ -168,6 +208,34 @@ def gradients_of(search, prefix, tokens_at):
         for (position, tokens), at_position in zip(tokens_at.items(), means)
         for token, gradient in zip(tokens, at_position)
     }
+
+
+def sampled_reasonings(search, prefix, step):
+    """So many reasonings of each row as the settings say, drawn from the model under the current prompt."""
+    engine, settings, prompt, position = search.engine, search.settings, search.current.prompt_ids, len(prefix.tokens)
+    jobs = [(n, i) for n in range(settings.gradient_samples) for i in range(len(search.rows))]
+    if not jobs:
+        return []
+
+    @torch.inference_mode()
+    def run(batch):
+        numbers = [i for _, i in batch]
+        heads = [[*search.rows[i].question, *prefix.tokens] for i in numbers]
+        tails = [[*prompt[position:], *search.rows[i].turn_end] for i in numbers]
+        context, logits = engine.read_tails(prefix.context, numbers, heads, tails, 0)  # [B, 1, V]
+        sampler = Sampler(1.0, [f"{settings.seed}/{step}/reasoning/{n}/{i}" for n, i in batch])
+        drawn = [None] * len(batch)
+        limits = [settings.max_new_tokens] * len(batch)
+        for ended in engine.generate(context, logits[:, -1].clone(), limits, sampler):
+            for n, ids in zip(ended.rows, ended.ids):
+                drawn[n] = ids
+        return drawn
+
+    longest = prefix.context.mask.shape[1] + len(prompt) + max(row.behind for row in search.rows)
+    size = settings.batch_size or engine.rows_that_fit(longest + 1 + settings.max_new_tokens, 1 + len(prompt))
+    engine.counts["sampled_generations"] += len(jobs)
+    found = engine.over_rows(run, jobs, "sampling", size, cost=lambda job: search.rows[job[1]].length)
+    return [found[start : start + len(search.rows)] for start in range(0, len(found), len(search.rows))]
 
 
 def gradients_everywhere(search, questions, tokens_at, reasoning):

@@ -101,7 +101,7 @@ KNOWN_VALUES = {  # of flags; an empty one leaves it to the task
 }
 
 
-EDITS = ("substitute", "insert", "delete")
+EDITS = ("substitute", "insert", "delete", "swap")
 MARGIN_ROWS = 24  # the least that a standard error over rows is taken of
 
 
@@ -140,6 +140,12 @@ class SearchSettings(GenerationSettings):
     edits: list[str] = field(
         default_factory=lambda: ["substitute"], metadata={"help": f"what a step tries: {', '.join(EDITS)}"}
     )
+    gradient_samples: int = flag(
+        0, "average the gradient over so many sampled reasonings of each row and the greedy one"
+    )
+    distance_weight: float = flag(
+        0.0, "how much the shortlist prefers tokens whose embeddings are near those that they would replace"
+    )
     ties: str = flag("first", "which of equal objectives is taken; first: the incumbent, then by gradient")
     force_sentence_end: bool = flag(False, "take a shortlisted full stop at once in the prompt's second half")
     choose_on: str = flag("dev", "rows that choose the final prompt among the best of the run")
@@ -150,9 +156,11 @@ class SearchSettings(GenerationSettings):
 
     @property
     def tries_per_step(self):
-        """How many prompts a step scores, about: without a shortlist there are as many as candidates."""
+        """How many prompts a step scores, about: without a shortlist there are as many as candidates. Reasonings
+        sampled for its gradient count as well."""
         shortlist = self.min_candidates if self.shortlist == "all" else self.shortlist_size
-        return shortlist * len({"substitute", "insert"} & set(self.edits)) + ("delete" in self.edits)
+        one_each = {"delete", "swap"} & set(self.edits)
+        return shortlist * len({"substitute", "insert"} & set(self.edits)) + len(one_each) + self.gradient_samples
 
     @property
     def audited_prompts(self):
@@ -160,17 +168,22 @@ class SearchSettings(GenerationSettings):
         return (self.shortlist_size + 1) * (self.steps // self.audit_every if self.audit_every else 0)
 
     @property
+    def edit_steps(self):
+        """{name: value} of the settings that make beyond_paper.py search otherwise than the paper; {} if none does."""
+        usual = {"positions": "one", "edits": ["substitute"], "gradient_samples": 0, "distance_weight": 0.0}
+        return {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
+
+    @property
     def beyond_paper(self):
         """The settings, as words, whose steps beyond_paper.py takes; "" where none does."""
-        usual = {"audit_every": 0, "positions": "one", "edits": ["substitute"]}
-        found = {name: getattr(self, name) for name in usual}
-        return ", ".join(f"{name} {value}" for name, value in found.items() if value != usual[name])
+        audits = {"audit_every": self.audit_every} if self.audit_every else {}
+        return ", ".join(f"{name} {value}" for name, value in (audits | self.edit_steps).items())
 
     def __post_init__(self):
         super().__post_init__()
         for name in AT_LEAST_ONE:
             require(getattr(self, name) >= 1, f"{as_flag(name)} must be at least 1")
-        for name in ("gradient_batch_size", "audit_every"):
+        for name in ("gradient_batch_size", "audit_every", "gradient_samples"):
             require(getattr(self, name) >= 0, f"{as_flag(name)} must not be negative")
         require(self.steps >= 0, "--steps must not be negative")
         require(0 <= self.fluency_weight < math.inf, "--lambda must be a number not below 0")
@@ -179,12 +192,16 @@ class SearchSettings(GenerationSettings):
             if hasattr(self, name):
                 require_known(name, getattr(self, name))
         require(0 <= self.margin < math.inf, "--margin must be a number not below 0")
+        require(0 <= self.distance_weight < math.inf, "--distance-weight must be a number not below 0")
         self.require_rows(self.train_rows)
         edits = self.edits and set(self.edits) <= set(EDITS) and len(set(self.edits)) == len(self.edits)
         require(edits, f"--edits must be some of {', '.join(EDITS)}, each once, not {' '.join(self.edits)!r}")
-        moves = self.positions != "one" or self.edits != ["substitute"]
-        forced = "--force-sentence-end knows one position and substitution only: leave out --positions and --edits"
-        require(not (moves and self.force_sentence_end), forced)
+        forced = f"--force-sentence-end: leave out {', '.join(map(as_flag, self.edit_steps))}"
+        require(not (self.edit_steps and self.force_sentence_end), forced)
+        idle = (self.gradient_samples or self.distance_weight) and self.shortlist != "gradient"
+        require(not idle, f"--shortlist {self.shortlist} takes no gradient: no --gradient-samples, --distance-weight")
+        apart = self.gradient_samples and (self.gradient_without_reasoning or "insert" in self.edits)
+        require(not apart, "--gradient-samples: leave out --gradient-without-reasoning and --edits insert")
         every = self.positions == "all" and self.shortlist == "all"
         require(not every, "--positions all with --shortlist all would try hundreds of prompts in a step: choose one")
         first = self.positions == "all" and self.shortlist == "likeliest"  # would be those of the first position

@@ -322,14 +322,20 @@ def test_only_a_task_of_own_rows_keeps_the_flags_for_them():
     [
         ({"margin": -1.0}, "--margin must be"),
         ({"margin": math.nan}, "--margin must be"),
-        ({"edits": ["swap"]}, "--edits must be some of"),
+        ({"edits": ["reverse"]}, "--edits must be some of"),
         ({"edits": []}, "--edits must be some of"),
         ({"edits": ["delete", "delete"]}, "--edits must be some of"),
         ({"positions": "two"}, "--positions must be one of"),
         ({"positions": "all", "shortlist": "all"}, "choose one"),
         ({"positions": "all", "shortlist": "likeliest"}, "leave out --positions all"),
         ({"positions": "all", "force_sentence_end": True}, "leave out --positions"),
-        ({"edits": ["insert"], "force_sentence_end": True}, "leave out --positions"),
+        ({"edits": ["insert"], "force_sentence_end": True}, "leave out --edits"),
+        ({"gradient_samples": -1}, "--gradient-samples must not be negative"),
+        ({"gradient_samples": 2, "shortlist": "random"}, "--shortlist random takes no gradient"),
+        ({"gradient_samples": 2, "gradient_without_reasoning": True}, "leave out --gradient-without-reasoning"),
+        ({"gradient_samples": 2, "edits": ["insert"]}, "--edits insert"),
+        ({"distance_weight": -1.0}, "--distance-weight must be"),
+        ({"distance_weight": 1.0, "shortlist": "likeliest"}, "--shortlist likeliest takes no gradient"),
         ({"audit_every": -1}, "--audit-every must not be negative"),
     ],
 )
@@ -341,6 +347,7 @@ def test_settings_beyond_the_paper_that_make_no_sense_are_refused(changes, messa
 def test_a_step_s_tries_are_counted_for_each_kind_of_edit():
     assert SearchSettings().tries_per_step == 3 and SearchSettings().beyond_paper == ""
     assert SearchSettings(edits=["substitute", "insert", "delete"], positions="all").tries_per_step == 7
+    assert SearchSettings(edits=["substitute", "swap"], gradient_samples=4).tries_per_step == 8
     assert SearchSettings(edits=["delete"]).tries_per_step == 1
     assert SearchSettings(audit_every=5, steps=104).audited_prompts == 80
     assert "positions all" in SearchSettings(positions="all").beyond_paper
