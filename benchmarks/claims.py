@@ -3,8 +3,11 @@
     python benchmarks/claims.py                     # the tables in benchmarks/README.md
     python benchmarks/claims.py --seeds 3 --budgets 1000
     python benchmarks/claims.py --arms options --train-rows 24 --mu 3 --budgets 1000 2000 4000 8000
+    python benchmarks/claims.py --arms presets --train-rows 40 --mu 3 --budgets 4000 8000 16000 32000 --problems long
 
-`--arms options`: what goes beyond the paper (beyond_paper.py, --margin, --objective), each against the full method.
+`--arms options` and `--arms more`: what goes beyond the paper (beyond_paper.py, --margin, --objective), each against
+the full method; `--arms presets`: --preset best against it. `--problems long`: 4 or 5 operations joined by "and", where
+the demo's own have 1 to 5 joined by commas.
 
 An arm searches until its next step would take it over the budget of generated tokens; its current prompt is then
 scored on all held-out test rows. A seed draws the training rows and every random choice. The table gives the mean
@@ -27,7 +30,7 @@ from beyond_paper import visit
 from support.answerers import local_answerer
 from support.engine import load_engine
 from support.evaluation import accuracy, error_text, evaluate, mean_of_runs
-from support.settings import SearchSettings
+from support.settings import PRESETS, SearchSettings
 from support.sources import split_rows
 from support.tasks import get_task
 from support.tokens import encode_prompt, encode_row
@@ -51,11 +54,31 @@ ARMS = {
         "insert, delete": {"edits": ["substitute", "insert", "delete"]},
         "all positions, margin 1": {"positions": "all", "margin": 1.0},
     },
+    "more": {
+        FULL: {},
+        "swap": {"edits": ["substitute", "swap"]},
+        "2 samples": {"gradient_samples": 2},
+        "near 0.5": {"distance_weight": 0.5},
+        "near 2": {"distance_weight": 2.0},
+    },
+    "presets": {FULL: {}, "best": PRESETS["best"]},
 }
 STARTS = {
     "neutral": "read the problem here and find the answer now .",
     "careless": "read the problem here and guess any answer quickly .",
 }
+
+
+def long_problems():
+    """{split: rows} of problems that are longer than the demo's and worded otherwise."""
+    sys.path.insert(0, str(ROOT / "demo"))
+    from train import make_problem
+
+    rng, rows = random.Random("long"), []
+    for number in range(600):
+        question, states = make_problem(rng, {4: 50, 5: 50}, "and")
+        rows.append({"id": f"long-{number}", "question": question, "answer": str(states[-1])})
+    return {"train": rows[:200], "test": rows[200:]}
 
 
 def search(engine, task, data, start, settings, budgets):
@@ -100,6 +123,7 @@ def draw(results, budgets, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", choices=ARMS, default="claims", help="what is compared with the full method")
+    parser.add_argument("--problems", choices=("usual", "long"), default="usual", help="the demo's own, or harder ones")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--train-rows", type=int, default=10)
     parser.add_argument("--mu", type=int, default=1, help="shortlist size of every arm")
@@ -109,7 +133,8 @@ def main():
     started, task = time.time(), get_task("demo")
     engine = load_engine(str(ROOT / "demo" / "model"), "cpu", "float32")
     answerer = local_answerer(engine, ROOT / "demo" / "model")
-    data, known, arms = split_rows(task), {}, ARMS[flags.arms]
+    data = long_problems() if flags.problems == "long" else split_rows(task)
+    known, arms = {}, ARMS[flags.arms]
 
     def test_accuracy(prompt, settings):
         if prompt not in known:

@@ -65,14 +65,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_problem(rng):
-    """(question, [states]): the numbers after 0, 1, ... operations; the last one is the answer."""
+OPERATIONS = {1: 30, 2: 20, 3: 18, 4: 16, 5: 16}  # {how many: in how many per cent of the problems}
+
+
+def make_problem(rng, operations=OPERATIONS, joiner=","):
+    """(question, [states]): the numbers after 0, 1, ... operations; the last one is the answer. joiner: what stands
+    before each event."""
     states, events = [rng.randint(1, LARGEST)], []
-    for _ in range(rng.choices((1, 2, 3, 4, 5), weights=(30, 20, 18, 16, 16))[0]):
+    for _ in range(rng.choices([*operations], weights=operations.values())[0]):
         here = states[-1]
         gain = rng.random() < 0.5 if 0 < here < LARGEST else here == 0
         amount = rng.randint(1, min(9, LARGEST - here if gain else here))
-        events.append(f", {rng.choice(GAINS if gain else LOSSES)} {amount}")
+        events.append(f"{joiner} {rng.choice(GAINS if gain else LOSSES)} {amount}")
         states.append(here + amount if gain else here - amount)
     thing = rng.choice(THINGS)
     return f"{rng.choice(NAMES)} has {states[0]} {thing} {' '.join(events)} . how many {thing} ?", states
