@@ -87,7 +87,7 @@ def write_tables(pieces, tasks, flags):
         fixed=[one for several in fixed for one in several],
         searches=[searched(piece, tasks, flags) for piece in done if piece.kind == "search"],
         budget=flags.budget,
-        settings=settings_rows(tasks, flags, left_out=("steps",)),
+        settings=settings_rows(tasks, flags, left_out=("steps", "audit_every")),
         notes=[flags.note] if flags.note else [],
         missing=[piece.label for piece in pieces if piece not in done],
     )

@@ -82,9 +82,10 @@ no McNemar test of a mean. Parsed: replies of the optimizer that gave a prompt; 
 wrote. Random prompts have no optimizer: they are drawn from the task model, and the tokens are its own. Scored:
 training rows under a prompt, with the initial one. Minutes: of a search with its dev and test evaluations, or of one
 evaluation."""
-CURVES = """The picture has the training accuracy of the prompt that a method holds to be the best so far, mean over the
-seeds: by accuracy, or, of GReaTer and its random shortlist, by the loss, where accuracy is the share of rows on which
-the right answer is the likeliest."""
+CURVES = """The picture has two curves over the scored generations, means over the seeds. The training accuracy of the
+prompt that a method holds to be the best so far: by accuracy, or, of GReaTer and its random shortlist, by the loss,
+where accuracy is the share of rows on which the right answer is the likeliest. And the best dev accuracy of the initial
+prompt and those finalists that were already found; other prompts have no dev accuracy."""
 
 
 def accuracy_table(fixed, searches):
@@ -143,7 +144,7 @@ def write_comparison(comparison, out):
         parts += [prompt_table(searches)] if searches else []
     paths = [out / "results.md"]
     if comparison.searches:
-        parts += [CURVES, "![best training accuracy over scored generations](curves.png)"]
+        parts += [CURVES, "![best training and dev accuracy over scored generations](curves.png)"]
         paths.append(out / "curves.png")
         draw_curves(comparison.searches, paths[1])
     parts += ["## Settings", markdown(comparison.settings)]
@@ -168,8 +169,26 @@ def best_so_far(search):
     return points
 
 
+def best_dev_so_far(search):
+    """[(scored generations, best dev accuracy)] of the finalists, each from where it was scored on."""
+    found = {}  # {text, or ids of GReaTer's: scored generations}
+    if isinstance(search.steps[0], TextStep):
+        for number, one in enumerate((one for step in search.steps for one in step.proposed), 1):
+            found.setdefault(one.prompt, number * search.rows)
+    else:
+        for number, step in enumerate(search.steps, 1):
+            for prompt_ids in scores_of([step]):
+                found.setdefault(prompt_ids, generations_of(search.steps[:number], search.rows))
+    points = []
+    for prompt in search.prompts:
+        place = found.get(tuple(prompt["prompt_ids"]) if "prompt_ids" in prompt else prompt["prompt"])
+        points.append((search.rows if prompt["initial"] else place, prompt["dev_accuracy"]))
+    places, accuracies = zip(*sorted(points))
+    return list(zip(places, itertools.accumulate(accuracies, max)))
+
+
 def mean_curve(curves):
-    """(generations, mean accuracy) of several `best_so_far`, each of which stays as it is until its next point."""
+    """(generations, mean accuracy) of several curves, each of which stays as it is until its next point."""
     places = sorted({place for curve in curves for place, _ in curve})
     values = []
     for curve in curves:
@@ -180,18 +199,24 @@ def mean_curve(curves):
 
 
 def draw_curves(searches, path):
-    """Best training accuracy over scored generations, a line per method, a panel per task and model."""
+    """Best training and dev accuracy over scored generations, a line per method, a column per task and model."""
     groups = list(grouped([one.measurement for one in searches]))
-    figure, (panels,) = new_figure(200 + 800 * len(groups), 700, 1, len(groups), sharey=True)
+    figure, rows = new_figure(200 + 800 * len(groups), 1200, 2, len(groups), sharex="col", sharey="row")
     looks = list(itertools.product(LINE_STYLES, METHOD_COLORS[1:]))  # the first is too light for a line
-    methods = list(by_method(searches))
+    looks = dict(zip(by_method(searches), itertools.cycle(looks)))  # of each method
     handles = {}
-    for panel, group in zip(panels, groups):
-        for method, several in by_method(of_group(searches, group)).items():
-            places, means = mean_curve([best_so_far(one) for one in several])
-            style, color = looks[methods.index(method) % len(looks)]
-            (handles[method],) = panel.step(places, 100 * means, where="post", linestyle=style, color=color)
-        panel.set(title=", ".join(group), xlabel="scored generations", ylabel="best training accuracy so far, %")
-        panel.spines[["top", "right"]].set_visible(False)
+    for panels, curve_of, rows_of in zip(rows, (best_so_far, best_dev_so_far), ("training", "dev")):
+        for panel, group in zip(panels, groups):
+            for method, several in by_method(of_group(searches, group)).items():
+                places, means = mean_curve([curve_of(one) for one in several])
+                last = max(one.measurement.scored for one in several)
+                style, color = looks[method]
+                (handles[method],) = panel.step(
+                    [*places, last], 100 * np.append(means, means[-1]), where="post", linestyle=style, color=color
+                )
+            panel.set(xlabel="scored generations", ylabel=f"best {rows_of} accuracy so far, %")
+            panel.spines[["top", "right"]].set_visible(False)
+    for panel, group in zip(rows[0], groups):
+        panel.set_title(", ".join(group))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     figure.savefig(path)

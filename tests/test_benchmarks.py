@@ -19,7 +19,7 @@ from made_runs import AUDITED, STEPS
 
 from support.files import CHECK, UserError, write_chained, write_jsonl
 from support.own import SPLITS
-from support.runs import Best, Scored, Step, TextStep, Tried
+from support.runs import Best, Scored, Step, TextStep, Tried, generations_of
 from support.settings import TaskFlags
 from support.sources import open_task
 
@@ -496,6 +496,23 @@ def test_the_curve_of_greater_has_the_accuracy_of_the_prompt_with_the_lowest_los
     second = step(2, (4,), 0.0, 0.25, 0.25, [tried((2,), 0.5, 1.0, new=False), tried((4,), 0.0, 0.25)])
     curve = compare_methods_table.best_so_far(made_search([start, first, second]))
     assert curve == [(10, 0.25), (30, 0.5), (40, 1.0)]
+
+
+def test_the_dev_curve_has_the_best_finalist_from_where_it_was_scored_on():
+    search = made_search([text_step(0, [0.3]), text_step(1, [0.2, 0.6]), text_step(2, [0.5])])
+    scored = [one.prompt for step in search.steps for one in step.proposed]
+    dev = {scored[2]: 0.4, scored[3]: 0.9, scored[0]: 0.5}
+    prompts = [{"prompt": p, "dev_accuracy": accuracy, "initial": p == scored[0]} for p, accuracy in dev.items()]
+    found = compare_methods_table.best_dev_so_far(replace(search, prompts=prompts))
+    assert len(set(scored)) == 4 and found == [(10, 0.5), (30, 0.5), (40, 0.9)]
+    greater = [step for step in STEPS if not step.grows]
+    ids = greater[1].shortlist[0].prompt_ids
+    prompts = [
+        {"prompt": "b", "prompt_ids": list(ids), "dev_accuracy": 0.7, "initial": False},
+        {"prompt": "a", "prompt_ids": list(greater[0].prompt_ids), "dev_accuracy": 0.2, "initial": True},
+    ]
+    found = compare_methods_table.best_dev_so_far(replace(made_search(greater), prompts=prompts))
+    assert found == [(10, 0.2), (generations_of(greater[:2], 10), 0.7)]
 
 
 def test_the_mean_curve_keeps_each_seed_where_it_is_until_its_next_point():
