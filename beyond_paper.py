@@ -3,6 +3,7 @@
     --audit-every N                    spends generations of every N-th step on what the gradient is worth
     --positions all                    the best (position, token) pairs of the whole prompt, by one gradient
     --edits substitute insert delete   tokens may also come and go, so that a prompt can shrink; swap: change places
+    --shortlist exact                  ranks by the loss behind the present reasoning itself, not by its slope
     --gradient-samples N               a gradient averaged over N sampled reasonings and the greedy one
     --distance-weight W                prefers tokens whose embedding is near, where a gradient says more
 
@@ -37,6 +38,10 @@ from support.engine import Sampler, pad
 from support.ranks import agreed
 from support.runs import Audit, Candidate, Step, Tried, timed
 from support.tokens import survives_encoding
+
+MEASURED = (
+    12  # candidates at most whose loss `--shortlist exact` takes in a step: those of which the gradient promises most
+)
 
 
 def visit(search, prefix, step):
@@ -129,9 +134,18 @@ def substitutions(search, prefix, step):
             candidates.append(candidate)
             if token != prompt[position] and (one or edited(prompt, candidate) not in search.scores):
                 changes[candidate] = None if gradient is None else gradient - own
-    if settings.distance_weight and settings.shortlist == "gradient":
+    if settings.distance_weight:
         changes = near_first(search, changes)
+    if settings.shortlist == "exact":
+        changes = measured(search, prefix, sorted(changes, key=changes.get)[:MEASURED])
     return candidates, make_shortlist([*changes], changes, settings, generator_of(settings, step, "shortlist"))
+
+
+def measured(search, prefix, candidates):
+    """{candidate: the loss of its prompt behind the reasoning at hand}."""
+    prompts = {candidate: edited(search.current.prompt_ids, candidate) for candidate in candidates}
+    losses = fixed_losses(search, prefix, {*prompts.values()})
+    return {candidate: losses[prompt] for candidate, prompt in prompts.items()}
 
 
 def near_first(search, changes):
@@ -160,6 +174,8 @@ def insertions(search, prefix, step):
     gradients = mean_gradients(search, here, base, tokens)
     candidates = [Candidate(token, gradients.get(token), edit="insert", position=place) for token in tokens]
     changes = {candidate: candidate.gradient for candidate in candidates}
+    if settings.shortlist == "exact":
+        changes = measured(search, prefix, candidates)
     return candidates, make_shortlist(candidates, changes, settings, generator_of(settings, step, "insert"))
 
 
@@ -189,7 +205,7 @@ def gradients_of(search, prefix, step, tokens_at):
     """{(position, token): gradient, mean over the rows and their reasonings} of {position: tokens with the prompt's
     own}; empty where the shortlist does not need one."""
     settings, prompt = search.settings, search.current.prompt_ids
-    if settings.shortlist != "gradient":
+    if not settings.takes_gradient:
         return {}
     if settings.gradient_without_reasoning:
         reasonings = [[[] for _ in search.rows]]

@@ -225,7 +225,7 @@ def candidate_gradients(search, prefix, prompt, candidates, reasoning):
 
 def mean_gradients(search, prefix, prompt, candidates):
     """{token: gradient, mean over the rows}; empty where the shortlist does not need one."""
-    if search.settings.shortlist != "gradient":
+    if not search.settings.takes_gradient:
         return {}
     reasoning = search.reasoning
     if search.settings.gradient_without_reasoning:  # ablation (Fig. 3): question + prompt + extractor only

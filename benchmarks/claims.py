@@ -56,6 +56,8 @@ ARMS = {
     },
     "more": {
         FULL: {},
+        "exact": {"shortlist": "exact"},
+        "exact, all positions": {"shortlist": "exact", "positions": "all"},
         "swap": {"edits": ["substitute", "swap"]},
         "2 samples": {"gradient_samples": 2},
         "near 0.5": {"distance_weight": 0.5},

@@ -78,6 +78,7 @@ METHODS = {  # what --methods calls it: (its name in tables, flags of stage 2)
     "greater": ("GReaTer", {}),
     "random": ("random shortlist", {"shortlist": "random"}),
     "likeliest": ("likeliest shortlist", {"shortlist": "likeliest"}),
+    "exact": ("exact shortlist", {"shortlist": "exact"}),
     "all-positions": ("all positions", {"positions": "all"}),
     "margin": ("margin 1", {"margin": 1}),
 }

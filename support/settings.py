@@ -87,7 +87,7 @@ AT_LEAST_ONE = (
 )
 KNOWN_VALUES = {  # of flags; an empty one leaves it to the task
     "preset": tuple(PRESETS),
-    "shortlist": ("gradient", "random", "likeliest", "all"),
+    "shortlist": ("gradient", "exact", "random", "likeliest", "all"),
     "fluency": ("nll", "perplexity"),
     "objective": ("loss", "error", "probability"),
     "positions": ("one", "all"),
@@ -124,7 +124,11 @@ class SearchSettings(GenerationSettings):
     intersections: int = flag(1, "intersections whose union is proposed")
     min_candidates: int = flag(6, "k grows by 2 until so many proposals are found")
     word_starts: bool = flag(False, "propose what begins a word, or is the likeliest token of all; no piece of a word")
-    shortlist: str = flag("gradient", "how proposals are shortlisted; likeliest: without a gradient; all: no shortlist")
+    shortlist: str = flag(
+        "gradient",
+        "how proposals are shortlisted; exact: by the real loss behind the present reasoning, of which the gradient is "
+        "the slope; likeliest: without a gradient; all: no shortlist",
+    )
     shortlist_size: int = flag(3, "mu: proposals tried for real at each position", "--mu")
     gradient_without_reasoning: bool = flag(False, "take the gradient over question, prompt and extractor only")
     fluency_weight: float = flag(0.2, "lambda: weight of the prompt's fluency term in the loss", "--lambda")
@@ -173,7 +177,13 @@ class SearchSettings(GenerationSettings):
     def edit_steps(self):
         """{name: value} of the settings that make beyond_paper.py search otherwise than the paper; {} if none does."""
         usual = {"positions": "one", "edits": ["substitute"], "gradient_samples": 0, "distance_weight": 0.0}
-        return {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
+        found = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
+        return found | ({"shortlist": "exact"} if self.shortlist == "exact" else {})
+
+    @property
+    def takes_gradient(self):
+        """Whether a step needs a gradient."""
+        return self.shortlist in ("gradient", "exact")
 
     @property
     def beyond_paper(self):
@@ -200,7 +210,7 @@ class SearchSettings(GenerationSettings):
         require(edits, f"--edits must be some of {', '.join(EDITS)}, each once, not {' '.join(self.edits)!r}")
         forced = f"--force-sentence-end: leave out {', '.join(map(as_flag, self.edit_steps))}"
         require(not (self.edit_steps and self.force_sentence_end), forced)
-        idle = (self.gradient_samples or self.distance_weight) and self.shortlist != "gradient"
+        idle = (self.gradient_samples or self.distance_weight) and not self.takes_gradient
         require(not idle, f"--shortlist {self.shortlist} takes no gradient: no --gradient-samples, --distance-weight")
         apart = self.gradient_samples and (self.gradient_without_reasoning or "insert" in self.edits)
         require(not apart, "--gradient-samples: leave out --gradient-without-reasoning and --edits insert")

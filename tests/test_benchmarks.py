@@ -266,9 +266,9 @@ def test_the_two_readings_are_two_columns_never_mixed():
 def test_the_first_seed_of_everything_comes_before_the_second():
     flags = real_models.Flags(models=["a/x", "a/y"], tasks=["demo", "gsm8k"], seeds=[3, 4])
     pieces = real_models.plan(flags)
-    assert len(pieces) == len({piece.label for piece in pieces}) == 4 + 2 * (20 + 4)
+    assert len(pieces) == len({piece.label for piece in pieces}) == 4 + 2 * (24 + 4)
     seeds = [piece.seed for piece in pieces if piece.kind != "fixed"]
-    assert seeds == [3] * 24 + [4] * 24
+    assert seeds == [3] * 28 + [4] * 28
     for number, piece in enumerate(pieces):
         if piece.kind == "transfer":
             assert piece.search in pieces[:number]
@@ -279,7 +279,8 @@ def test_all_methods_take_as_many_steps_and_tries():
     greater, *others = [piece for piece in real_models.plan(flags) if piece.kind == "search"]
     values = real_models.stage_call(greater, flags)[1]
     calls = [real_models.stage_call(piece, flags)[1] for piece in others]
-    changes = [{"shortlist": "random"}, {"shortlist": "likeliest"}, {"positions": "all"}, {"margin": 1}]
+    changes = [{"shortlist": "random"}, {"shortlist": "likeliest"}, {"shortlist": "exact"}]
+    changes += [{"positions": "all"}, {"margin": 1}]
     assert calls == [values | change for change in changes]
 
 

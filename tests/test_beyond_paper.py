@@ -186,6 +186,8 @@ OPTIONS = {
     "only shrinks": {"edits": ["delete"]},
     "swaps": {"edits": ["substitute", "swap"]},
     "samples": {"gradient_samples": 2},
+    "exact": {"shortlist": "exact", "audit_every": 2},
+    "exact everywhere": {"shortlist": "exact", "positions": "all", "edits": ["substitute", "insert"]},
     "near": {"distance_weight": 1.0, "positions": "all"},
     "all at random": {"positions": "all", "shortlist": "random"},
     "probability": {"objective": "probability"},
@@ -315,6 +317,25 @@ def test_the_distance_weight_adds_what_a_far_embedding_costs(llama, few_rows):
     assert [*beyond_paper.near_first(search, changes).values()] == pytest.approx(expected.tolist())
     (only,) = changes = {Candidate(60, None, position=0): -1.0}
     assert beyond_paper.near_first(search, changes) == {only: -1.0}  # nothing to compare with
+
+
+def test_the_exact_shortlist_has_the_lowest_losses_behind_the_old_reasoning(demo_engine, start):
+    rows, _ = start
+    records = searched(demo_engine, start, shortlist="exact", shortlist_size=2)
+    checked = 0
+    for before, after in itertools.pairwise(records):
+        if after.grows:
+            continue
+        reasoning = [ids for _, ids in reasoned(demo_engine, rows, before.prompt_ids)]
+        losses = {}
+        for one in after.candidates:
+            ids = beyond_paper.edited(before.prompt_ids, one)
+            own = [slow_losses(demo_engine.model, row, ids, r, 0.2) for row, r in zip(rows, reasoning)]
+            losses[one.token] = sum(loss + 0.2 * nll for loss, _, nll in own) / len(rows)
+        del losses[before.prompt_ids[after.position]]
+        assert [one.token for one in after.shortlist] == sorted(losses, key=losses.get)[:2] and len(losses) >= 6
+        checked += 1
+    assert checked >= 3
 
 
 # --- Margin and probability -----------------------------------------------------------------------------
