@@ -53,6 +53,14 @@ def tidy(text):
     return text
 
 
+def in_place(prompt, task):
+    """The prompt without a first word that already stands before its place, as the paper's "Use" does."""
+    before = task.before_prompt("").split()[-1:]
+    first, _, rest = prompt.partition(" ")
+    repeats = before and rest and first.lower() == before[0].lower()
+    return rest if repeats else prompt
+
+
 def words_of(text):
     return re.findall(r"\w+", text.lower())
 

@@ -28,7 +28,7 @@ from support.evaluation import (
     reference_of,
 )
 from support.files import append_jsonl, read_appended, require
-from support.proposals import MARK, REPEATED, Judge, parse
+from support.proposals import MARK, REPEATED, Judge, in_place, parse
 from support.reading import GRADER_VERSION
 from support.runs import Scored
 from support.tasks import Task
@@ -264,6 +264,7 @@ class Search:
         prompts = []
         for reply in replies:
             prompt, in_tags = parse(reply)
+            prompt = in_place(prompt, self.trials.task)
             refusal = self.judge.refusal(prompt)
             outcome = refusal or (REPEATED if prompt in self.accepted or prompt in self.archive else "new")
             self.accepted.add(prompt)

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from conftest import own_task
 
-from support.proposals import COPIED, EMPTY, LEAKING, TAG_LEFT, TOO_LONG, UNKNOWN_WORDS, Judge, parse, summary
+from support.proposals import COPIED, EMPTY, LEAKING, TAG_LEFT, TOO_LONG, UNKNOWN_WORDS, Judge, in_place, parse, summary
 from support.runs import Scored, TextStep
+from support.tasks import get_task
 
 ROWS = [
     {
@@ -139,3 +140,13 @@ def test_six_words_leak_where_one_question_alone_has_them_and_not_where_all_have
     assert (
         of_rows.refusal("Say if the following sentence about sports plausible to is.") == ""
     )  # of the task, not of a row
+
+
+def test_a_first_word_that_already_stands_before_the_place_is_dropped():
+    task = own_task()
+    assert task.template.endswith("\nUse {prompt}")
+    assert in_place("Use short steps.", task) == "short steps." and in_place("use short steps.", task) == "short steps."
+    assert in_place("Used steps.", task) == "Used steps." and in_place("Use", task) == "Use"
+    assert in_place("Use short steps.", task.bare) == "Use short steps."
+    assert in_place("please check .", get_task("demo")) == "check ."
+    assert in_place("Think.", replace(task, template="{prompt}\n{question}")) == "Think."
