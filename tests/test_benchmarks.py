@@ -24,6 +24,7 @@ from support.settings import TaskFlags
 from support.sources import open_task
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import claims  # noqa: E402
 import compare_methods  # noqa: E402
 import compare_methods_table  # noqa: E402
 import real_models  # noqa: E402
@@ -80,6 +81,29 @@ def test_claims_compares_all_arms_at_the_same_budget(tmp_path, budget):
 
 
 # --- Real models: the driver, on the demo's two models -------------------------------------------------
+
+
+def test_the_harder_problems_are_longer_worded_otherwise_and_right(demo_tokenizer, demo_data):
+    splits = claims.long_problems()
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 200, "test": 400}
+    rows = splits["train"] + splits["test"]
+    questions = [row["question"] for row in rows]
+    usual = {row["question"] for split in demo_data.values() for row in split}
+    assert len(set(questions)) == 600 and not usual & set(questions)
+    for row in rows:
+        first, *events = row["question"].partition(" . how many")[0].split(" and ")
+        total = int(first.split()[2])
+        for verb, amount in map(str.split, events):
+            total += int(amount) * (1 if verb in ("finds", "buys", "gets", "wins") else -1)
+        assert len(events) in (4, 5) and 0 <= total <= 30 and str(total) == row["answer"]
+        assert demo_tokenizer.unk_token_id not in demo_tokenizer.encode(row["question"])
+
+
+def test_a_preset_can_be_compared_on_the_harder_problems(tmp_path):
+    flags = ["--arms", "presets", "--problems", "long", "--seeds", 1, "--budgets", 300, "--train-rows", 5]
+    printed = run("claims.py", *flags, folder=tmp_path)
+    assert "neutral start" in printed and re.search(r"^best +\d", printed, re.M)
+
 
 SMALL = ["--models", "demo/model", "demo/small", "--tasks", "demo", "--seeds", 0, "--methods", "greater"]
 SMALL += ["--steps", 8, "--train-rows", 5, "--eval-rows", 30, "--finalists", 3, "--max-new-tokens", 30]
