@@ -278,7 +278,7 @@ def optimize_task(job, record, elsewhere=()):
     programs = write_programs(run_dir, job.task, best, flags.model, flags.max_new_tokens, job.model.tokenizer)
     print("\n".join(["\nwhat is sent with the best prompt:", *sent(job.task, best)]))
     if flags.method == GREATER:
-        print(f"\n{signal_of_run(run_dir, prompts, flags.train_rows)}")
+        print(f"\n{signal_of_run(run_dir, prompts, flags)}")
     print_paths(run_dir)
     print("\n".join(f"  {path}" for path in programs))
     return outcome
@@ -497,9 +497,10 @@ def say_calls(job, calls):
         print(f"  warning: --budget {flags.budget} is less than one pass over the {len(job.evaluated['dev'])} dev rows")
 
 
-def signal_of_run(run_dir, prompts, train_rows):
+def signal_of_run(run_dir, prompts, flags):
     """Two sentences on the gradient and the noise, from what the search recorded."""
-    return signal_verdict(signal_of(read_steps(run_dir / "steps.jsonl"), prompts, train_rows))
+    steps = read_steps(run_dir / "steps.jsonl")
+    return signal_verdict(signal_of(steps, prompts, flags.train_rows, flags.shortlist))
 
 
 def print_paths(run_dir):

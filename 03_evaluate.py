@@ -173,7 +173,7 @@ def print_signal(folder):
     from support.pictures import draw_signal
 
     run = load_search(folder)
-    signal = signal_of(run.steps, run.prompts, run.config.get("train_rows", 0))
+    signal = signal_of(run.steps, run.prompts, run.config.get("train_rows", 0), run.config.get("shortlist", "gradient"))
     unfinished = "" if run.prompts else " (not finished)"
     print(f"{run.title}, {signal.steps} steps{unfinished}\n\n{signal_text(signal)}\n\n{signal_verdict(signal)}")
     path = run.folder / "signal.png"

@@ -45,7 +45,7 @@ class Setting:
     finalists: int = 5  # prompts of a search that compete on dev rows
     eval_rows: int = 0  # dev and test rows, at most so many of each; 0: all
     initial_prompt: str = ""  # empty: the task's own
-    audit_every: int = 0  # GReaTer's searches: the step of which generations say what the gradient is worth; 0: none
+    audit_every: int = 0  # every so many steps of the AUDITED generations say what the shortlist is worth; 0: never
 
 
 # Qwen's reasonings on 24 dev rows of bbh/navigate, at most 320 tokens (chosen by length, not by accuracy): under the
@@ -82,6 +82,7 @@ METHODS = {  # what --methods calls it: (its name in tables, flags of stage 2)
     "all-positions": ("all positions", {"positions": "all"}),
     "margin": ("margin 1", {"margin": 1}),
 }
+AUDITED = ("greater", "exact")  # methods whose shortlists are compared with random ones
 BASELINES = ("empty", "zero-shot chain of thought")
 # Tasks of which --headroom finds those to run: a closed set of answers, questions of less than 500 letters.
 HEADROOM_TASKS = (
@@ -148,7 +149,7 @@ class PieceFlags:
     def search_flags(self, method, setting):
         """{flag: value} of stage 2 that a search by the method has besides those of every piece."""
         names = ("train_rows", "steps", "shortlist_size", "finalists")
-        audits = {"audit_every": setting.audit_every} if method == "greater" and setting.audit_every else {}
+        audits = {"audit_every": setting.audit_every} if method in AUDITED and setting.audit_every else {}
         return {name: getattr(setting, name) for name in names} | audits | self.KNOWN[method][1]
 
 
@@ -156,7 +157,7 @@ class PieceFlags:
 class Flags(PieceFlags):
     out: str = flag("runs/real-models", "folder of all pieces and of the tables")
     steps: int = flag(0, "steps of a search, instead of the script's table; 0: the table's")
-    audit_every: int = flag(0, "audit every so many steps of GReaTer's searches (see stage 2); 0: none")
+    audit_every: int = flag(0, "audit every so many steps of the searches by gradient or exact loss; 0: none")
     headroom: bool = flag(False, f"measure the initial prompts on {HEADROOM_ROWS} dev rows of many tasks instead")
 
     def usual_tasks(self):

@@ -201,7 +201,17 @@ def rows_table(measurements):
 
 def signal_table(searches):
     """What the gradient was worth, over the steps of all tasks and seeds: a row per model and method."""
-    head = ["model", "method", "searches", "steps", "replaced, %", "best by rank 1, %", "old reasoning", "anew"]
+    head = [
+        "model",
+        "method",
+        "searches",
+        "steps",
+        "replaced, %",
+        "best by rank 1, %",
+        "old reasoning",
+        "anew",
+        "old with anew",
+    ]
     rows = [[*head, "audits: lower, higher", "by", "flips, %", "again, %"]]
     by_method = defaultdict(list)
     for search in searches:
@@ -215,7 +225,7 @@ def signal_table(searches):
         rows.append(
             [
                 *(model, method, len(several), signal.steps, share_text(sum(replaced), len(replaced)), first),
-                *(rank.text() if rank else "" for rank in ranks),
+                *(rank.text() if rank else "" for rank in [*ranks, signal.exact]),
                 f"{signal.audits}: {signal.ahead[0]}, {signal.ahead[1]}" if signal.ahead else "",
                 signal.advantage.text(3) if signal.advantage else "",
                 *(flip.text(1, 100) if flip else "" for flip in flips),
@@ -227,9 +237,9 @@ def signal_table(searches):
 SIGNAL_LEGEND = """In brackets 95 % intervals over the steps of all searches. Best by rank 1: steps in which the try
 with the most negative gradient was the best one of its shortlist. Old reasoning, anew: mean rank correlation within
 steps of the predicted change with that of the loss behind the incumbent's reasoning, and of the objective when the
-model reasons anew. Audits: how often the lowest objective of the gradient's shortlist was lower or higher than that of
-a random one beside it, and by how much lower it is on average. Flips: training rows whose outcome a try changed;
-again: the same for the same prompt in other batches."""
+model reasons anew; old with anew: of that loss itself with that objective. Audits: how often the lowest objective of
+the gradient's shortlist was lower or higher than that of a random one beside it, and by how much lower it is on
+average. Flips: training rows whose outcome a try changed; again: the same for the same prompt in other batches."""
 
 
 def search_table(searches):

@@ -301,6 +301,7 @@ class Signal:
     audit_generations: int
     wins: Wins | None
     correlations: dict[tuple[str, bool], tuple[Interval | None, Interval | None]]  # {(measure, drawn): within, pooled}
+    exact: Interval | None  # within steps, of the loss behind the old reasoning with the objective reasoned anew
     tried: Changed | None  # between incumbent and shortlisted
     drawn: Changed | None  # between incumbent and randomly drawn
     again: Changed | None  # between incumbent and itself in other batches
@@ -309,6 +310,7 @@ class Signal:
     accepted: tuple[int, int] | None  # replacements by more than two standard errors, all replacements
     gain: Gain | None  # from the initial to the chosen prompt, or to the best finished one so far
     optimism: "Optimism | None"
+    shortlist: str = "gradient"  # the setting of that name
 
 
 @dataclass(frozen=True)
@@ -325,11 +327,12 @@ class Optimism:
     finalists: int
 
 
-def signal_of(steps, prompts=(), rows=0):
+def signal_of(steps, prompts=(), rows=0, shortlist="gradient"):
     """The `Signal` of a search.
 
     steps: its `Step`s; prompts: the records of prompts.jsonl, none of an unfinished run; rows: how many train."""
-    return replace(signal_of_all([steps]), gain=gain_of(steps, prompts), optimism=optimism_of(prompts, rows))
+    own = {"gain": gain_of(steps, prompts), "optimism": optimism_of(prompts, rows), "shortlist": shortlist}
+    return replace(signal_of_all([steps]), **own)
 
 
 def signal_of_all(searches):
@@ -356,6 +359,7 @@ def signal_of_all(searches):
         audit_generations=sum(step.audit.generations for _, step in audited),
         wins=wins_of(steps),
         correlations=correlations,
+        exact=bootstrap(exact_correlations(audited), mean_of),
         tried=changed_between(tried[False]),
         drawn=changed_between(tried[True]),
         again=changed_between([(step.step, before, step.audit.again) for before, step in audited]),
@@ -365,6 +369,16 @@ def signal_of_all(searches):
         gain=None,
         optimism=None,
     )
+
+
+def exact_correlations(audited):
+    """For each audited step the rank correlation, over all that it tried, of the loss behind the old reasoning with the
+    objective reasoned anew: what a ranking by that loss itself, without a gradient, would be worth."""
+    found = []
+    for _, step in audited:
+        tried = {one.prompt_ids: one for one in [*tried_in(step), *step.audit.drawn] if one.fixed_loss is not None}
+        found.append(spearman([one.fixed_loss for one in tried.values()], [one.objective for one in tried.values()]))
+    return [rank for rank in found if rank is not None]
 
 
 def lowest(shortlist):
@@ -418,6 +432,13 @@ def optimism_of(prompts, rows):
 # --- In words -----------------------------------------------------------------------------------------------------
 
 NOT_RECORDED = "not recorded"
+RANKED_BY = {  # setting `shortlist`: what made it
+    "gradient": "gradient",
+    "exact": "exact loss",
+    "likeliest": "likelihood",
+    "random": "random draw",
+    "all": "trial of all",
+}
 
 
 def signal_text(signal):
@@ -458,6 +479,8 @@ def correlation_lines(signal):
     for (measure, drawn), (within, over_all) in signal.correlations.items():
         label = f"{MEASURES[measure]}{', random shortlist' if drawn else ''}"
         lines.append(f"{label:54s}  {interval_text(within):>31s}  {interval_text(over_all):>31s}")
+    label = "of loss behind the old reasoning with objective anew"
+    lines.append(f"{label:54s}  {interval_text(signal.exact):>31s}")
     return lines
 
 
@@ -481,11 +504,11 @@ def changed_lines(signal):
 
 def audit_lines(signal):
     if not signal.audits:
-        return [f"gradient against random shortlist: {NOT_RECORDED} (--audit-every N in stage 2)"]
+        return [f"{signal.shortlist} against random shortlist: {NOT_RECORDED} (--audit-every N in stage 2)"]
     better, worse = signal.ahead
     known = interval_text(signal.advantage, 3)
     return [
-        f"gradient against random shortlist, {signal.audits} audits of {signal.audit_generations} generations:",
+        f"{signal.shortlist} against random shortlist, {signal.audits} audits, {signal.audit_generations} generations:",
         f"  lowest objective {known} lower; lower in {better}, higher in {worse}",
     ]
 
@@ -518,8 +541,9 @@ def signal_verdict(signal):
 def gradient_sentence(signal):
     advantage, within = signal.advantage, signal.correlations["objective", False][0]
     if advantage:
-        unknown = "That the gradient helped cannot be told"
-        helped = told(advantage, "The gradient helped", "The gradient hurt", unknown)
+        by = RANKED_BY[signal.shortlist]
+        unknown = f"That the {by} helped cannot be told"
+        helped = told(advantage, f"The {by} helped", f"The {by} hurt", unknown)
         if mcnemar(*signal.ahead) >= SIGNIFICANT:  # a few large differences make a mean, and no more
             helped = unknown
         lower = f"the best of its shortlist has an objective {advantage.text(3)} lower than the best of a random one"

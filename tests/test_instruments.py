@@ -18,6 +18,7 @@ from support.evaluation import wilson
 from support.files import UserError
 from support.instruments import Gain, Interval, Wins
 from support.runs import as_step
+from support.settings import KNOWN_VALUES
 
 # --- Correlations ------------------------------------------------------------------------------------
 
@@ -150,6 +151,8 @@ def test_the_signal_of_a_run_is_the_one_worked_out_by_hand():
     assert signal.accepted == (1, 3)  # behind step 1 the rows stay as they are
     assert signal.gain == (3.0, 0.0, 4)
     assert signal.correlations["objective", False][0] == pytest.approx((1.0, 1.0, 1.0, 3))
+    # Losses 6 and 8 behind the old reasoning; anew the second is lower in step 1 and higher in the others.
+    assert signal.exact.value == pytest.approx((-1 + 1 + 1) / 3) and signal.exact.steps == 3
 
 
 def test_an_older_run_says_what_it_did_not_record():
@@ -187,6 +190,12 @@ def test_optimism_is_the_accuracy_on_the_rows_that_chose_less_that_on_dev():
 def test_the_gradient_helped_only_where_interval_and_count_of_enough_audits_say_so(interval, ahead, verdict):
     signal = replace(instruments.signal_of(AUDITED), advantage=interval, ahead=ahead)
     assert instruments.gradient_sentence(signal).startswith(verdict)
+
+
+def test_the_verdict_names_what_made_the_shortlist():
+    signal = replace(instruments.signal_of(AUDITED, shortlist="exact"), advantage=Interval(0.3, 0.1, 0.5, 20))
+    assert instruments.gradient_sentence(replace(signal, ahead=(16, 2))).startswith("The exact loss helped: ")
+    assert set(instruments.RANKED_BY) == set(KNOWN_VALUES["shortlist"])
 
 
 @pytest.mark.parametrize(
