@@ -49,6 +49,7 @@ OURS, PACKAGE = "ours", "promptolution"
 @dataclass
 class Flags(ServerFlags, TextSettings, SearchSettings, ModelFlags, TaskFlags):
     methods: list[str] = field(default_factory=lambda: list(COMPARED), metadata={"help": "opro, evoprompt-ga"})
+    initial_prompt: str = flag("", "where both loops start; empty: the task's own")
     finalists: int = flag(5, "prompts of a loop that compete on dev rows")
     eval_rows: int = flag(0, "dev and test rows to evaluate on; 0: all")
     out: str = flag("runs/compare-with-promptolution", "folder of all records and of the table")
@@ -57,6 +58,7 @@ class Flags(ServerFlags, TextSettings, SearchSettings, ModelFlags, TaskFlags):
         super().__post_init__()
         unknown = [method for method in self.methods if method not in COMPARED]
         require(not unknown, f"--methods: {', '.join(unknown)} is none of {', '.join(COMPARED)}")
+        require(not self.init_from, "--init-from: both loops start from one prompt here: give --initial-prompt")
         require(self.finalists >= 1 and self.eval_rows >= 0, "--finalists must be at least 1, --eval-rows at least 0")
 
 
@@ -234,6 +236,7 @@ def main():
     flags.check_server_flags()
     flags.model = flags.model_path()
     task, splits = open_task(flags)
+    task = replace(task, initial_prompt=flags.initial_prompt or task.initial_prompt)
     require(flags.train_rows <= len(splits["train"]), f"--train-rows: {task.name} has {len(splits['train'])}")
     train = random.Random(f"{flags.seed}/rows").sample(splits["train"], flags.train_rows)
     engine = load_engine(flags.model, flags.device, flags.dtype)
