@@ -1,7 +1,7 @@
 """What goes beyond the paper in a step of the search. Each is a setting that is off by default.
 
     --audit-every N                    spends generations of every N-th step on what the gradient is worth
-    --positions all                    the best (position, token) pairs of the whole prompt, by one gradient
+    --positions all                    the best tokens of the best positions of the whole prompt, by one gradient
     --edits substitute insert delete   tokens may also come and go, so that a prompt can shrink; swap: change places
     --shortlist exact                  ranks by the loss behind the present reasoning itself, not by its slope
     --gradient-samples N               a gradient averaged over N sampled reasonings and the greedy one
@@ -136,9 +136,20 @@ def substitutions(search, prefix, step):
                 changes[candidate] = None if gradient is None else gradient - own
     if settings.distance_weight:
         changes = near_first(search, changes)
+    if settings.takes_gradient:
+        changes = best_of_each_position(changes)
     if settings.shortlist == "exact":
         changes = measured(search, prefix, sorted(changes, key=changes.get)[:MEASURED])
     return candidates, make_shortlist([*changes], changes, settings, generator_of(settings, step, "shortlist"))
+
+
+def best_of_each_position(changes):
+    """The {candidate: predicted change} that promises most at its position: where the gradient is steep all tokens
+    promise much, and the tries of a step would all go there. With one position: all."""
+    best = {}
+    for candidate in sorted(changes, key=changes.get):
+        best.setdefault(candidate.position, candidate)
+    return changes if len(best) == 1 else {candidate: changes[candidate] for candidate in best.values()}
 
 
 def measured(search, prefix, candidates):

@@ -125,6 +125,7 @@ def draw(results, budgets, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", choices=ARMS, default="claims", help="what is compared with the full method")
+    parser.add_argument("--only", nargs="+", default=[], help="arms to run beside the full method; without it all")
     parser.add_argument("--problems", choices=("usual", "long"), default="usual", help="the demo's own, or harder ones")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--train-rows", type=int, default=10)
@@ -136,7 +137,11 @@ def main():
     engine = load_engine(str(ROOT / "demo" / "model"), "cpu", "float32")
     answerer = local_answerer(engine, ROOT / "demo" / "model")
     data = long_problems() if flags.problems == "long" else split_rows(task)
-    known, arms = {}, ARMS[flags.arms]
+    known, every = {}, ARMS[flags.arms]
+    unknown = set(flags.only) - set(every)
+    if unknown:
+        parser.error(f"--only: {', '.join(sorted(unknown))}: --arms {flags.arms} has {', '.join(every)}")
+    arms = {arm: every[arm] for arm in ([FULL, *flags.only] if flags.only else every)}
 
     def test_accuracy(prompt, settings):
         if prompt not in known:

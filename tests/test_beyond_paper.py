@@ -230,7 +230,7 @@ def test_what_was_tried_differs_by_the_edit_that_the_record_names(option):
 def test_all_positions_are_tried_in_one_step_and_a_prompt_only_once(demo_engine, start):
     records = searched(demo_engine, start, positions="all", shortlist_size=12, steps=9)
     whole = [record for record in records[1:] if not record.grows]
-    assert max(len({one.position for one in record.shortlist}) for record in whole) >= 2
+    assert all(len({one.position for one in record.shortlist}) == len(record.shortlist) for record in whole)
     assert all(one.new for record in whole for one in record.shortlist) and len(whole) >= 3
     for record in whole:  # those that promise most, of what was not tried before
         own = {c.position: c.gradient for c in record.candidates}  # the last of each position is the prompt's own
@@ -239,12 +239,12 @@ def test_all_positions_are_tried_in_one_step_and_a_prompt_only_once(demo_engine,
         assert predicted == sorted(predicted)
         tried = {ids for other in records[: record.step] for ids in [t.prompt_ids for t in other.shortlist]}
         before = records[record.step - 1].prompt_ids
-        free = [
-            change
-            for (position, token), change in changes.items()
-            if (ids := (*before[:position], token, *before[position + 1 :])) not in tried and ids != before
-        ]
-        assert predicted == sorted(free)[:12]
+        best = {}  # of each position
+        for (position, token), change in changes.items():
+            ids = (*before[:position], token, *before[position + 1 :])
+            if ids not in tried and ids != before:
+                best[position] = min(change, best.get(position, change))
+        assert predicted == sorted(best.values())[:12]
 
 
 def test_a_prompt_shrinks_to_no_less_than_its_end(demo_engine, demo_tokenizer, demo_task, demo_data, start):
