@@ -3,11 +3,10 @@
     python benchmarks/claims.py                     # the tables in benchmarks/README.md
     python benchmarks/claims.py --seeds 3 --budgets 1000
     python benchmarks/claims.py --arms options --train-rows 24 --mu 3 --budgets 1000 2000 4000 8000
-    python benchmarks/claims.py --arms presets --train-rows 40 --mu 3 --budgets 4000 8000 16000 32000 --problems long
+    python benchmarks/claims.py --arms options --only "all positions" --problems long --budgets 8000 16000
 
-`--arms options` and `--arms more`: what goes beyond the paper (beyond_paper.py, --margin, --objective), each against
-the full method; `--arms presets`: --preset best against it. `--problems long`: 4 or 5 operations joined by "and", where
-the demo's own have 1 to 5 joined by commas.
+`--arms options`: what goes beyond the paper (beyond_paper.py, --margin, --objective), each against the full method.
+`--problems long`: 4 or 5 operations joined by "and", where the demo's own have 1 to 5 joined by commas.
 
 An arm searches until its next step would take it over the budget of generated tokens; its current prompt is then
 scored on all held-out test rows. A seed draws the training rows and every random choice. The table gives the mean
@@ -30,7 +29,7 @@ from beyond_paper import visit
 from support.answerers import local_answerer
 from support.engine import load_engine
 from support.evaluation import accuracy, error_text, evaluate, mean_of_runs
-from support.settings import PRESETS, SearchSettings
+from support.settings import SearchSettings
 from support.sources import split_rows
 from support.tasks import get_task
 from support.tokens import encode_prompt, encode_row
@@ -53,9 +52,6 @@ ARMS = {
         "all positions": {"positions": "all"},
         "insert, delete": {"edits": ["substitute", "insert", "delete"]},
         "all positions, margin 1": {"positions": "all", "margin": 1.0},
-    },
-    "more": {
-        FULL: {},
         "exact": {"shortlist": "exact"},
         "exact, all positions": {"shortlist": "exact", "positions": "all"},
         "swap": {"edits": ["substitute", "swap"]},
@@ -63,7 +59,6 @@ ARMS = {
         "near 0.5": {"distance_weight": 0.5},
         "near 2": {"distance_weight": 2.0},
     },
-    "presets": {FULL: {}, "best": PRESETS["best"]},
 }
 STARTS = {
     "neutral": "read the problem here and find the answer now .",
@@ -111,7 +106,7 @@ def draw(results, budgets, path):
             points = [mean_of_runs(results[start][arm][budget]) for budget in budgets]
             means, errors = ([100 * value for value in column] for column in zip(*points))
             xs = [budget * (1 + 0.03 * (n - 2)) for budget in budgets]  # side by side, so that no bar hides another
-            panel.errorbar(xs, means, errors, marker="osD^v<>p"[n], markersize=5, capsize=3, label=arm)
+            panel.errorbar(xs, means, errors, marker="osD^v<>p"[n % 8], markersize=5, capsize=3, label=arm)
         panel.set(title=f"{start} start: “{STARTS[start]}”", xlabel="generated tokens", xscale="log")
         panel.set_xticks(budgets, [str(b) for b in budgets], minor=False)
         panel.minorticks_off()

@@ -73,7 +73,6 @@ PRESETS = {
         "force_sentence_end": True,
         "choose_on": "train",
     },
-    "best": {"positions": "all"},  # what docs/log.md finds at least as good at half the cost
     "published": {},  # of the text methods: `PUBLISHED` has their values
 }
 AT_LEAST_ONE = (
@@ -113,8 +112,7 @@ class SearchSettings(GenerationSettings):
     GROUP = "the search"
     preset: str = flag(
         "default",
-        "paper: extractor and answer space of the paper; released: all that the released scripts do; best: what was "
-        "found to be better than the paper's search, at half its steps; "
+        "paper: extractor and answer space of the paper; released: all that the released scripts do; "
         "published: a text method's settings in its own publication",
     )
     steps: int = flag(105, "T: positions visited")

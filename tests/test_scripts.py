@@ -779,7 +779,6 @@ def test_a_text_method_that_is_continued_ends_as_one_that_had_so_many_rounds_fro
         (text_flags(""), "the optimizer demo/model does not know .* words of the meta-prompt"),
         (text_flags("", "--mu", "2"), "--shortlist-size: only GReaTer has this setting, not --method opro"),
         (text_flags("", "--preset", "released"), "--preset released is GReaTer's"),
-        (text_flags("", "--preset", "best"), "--preset best is GReaTer's"),
         (["--preset", "published"], "--preset published is the text methods'"),
         (text_flags("", "--budget", "15"), "--budget 15: .* on 8 training rows, take 16 generations"),
         (["--budget", "100"], "--budget 100: the initial prompt and one step, on 40 training rows, take 160"),
