@@ -2,10 +2,8 @@
 
     --audit-every N                    spends generations of every N-th step on what the gradient is worth
     --positions all                    the best tokens of the best positions of the whole prompt, by one gradient
-    --edits substitute insert delete   tokens may also come and go, so that a prompt can shrink; swap: change places
+    --edits substitute insert delete   tokens may also come and go, so that a prompt can shrink
     --shortlist exact                  ranks by the loss behind the present reasoning itself, not by its slope
-    --gradient-samples N               a gradient averaged over N sampled reasonings and the greedy one
-    --distance-weight W                prefers tokens whose embedding is near, where a gradient says more
 
 `visit` takes a step with them; greater_core.optimize is told so. They use the functions of greater_core.py, and its
 shape letters. (--margin and --objective are there.)
@@ -19,7 +17,6 @@ from torch.nn import functional as F
 
 from greater_core import (
     answer_loss,
-    candidate_gradients,
     generator_of,
     make_shortlist,
     mean_gradients,
@@ -34,7 +31,7 @@ from greater_core import (
     training_loss,
 )
 from support.answers import answer_columns, finite_rows
-from support.engine import Sampler, pad
+from support.engine import pad
 from support.ranks import agreed
 from support.runs import Audit, Candidate, Step, Tried, timed
 from support.tokens import survives_encoding
@@ -61,7 +58,7 @@ def visit(search, prefix, step):
 
 def edit_step(search, prefix, step):
     """A `Step` over the edits of the settings, at the prefix's position or, where this is 0, at all."""
-    kinds = {"substitute": substitutions, "insert": insertions, "delete": deletions, "swap": swaps}
+    kinds = {"substitute": substitutions, "insert": insertions, "delete": deletions}
     settings, prompt, seconds = search.settings, search.current.prompt_ids, {}
     candidates, tried = [], {}  # {prompt: Candidate}
     with timed(seconds, "gradient"):  # and proposals
@@ -89,15 +86,9 @@ def edit_step(search, prefix, step):
 def edited(prompt, candidate):
     """The prompt with a `Candidate`'s edit."""
     position = candidate.position
-    here, behind = prompt[position : position + 1], prompt[position + 1 :]
-    middle = {
-        "substitute": (candidate.token,),
-        "insert": (candidate.token, *here),
-        "delete": (),
-        "swap": (*prompt[position + 1 : position + 2], *here),
-    }
-    behind = behind[1:] if candidate.edit == "swap" else behind
-    return (*prompt[:position], *middle[candidate.edit], *behind)
+    token = () if candidate.edit == "delete" else (candidate.token,)
+    behind = position if candidate.edit == "insert" else position + 1
+    return (*prompt[:position], *token, *prompt[behind:])
 
 
 def may_stand(search, edit, position, token):
@@ -124,7 +115,7 @@ def substitutions(search, prefix, step):
         here = prefix_at(engine, prefix, prompt[:position], known=here)
         tokens, _ = proposals(search, here, step, partial(may_stand, search, "substitute", position))
         tokens_at[position] = [*tokens, prompt[position]]
-    gradients = gradients_of(search, prefix, step, tokens_at)
+    gradients = gradients_of(search, prefix, tokens_at)
     candidates, changes = [], {}  # {candidate: its gradient less that of the token it would replace}
     for position, tokens in tokens_at.items():
         own = gradients.get((position, prompt[position]))
@@ -134,8 +125,6 @@ def substitutions(search, prefix, step):
             candidates.append(candidate)
             if token != prompt[position] and (one or edited(prompt, candidate) not in search.scores):
                 changes[candidate] = None if gradient is None else gradient - own
-    if settings.distance_weight:
-        changes = near_first(search, changes)
     if settings.takes_gradient:
         changes = best_of_each_position(changes)
     if settings.shortlist == "exact":
@@ -157,20 +146,6 @@ def measured(search, prefix, candidates):
     prompts = {candidate: edited(search.current.prompt_ids, candidate) for candidate in candidates}
     losses = fixed_losses(search, prefix, {*prompts.values()})
     return {candidate: losses[prompt] for candidate, prompt in prompts.items()}
-
-
-def near_first(search, changes):
-    """{candidate: predicted change, plus so many of their standard deviations for each one by which the embedding's
-    squared distance to the token that it would replace is above the mean}."""
-    candidates, prompt, weight = [*changes], search.current.prompt_ids, search.settings.distance_weight
-    ids = [[one.token for one in candidates], [prompt[one.position] for one in candidates]]
-    new, old = search.engine.embed(torch.tensor(ids, device=search.engine.device)).cpu().double()  # [K, E] each
-    distances = (new - old).square().sum(1)  # [K]
-    predicted = torch.tensor([changes[one] for one in candidates], dtype=torch.float64)
-    if len(candidates) < 2 or not distances.std() > 0:
-        return changes
-    penalties = weight * predicted.std() * (distances - distances.mean()) / distances.std()
-    return dict(zip(candidates, agreed((predicted + penalties).tolist())))
 
 
 def insertions(search, prefix, step):
@@ -201,33 +176,17 @@ def deletions(search, prefix, step):
     return candidates, candidates
 
 
-def swaps(search, prefix, step):
-    """(candidates, those to try): two neighbours change places. The last token stays, as in `deletions`."""
-    prompt = search.current.prompt_ids
-    if len(prompt) < 3:
-        return [], []
-    place = a_place(search, prefix, step, "swap", len(prompt) - 2)
-    possible = place < len(prompt) - 2 and may_stand(search, "swap", place, prompt[place])
-    candidates = [Candidate(prompt[place], None, edit="swap", position=place)] if possible else []
-    return candidates, candidates
-
-
-def gradients_of(search, prefix, step, tokens_at):
-    """{(position, token): gradient, mean over the rows and their reasonings} of {position: tokens with the prompt's
-    own}; empty where the shortlist does not need one."""
+def gradients_of(search, prefix, tokens_at):
+    """{(position, token): gradient, mean over the rows} of {position: tokens with the prompt's own}; empty where the
+    shortlist does not need one."""
     settings, prompt = search.settings, search.current.prompt_ids
-    if not settings.takes_gradient:
-        return {}
-    if settings.gradient_without_reasoning:
-        reasonings = [[[] for _ in search.rows]]
-    else:
-        reasonings = [search.reasoning, *sampled_reasonings(search, prefix, step)]
     if settings.positions == "one":
         ((position, tokens),) = tokens_at.items()
-        own = [candidate_gradients(search, prefix, prompt, tokens, one)[0][:, None] for one in reasonings]
-    else:
-        own = [gradients_everywhere(search, prefix, [*tokens_at.values()], one) for one in reasonings]
-    per_row = torch.stack(own).nanmean(0)  # [B, P, K]; a row counts with those of its reasonings that are finite
+        return {(position, token): g for token, g in mean_gradients(search, prefix, prompt, tokens).items()}
+    if not settings.takes_gradient:
+        return {}
+    reasoning = [[] for _ in search.rows] if settings.gradient_without_reasoning else search.reasoning
+    per_row = gradients_everywhere(search, prefix, [*tokens_at.values()], reasoning)  # [B, P, K]
     whole = finite_rows(per_row, f"the gradient is not finite at ids {list(prompt)}", search.engine.dtype_hint)
     means = agreed(per_row[whole].cpu().double().mean(0).tolist())
     return {
@@ -235,34 +194,6 @@ def gradients_of(search, prefix, step, tokens_at):
         for (position, tokens), at_position in zip(tokens_at.items(), means)
         for token, gradient in zip(tokens, at_position)
     }
-
-
-def sampled_reasonings(search, prefix, step):
-    """So many reasonings of each row as the settings say, drawn from the model under the current prompt."""
-    engine, settings, prompt, position = search.engine, search.settings, search.current.prompt_ids, len(prefix.tokens)
-    jobs = [(n, i) for n in range(settings.gradient_samples) for i in range(len(search.rows))]
-    if not jobs:
-        return []
-
-    @torch.inference_mode()
-    def run(batch):
-        numbers = [i for _, i in batch]
-        heads = [[*search.rows[i].question, *prefix.tokens] for i in numbers]
-        tails = [[*prompt[position:], *search.rows[i].turn_end] for i in numbers]
-        context, logits = engine.read_tails(prefix.context, numbers, heads, tails, 0)  # [B, 1, V]
-        sampler = Sampler(1.0, [f"{settings.seed}/{step}/reasoning/{n}/{i}" for n, i in batch])
-        drawn = [None] * len(batch)
-        limits = [settings.max_new_tokens] * len(batch)
-        for ended in engine.generate(context, logits[:, -1].clone(), limits, sampler):
-            for n, ids in zip(ended.rows, ended.ids):
-                drawn[n] = ids
-        return drawn
-
-    longest = prefix.context.mask.shape[1] + len(prompt) + max(row.behind for row in search.rows)
-    size = settings.batch_size or engine.rows_that_fit(longest + 1 + settings.max_new_tokens, 1 + len(prompt))
-    engine.counts["sampled_generations"] += len(jobs)
-    found = engine.over_rows(run, jobs, "sampling", size, cost=lambda job: search.rows[job[1]].length)
-    return [found[start : start + len(search.rows)] for start in range(0, len(found), len(search.rows))]
 
 
 def gradients_everywhere(search, questions, tokens_at, reasoning):

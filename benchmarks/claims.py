@@ -54,10 +54,6 @@ ARMS = {
         "all positions, margin 1": {"positions": "all", "margin": 1.0},
         "exact": {"shortlist": "exact"},
         "exact, all positions": {"shortlist": "exact", "positions": "all"},
-        "swap": {"edits": ["substitute", "swap"]},
-        "2 samples": {"gradient_samples": 2},
-        "near 0.5": {"distance_weight": 0.5},
-        "near 2": {"distance_weight": 2.0},
     },
 }
 STARTS = {

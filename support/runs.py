@@ -297,14 +297,13 @@ def since_improved(steps):
 
 def generations_of(steps, rows):
     """How many generations the scores in the steps of a search took: one for each of so many training rows under each
-    prompt, and once more where a prompt that was scored earlier became the current one; and those sampled for
-    gradients."""
+    prompt, and once more where a prompt that was scored earlier became the current one."""
     prompts, current = 0, None
     for step in steps:
         new = [tried.prompt_ids for tried in step.shortlist if tried.new]
         prompts += len(new) + (step.prompt_ids != current and step.prompt_ids not in new)
         current = step.prompt_ids
-    return prompts * rows + (steps[-1].totals.get("sampled_generations", 0) if steps else 0)
+    return prompts * rows
 
 
 def last_job(steps):
@@ -344,8 +343,6 @@ def read_run(folder, **kinds):
 
 NEWER = {
     "audit_every": 0,
-    "distance_weight": 0.0,
-    "gradient_samples": 0,
     "margin": 0.0,
     "positions": "one",
     "word_starts": False,

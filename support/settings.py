@@ -101,7 +101,7 @@ KNOWN_VALUES = {  # of flags; an empty one leaves it to the task
 }
 
 
-EDITS = ("substitute", "insert", "delete", "swap")
+EDITS = ("substitute", "insert", "delete")
 MARGIN_ROWS = 24  # the least that a standard error over rows is taken of
 
 
@@ -144,12 +144,6 @@ class SearchSettings(GenerationSettings):
     edits: list[str] = field(
         default_factory=lambda: ["substitute"], metadata={"help": f"what a step tries: {', '.join(EDITS)}"}
     )
-    gradient_samples: int = flag(
-        0, "average the gradient over so many sampled reasonings of each row and the greedy one"
-    )
-    distance_weight: float = flag(
-        0.0, "how much the shortlist prefers tokens whose embeddings are near those that they would replace"
-    )
     ties: str = flag("first", "which of equal objectives is taken; first: the incumbent, then by gradient")
     force_sentence_end: bool = flag(False, "take a shortlisted full stop at once in the prompt's second half")
     choose_on: str = flag("dev", "rows that choose the final prompt among the best of the run")
@@ -160,11 +154,9 @@ class SearchSettings(GenerationSettings):
 
     @property
     def tries_per_step(self):
-        """How many prompts a step scores, about: without a shortlist there are as many as candidates. Reasonings
-        sampled for its gradient count as well."""
+        """How many prompts a step scores, about: without a shortlist there are as many as candidates."""
         shortlist = self.min_candidates if self.shortlist == "all" else self.shortlist_size
-        one_each = {"delete", "swap"} & set(self.edits)
-        return shortlist * len({"substitute", "insert"} & set(self.edits)) + len(one_each) + self.gradient_samples
+        return shortlist * len({"substitute", "insert"} & set(self.edits)) + ("delete" in self.edits)
 
     @property
     def audited_prompts(self):
@@ -174,7 +166,7 @@ class SearchSettings(GenerationSettings):
     @property
     def edit_steps(self):
         """{name: value} of the settings that make beyond_paper.py search otherwise than the paper; {} if none does."""
-        usual = {"positions": "one", "edits": ["substitute"], "gradient_samples": 0, "distance_weight": 0.0}
+        usual = {"positions": "one", "edits": ["substitute"]}
         found = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
         return found | ({"shortlist": "exact"} if self.shortlist == "exact" else {})
 
@@ -193,7 +185,7 @@ class SearchSettings(GenerationSettings):
         super().__post_init__()
         for name in AT_LEAST_ONE:
             require(getattr(self, name) >= 1, f"{as_flag(name)} must be at least 1")
-        for name in ("gradient_batch_size", "audit_every", "gradient_samples"):
+        for name in ("gradient_batch_size", "audit_every"):
             require(getattr(self, name) >= 0, f"{as_flag(name)} must not be negative")
         require(self.steps >= 0, "--steps must not be negative")
         require(0 <= self.fluency_weight < math.inf, "--lambda must be a number not below 0")
@@ -202,16 +194,11 @@ class SearchSettings(GenerationSettings):
             if hasattr(self, name):
                 require_known(name, getattr(self, name))
         require(0 <= self.margin < math.inf, "--margin must be a number not below 0")
-        require(0 <= self.distance_weight < math.inf, "--distance-weight must be a number not below 0")
         self.require_rows(self.train_rows)
         edits = self.edits and set(self.edits) <= set(EDITS) and len(set(self.edits)) == len(self.edits)
         require(edits, f"--edits must be some of {', '.join(EDITS)}, each once, not {' '.join(self.edits)!r}")
         forced = f"--force-sentence-end: leave out {', '.join(map(as_flag, self.edit_steps))}"
         require(not (self.edit_steps and self.force_sentence_end), forced)
-        idle = (self.gradient_samples or self.distance_weight) and not self.takes_gradient
-        require(not idle, f"--shortlist {self.shortlist} takes no gradient: no --gradient-samples, --distance-weight")
-        apart = self.gradient_samples and (self.gradient_without_reasoning or "insert" in self.edits)
-        require(not apart, "--gradient-samples: leave out --gradient-without-reasoning and --edits insert")
         every = self.positions == "all" and self.shortlist == "all"
         require(not every, "--positions all with --shortlist all would try hundreds of prompts in a step: choose one")
         first = self.positions == "all" and self.shortlist == "likeliest"  # would be those of the first position

@@ -5,7 +5,6 @@ import json
 import random
 from dataclasses import asdict
 
-import numpy as np
 import pytest
 import torch
 from conftest import own_task, settings, slow_losses, tiny_engine, with_choices
@@ -14,7 +13,7 @@ from made_runs import rows_of
 import beyond_paper
 import greater_core as core
 from support.files import UserError
-from support.runs import Candidate, as_step, generations_of
+from support.runs import Candidate, as_step
 from support.tokens import Row, encode_prompt, encode_row, ends_sentence, prompt_text
 
 
@@ -164,7 +163,6 @@ def test_an_edit_puts_a_token_in_place_of_another_or_before_it_or_takes_it_out()
     assert [prompt("substitute", n) for n in (0, 2)] == [(9, 2, 3), (1, 2, 9)]
     assert [prompt("insert", n) for n in (0, 2)] == [(9, 1, 2, 3), (1, 2, 9, 3)]
     assert [prompt("delete", n) for n in (0, 2)] == [(2, 3), (1, 2)]
-    assert [prompt("swap", n) for n in (0, 1)] == [(2, 1, 3), (1, 3, 2)]
 
 
 def test_prompts_of_different_length_are_scored_together_as_alone(llama, few_rows):
@@ -184,11 +182,8 @@ OPTIONS = {
     "edits": {"edits": ["substitute", "insert", "delete"]},
     "all edits": {"positions": "all", "edits": ["substitute", "insert", "delete"], "audit_every": 2},
     "only shrinks": {"edits": ["delete"]},
-    "swaps": {"edits": ["substitute", "swap"]},
-    "samples": {"gradient_samples": 2},
     "exact": {"shortlist": "exact", "audit_every": 2},
     "exact everywhere": {"shortlist": "exact", "positions": "all", "edits": ["substitute", "insert"]},
-    "near": {"distance_weight": 1.0, "positions": "all"},
     "all at random": {"positions": "all", "shortlist": "random"},
     "probability": {"objective": "probability"},
 }
@@ -274,49 +269,6 @@ def test_edited_prompts_encode_to_their_ids_with_a_subword_tokenizer(subword_tok
             for row in data:
                 assert tuple(encode_prompt(subword_tokenizer, task, row["question"], text)[1]) == one.prompt_ids
     assert edited == set(edits)
-
-
-@pytest.mark.parametrize("positions", ["one", "all"])
-def test_a_gradient_over_samples_is_the_mean_over_the_greedy_and_the_sampled_reasonings(llama, few_rows, positions):
-    rows, prompt = few_rows
-    config = settings(gradient_samples=2, positions=positions, max_new_tokens=6, batch_size=3, shortlist="gradient")
-    search = core.Search(llama, rows, config, None, prompt)
-    search.current, search.reasoning = core.Score(prompt, 0.0, 0.0, 0.0, 0.0, 0), [[20 + n] * n for n in range(5)]
-    prefix = core.prefill_questions(llama, rows, 2)
-    drawn = beyond_paper.sampled_reasonings(search, prefix, 7)
-    assert [len(one) for one in drawn] == [5, 5] and drawn[0] != drawn[1]
-    search.settings.batch_size = 1
-    assert beyond_paper.sampled_reasonings(search, prefix, 7) == drawn  # whatever stands beside a row
-    assert beyond_paper.sampled_reasonings(search, prefix, 8) != drawn
-    tokens = [60, 75, prompt[0]]
-    tokens_at = {0: tokens} if positions == "one" else dict.fromkeys(range(len(prompt)), [60, 75])
-    tokens_at = {position: list({*own, prompt[position]}) for position, own in tokens_at.items()}
-    found = beyond_paper.gradients_of(search, prefix, 7, tokens_at)
-    own = [core.candidate_gradients(search, prefix, prompt, tokens, one)[0] for one in (search.reasoning, *drawn)]
-    for token, mean in zip(tokens, torch.stack(own).mean((0, 1)).tolist(), strict=True):
-        assert found[0, token] == pytest.approx(mean, rel=1e-9)
-
-
-def test_sampled_reasonings_count_as_generations_of_the_search(demo_engine, start):
-    records = searched(demo_engine, start, gradient_samples=2, steps=3)
-    scored = sum(one.new for record in records for one in record.shortlist)
-    taken = [record for record in records[1:] if not record.grows]
-    assert generations_of(records, 8) >= 8 * (1 + scored + 2 * len(taken))
-    assert records[-1].totals["sampled_generations"] == 16 * len(taken)
-
-
-def test_the_distance_weight_adds_what_a_far_embedding_costs(llama, few_rows):
-    rows, prompt = few_rows
-    search = core.Search(llama, rows, settings(distance_weight=0.5), None, prompt)
-    search.current = core.Score(prompt, 0.0, 0.0, 0.0, 0.0, 0)
-    places = [(0, 60), (0, 75), (1, 61)]
-    changes = {Candidate(token, None, position=place): -1.0 * n for n, (place, token) in enumerate(places)}
-    weights = llama.model.get_input_embeddings().weight.double()
-    apart = np.array([((weights[token] - weights[prompt[place]]) ** 2).sum().item() for place, token in places])
-    expected = np.array([0.0, -1.0, -2.0]) + 0.5 * 1.0 * (apart - apart.mean()) / apart.std(ddof=1)
-    assert [*beyond_paper.near_first(search, changes).values()] == pytest.approx(expected.tolist())
-    (only,) = changes = {Candidate(60, None, position=0): -1.0}
-    assert beyond_paper.near_first(search, changes) == {only: -1.0}  # nothing to compare with
 
 
 def test_the_exact_shortlist_has_the_lowest_losses_behind_the_old_reasoning(demo_engine, start):

@@ -235,7 +235,7 @@ def test_help_shows_each_flag_once_in_dashes_in_groups_with_an_example(script):
 
 def test_help_shows_the_values_that_a_flag_may_have_and_its_default_where_there_is_one():
     text = " ".join(called("02_optimize.py", "--help").stdout.split())
-    assert "--shortlist gradient|random|likeliest|all how" in text and "--answer-space choices|vocabulary" in text
+    assert "--shortlist gradient|exact|random|likeliest|all how" in text and "--answer-space choices|vocabulary" in text
     assert "--kind number|choice|boolean|label|text|generation what" in text and "--dry-run [yes|no]" in text
     assert "--steps N T: positions visited (default: 20)" in text
     assert "0: all --run-dir" in text  # a default that its text explains is not repeated
@@ -322,7 +322,7 @@ def test_only_a_task_of_own_rows_keeps_the_flags_for_them():
     [
         ({"margin": -1.0}, "--margin must be"),
         ({"margin": math.nan}, "--margin must be"),
-        ({"edits": ["reverse"]}, "--edits must be some of"),
+        ({"edits": ["swap"]}, "--edits must be some of"),
         ({"edits": []}, "--edits must be some of"),
         ({"edits": ["delete", "delete"]}, "--edits must be some of"),
         ({"positions": "two"}, "--positions must be one of"),
@@ -330,12 +330,7 @@ def test_only_a_task_of_own_rows_keeps_the_flags_for_them():
         ({"positions": "all", "shortlist": "likeliest"}, "leave out --positions all"),
         ({"positions": "all", "force_sentence_end": True}, "leave out --positions"),
         ({"edits": ["insert"], "force_sentence_end": True}, "leave out --edits"),
-        ({"gradient_samples": -1}, "--gradient-samples must not be negative"),
-        ({"gradient_samples": 2, "shortlist": "random"}, "--shortlist random takes no gradient"),
-        ({"gradient_samples": 2, "gradient_without_reasoning": True}, "leave out --gradient-without-reasoning"),
-        ({"gradient_samples": 2, "edits": ["insert"]}, "--edits insert"),
-        ({"distance_weight": -1.0}, "--distance-weight must be"),
-        ({"distance_weight": 1.0, "shortlist": "likeliest"}, "--shortlist likeliest takes no gradient"),
+        ({"shortlist": "exact", "force_sentence_end": True}, "leave out --shortlist"),
         ({"audit_every": -1}, "--audit-every must not be negative"),
     ],
 )
@@ -347,7 +342,6 @@ def test_settings_beyond_the_paper_that_make_no_sense_are_refused(changes, messa
 def test_a_step_s_tries_are_counted_for_each_kind_of_edit():
     assert SearchSettings().tries_per_step == 3 and SearchSettings().beyond_paper == ""
     assert SearchSettings(edits=["substitute", "insert", "delete"], positions="all").tries_per_step == 7
-    assert SearchSettings(edits=["substitute", "swap"], gradient_samples=4).tries_per_step == 8
     assert SearchSettings(edits=["delete"]).tries_per_step == 1
     assert SearchSettings(audit_every=5, steps=104).audited_prompts == 80
     assert "positions all" in SearchSettings(positions="all").beyond_paper
