@@ -36,9 +36,8 @@ from support.ranks import agreed
 from support.runs import Audit, Candidate, Step, Tried, timed
 from support.tokens import survives_encoding
 
-MEASURED = (
-    12  # candidates at most whose loss `--shortlist exact` takes in a step: those of which the gradient promises most
-)
+# Of so many candidates at most `--shortlist exact` takes the loss in a step: those of which the gradient promises most.
+MEASURED = 12
 
 
 def visit(search, prefix, step):

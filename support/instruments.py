@@ -551,7 +551,7 @@ def gradient_sentence(signal):
         return f"{helped}: {lower} ({advantage.steps} steps: lower in {better}, higher in {worse})."
     if within:
         order = told(within, "better than chance", "worse than chance", "in a way that cannot be told from chance")
-        ranked = f"The gradient ordered its own shortlist {order}: rank correlation {within.text()} in"
+        ranked = f"The gradient ordered the shortlist {order}: rank correlation {within.text()} in"
         return f"{ranked} {within.steps} steps; against a random shortlist only --audit-every compares it."
     return "Whether the gradient helped is not recorded."
 

@@ -210,7 +210,7 @@ def test_without_audits_the_verdict_says_how_the_shortlist_was_ordered_and_no_mo
     signal = instruments.signal_of(STEPS)
     signal = replace(signal, correlations=signal.correlations | {("objective", False): (within, None)})
     sentence = instruments.gradient_sentence(signal)
-    assert f"ordered its own shortlist {order}:" in sentence and "--audit-every" in sentence
+    assert f"ordered the shortlist {order}:" in sentence and "--audit-every" in sentence
 
 
 def test_a_run_without_gradients_has_no_verdict_on_them():
