@@ -126,9 +126,12 @@ def substitutions(search, prefix, step):
                 changes[candidate] = None if gradient is None else gradient - own
     if settings.takes_gradient:
         changes = best_of_each_position(changes)
+    by_gradient = changes
     if settings.shortlist == "exact":
         changes = measured(search, prefix, sorted(changes, key=changes.get)[:MEASURED])
-    return candidates, make_shortlist([*changes], changes, settings, generator_of(settings, step, "shortlist"))
+    shortlist = make_shortlist([*changes], changes, settings, generator_of(settings, step, "shortlist"))
+    turn = (step - 1) % len(prompt)
+    return candidates, shortlist if one or settings.shortlist == "random" else with_turn(shortlist, by_gradient, turn)
 
 
 def best_of_each_position(changes):
@@ -138,6 +141,15 @@ def best_of_each_position(changes):
     for candidate in sorted(changes, key=changes.get):
         best.setdefault(candidate.position, candidate)
     return changes if len(best) == 1 else {candidate: changes[candidate] for candidate in best.values()}
+
+
+def with_turn(shortlist, changes, turn):
+    """The shortlist, with a candidate at the position whose turn it is instead of its last, unless it has one there:
+    the positions of which the gradient promises little are tried too, so that no word stays for good unseen."""
+    there = [candidate for candidate in changes if candidate.position == turn]
+    if not there or any(candidate.position == turn for candidate in shortlist):
+        return shortlist
+    return [*shortlist[:-1], there[0]]
 
 
 def measured(search, prefix, candidates):
