@@ -2,15 +2,18 @@
 
     python benchmarks/generation_speed.py --models HuggingFaceTB/SmolLM2-135M-Instruct
     python benchmarks/generation_speed.py --models FOLDER FOLDER --source DIR   # local models and rows
+    python benchmarks/generation_speed.py --models FOLDER --device cuda --dtype bfloat16 --rows 256
 
-Both get the same questions of the task, chat template and initial prompt included, as one batch, and generate greedily
-in float32 on the CPU. They take turns, so that other work on the machine slows both, and the medians are printed.
-Resident memory is that of a process of its own that loads the model and generates once, without transformers' model.
+Both get the same questions of the task, chat template and initial prompt included, as one batch, and generate greedily,
+in float32 on the CPU if nothing else is said. They take turns, so that other work on the machine slows both, and the
+medians are printed. Memory is that of a process of its own that loads the model and generates once, without
+transformers' model: resident, or on a GPU what PyTorch allocated there.
 
 The floor counts the products of the linear layers and nothing else: 2 operations per weight and token. Questions are
 read without padding, and only their last token meets the output embedding. A decoding step takes the longer of its
 operations and of reading all weights from memory once. Both rates are measured between the repetitions: operations
-with 2048 x 2048 matrices in the faster of PyTorch's and oneDNN's product, memory by a sum over 256 MiB.
+with 2048 x 2048 matrices in the faster of PyTorch's and oneDNN's product, memory by a sum over 256 MiB; on a GPU 8192 x
+8192 and 4 GiB.
 
 Beside other work wall-clock seconds are those of whoever got the cores, and a short measurement of a rate meets idle
 moments that a long one does not. --one-thread computes on one thread and counts the seconds that it had a core.
@@ -53,8 +56,11 @@ class Rates(NamedTuple):
 def seconds(function, *arguments):
     """(what the function returns, the seconds it took: on a core if there is one thread, else by the wall clock)"""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else int  # int() does nothing
+    wait()
     started = clock()
     result = function(*arguments)
+    wait()
     return result, clock() - started
 
 
@@ -68,7 +74,7 @@ def questions(engine, flags):
 @torch.inference_mode()
 def generate(model, sequences, settings):
     """What transformers' own `generate` writes behind each sequence, end token and padding included."""
-    ids, mask = pad(sequences, "cpu", left=True)
+    ids, mask = pad(sequences, model.device, left=True)
     return model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, ids.shape[1] :].tolist()
 
 
@@ -78,11 +84,12 @@ def before_end(ids, ends):
 
 
 @torch.inference_mode()
-def measured_rates():
-    """The machine's rates now."""
-    size, tries = 2048, 3
-    layers = torch.nn.Sequential(*(torch.nn.Linear(size, size, bias=False) for _ in range(2)))
-    inputs, source = torch.randn(size, size), torch.ones(2**28 // 4)
+def measured_rates(like):
+    """The rates now of the device that this model is on, in its dtype."""
+    size, count, tries = (8192, 2**30, 3) if like.device.type == "cuda" else (2048, 2**26, 3)
+    there = {"device": like.device, "dtype": like.dtype}
+    layers = torch.nn.Sequential(*(torch.nn.Linear(size, size, bias=False, **there) for _ in range(2)))
+    inputs, source = torch.randn(size, size, **there), torch.ones(count, device=like.device)
     products = [min(seconds(layers[0], inputs)[1] for _ in range(tries))]
     layers.get_input_embeddings = lambda: torch.nn.Embedding(1, 1)
     use_onednn(layers)
@@ -124,19 +131,22 @@ def measure_memory(name, flags):
     """MiB of the weights, and resident: before loading, loaded, and the peaks of loading and of generating."""
     found = {"libraries": resident("VmRSS")}
     forget_peak()
-    engine = load_engine(name, "cpu", "float32")
+    engine = load_engine(name, flags.device, flags.dtype)
     found["weights"] = sum(w.numel() * w.dtype.itemsize for w in engine.model.parameters()) / MIB
     found |= {"loaded": resident("VmRSS"), "loading": resident("VmHWM")}
     sequences = questions(engine, flags)
     forget_peak()
     engine.complete(sequences, flags.max_new_tokens)
+    if engine.device.type == "cuda":
+        return found | {"gpu": torch.cuda.max_memory_allocated() / MIB}
     return found | {"generating": resident("VmHWM")}
 
 
 def measure_speed(name, flags):
     """Medians over the repetitions, after one that is not counted."""
-    engine = load_engine(name, "cpu", "float32")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True).eval()
+    engine = load_engine(name, flags.device, flags.dtype)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=engine.model.dtype, use_safetensors=True).eval()
+    model.to(engine.device)
     settings = GenerationConfig(
         max_new_tokens=flags.max_new_tokens,
         do_sample=False,
@@ -150,7 +160,7 @@ def measure_speed(name, flags):
         ours, our_seconds = seconds(engine.complete, sequences, flags.max_new_tokens)
         theirs, their_seconds = seconds(generate, model, sequences, settings)
         lengths = [len(ids) + stopped for ids, stopped in ours]
-        rates = measured_rates()
+        rates = measured_rates(engine.model)
         floor = floor_seconds(engine.model, sequences, lengths, rates)
         runs.append([our_seconds, their_seconds, floor, their_seconds / our_seconds, floor / our_seconds, *rates])
     names = ("ours", "generate", "floor", "times", "of_floor", "operations", "bytes")
@@ -177,6 +187,14 @@ def run_apart(name, measure):
 def report(name, speed, memory):
     """Lines for people."""
     per_second = speed["generated"] / speed["ours"]
+    peaks = (
+        f"peak on the GPU {memory['gpu']:.0f}"
+        if "gpu" in memory
+        else (
+            f"resident {memory['libraries']:.0f} before loading, {memory['loaded']:.0f} loaded;"
+            f" peaks {memory['loading']:.0f} loading, {memory['generating']:.0f} generating"
+        )
+    )
     return (
         f"{short_name(name)}: {speed['read']} tokens read, {speed['generated']} generated in {speed['rows']} rows\n"
         f"  ours      {speed['ours']:7.2f} s ({speed['spread'][0]:.2f} to {speed['spread'][1]:.2f})"
@@ -185,8 +203,7 @@ def report(name, speed, memory):
         f" the same ids in {speed['same']} of {speed['rows']} rows\n"
         f"  floor     {speed['floor']:7.2f} s  ours is at {100 * speed['of_floor']:.0f} % of its speed"
         f" ({speed['operations'] / 1e9:.0f} GFLOP/s, {speed['bytes'] / 1e9:.0f} GB/s)\n"
-        f"  memory    weights {memory['weights']:.0f} MiB; resident {memory['libraries']:.0f} before loading,"
-        f" {memory['loaded']:.0f} loaded; peaks {memory['loading']:.0f} loading, {memory['generating']:.0f} generating"
+        f"  memory    weights {memory['weights']:.0f} MiB; {peaks}"
     )
 
 
@@ -198,6 +215,8 @@ def main():
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto", help="auto: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--one-thread", action="store_true", help="count seconds of CPU: for a machine in use")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     flags = parser.parse_args()
