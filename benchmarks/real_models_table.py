@@ -199,6 +199,9 @@ def rows_table(measurements):
     return markdown(rows)
 
 
+CORRELATIONS = (("fixed_loss", "own"), ("objective", "own"), ("fixed_loss", "both"), ("objective", "both"))
+
+
 def signal_table(searches):
     """What the gradient was worth, over the steps of all tasks and seeds: a row per model and method."""
     head = [
@@ -210,6 +213,8 @@ def signal_table(searches):
         "best by rank 1, %",
         "old reasoning",
         "anew",
+        "old, both",
+        "anew, both",
         "old with anew",
     ]
     rows = [[*head, "audits: lower, higher", "by", "flips, %", "again, %"]]
@@ -220,7 +225,7 @@ def signal_table(searches):
         signal = signal_of_all(several)
         replaced = [before.prompt_ids != step.prompt_ids for steps in several for before, step in with_incumbent(steps)]
         first = share_text(signal.wins.best[0], sum(signal.wins.best)) if signal.wins else ""
-        ranks = [signal.correlations[measure, False][0] for measure in ("fixed_loss", "objective")]
+        ranks = [signal.correlations[about][0] for about in CORRELATIONS]
         flips = [changed and changed.flips for changed in (signal.tried, signal.again)]
         rows.append(
             [
@@ -237,9 +242,10 @@ def signal_table(searches):
 SIGNAL_LEGEND = """In brackets 95 % intervals over the steps of all searches. Best by rank 1: steps in which the try
 with the most negative gradient was the best one of its shortlist. Old reasoning, anew: mean rank correlation within
 steps of the predicted change with that of the loss behind the incumbent's reasoning, and of the objective when the
-model reasons anew; old with anew: of that loss itself with that objective. Audits: how often the lowest objective of
-the gradient's shortlist was lower or higher than that of a random one beside it, and by how much lower it is on
-average. Flips: training rows whose outcome a try changed; again: the same for the same prompt in other batches."""
+model reasons anew, in the shortlist; both: in the shortlist and the random one of an audit together; old with anew: of
+that loss itself with that objective, in both. Audits: how often the lowest objective of the shortlist was lower or
+higher than that of a random one beside it, and by how much lower it is on average. Flips: training rows whose outcome
+a try changed; again: the same for the same prompt in other batches."""
 
 
 def search_table(searches):

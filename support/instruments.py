@@ -43,6 +43,11 @@ MEASURES = {  # of what the change is taken: fields of a `Tried`
     "error": "error rate, reasoned anew",
     "objective": "objective, reasoned anew",
 }
+SHORTLISTS = {  # whose tokens are compared: the search's own, the random one of an audit, or both of an audited step
+    "own": "",
+    "random": ", random shortlist",
+    "both": ", both shortlists",
+}
 
 
 class Interval(NamedTuple):
@@ -68,16 +73,16 @@ class GradientPoint(NamedTuple):
     step: int
 
 
-def gradient_points(steps, measure="objective", drawn=False):
-    """A GradientPoint for each shortlisted candidate, or each randomly drawn one of an audit; not where the prompt grew
-    (there is no incumbent), no gradient was taken, or the measure was not recorded.
+def gradient_points(steps, measure="objective", shortlist="own"):
+    """A GradientPoint for each token of a shortlist; not where the prompt grew (there is no incumbent), no gradient was
+    taken, or the measure was not recorded.
 
-    measure: one of `MEASURES`."""
+    measure: one of `MEASURES`; shortlist: one of `SHORTLISTS`."""
     points = []
     for before, step in with_incumbent(steps):
         changes = predicted_changes(before, step)
         base = step.audit and step.audit.fixed_loss if measure == "fixed_loss" else getattr(before, measure)
-        for tried in tried_in(step, drawn):
+        for tried in tried_in(step, shortlist):
             value, predicted = getattr(tried, measure), changes.get(place_of(tried))
             if None not in (value, predicted, base):
                 points.append(GradientPoint(predicted, value - base, tried.prompt_ids == step.prompt_ids, step.step))
@@ -112,11 +117,15 @@ def with_incumbent(steps):
     return found
 
 
-def tried_in(step, drawn=False):
-    """The tokens that were tried in place of another: the shortlist's, or the random one's of an audit."""
-    if drawn:
-        return step.audit.drawn if step.audit else []
-    return [tried for tried in step.shortlist if tried.edit == "substitute"]
+def tried_in(step, shortlist="own"):
+    """The tokens that were tried in place of another, of one of the `SHORTLISTS`."""
+    own = [tried for tried in step.shortlist if tried.edit == "substitute"]
+    if shortlist == "own":
+        return own
+    drawn = step.audit.drawn if step.audit else []
+    if shortlist == "random":
+        return drawn
+    return [*{tried.prompt_ids: tried for tried in [*own, *drawn]}.values()] if drawn else []
 
 
 def spearman(xs, ys):
@@ -300,7 +309,9 @@ class Signal:
     audits: int
     audit_generations: int
     wins: Wins | None
-    correlations: dict[tuple[str, bool], tuple[Interval | None, Interval | None]]  # {(measure, drawn): within, pooled}
+    correlations: dict[
+        tuple[str, str], tuple[Interval | None, Interval | None]
+    ]  # {(measure, shortlist): within, pooled}
     exact: Interval | None  # within steps, of the loss behind the old reasoning with the objective reasoned anew
     tried: Changed | None  # between incumbent and shortlisted
     drawn: Changed | None  # between incumbent and randomly drawn
@@ -342,14 +353,14 @@ def signal_of_all(searches):
         steps += [replace(step, step=len(steps) + step.step) for step in own]  # the numbers tell the steps apart
     pairs = with_incumbent(steps)
     correlations = {}
-    for drawn in (False, True):
+    for shortlist in SHORTLISTS:
         for measure in MEASURES:
-            points = gradient_points(steps, measure, drawn)
+            points = gradient_points(steps, measure, shortlist)
             ranks = step_correlations(points)
-            correlations[measure, drawn] = bootstrap(ranks, mean_of), bootstrap(by_step(points), pooled)
+            correlations[measure, shortlist] = bootstrap(ranks, mean_of), bootstrap(by_step(points), pooled)
     tried = {
-        drawn: [(step.step, before, one) for before, step in pairs for one in tried_in(step, drawn)]
-        for drawn in (False, True)
+        shortlist: [(step.step, before, one) for before, step in pairs for one in tried_in(step, shortlist)]
+        for shortlist in ("own", "random")
     }
     audited = [(before, step) for before, step in pairs if step.audit]
     differences = [lowest(step.audit.drawn) - lowest(tried_in(step)) for _, step in audited]
@@ -360,8 +371,8 @@ def signal_of_all(searches):
         wins=wins_of(steps),
         correlations=correlations,
         exact=bootstrap(exact_correlations(audited), mean_of),
-        tried=changed_between(tried[False]),
-        drawn=changed_between(tried[True]),
+        tried=changed_between(tried["own"]),
+        drawn=changed_between(tried["random"]),
         again=changed_between([(step.step, before, step.audit.again) for before, step in audited]),
         advantage=bootstrap(differences, mean_of),
         ahead=(sum(d > 0 for d in differences), sum(d < 0 for d in differences)) if audited else None,
@@ -376,8 +387,8 @@ def exact_correlations(audited):
     objective reasoned anew: what a ranking by that loss itself, without a gradient, would be worth."""
     found = []
     for _, step in audited:
-        tried = {one.prompt_ids: one for one in [*tried_in(step), *step.audit.drawn] if one.fixed_loss is not None}
-        found.append(spearman([one.fixed_loss for one in tried.values()], [one.objective for one in tried.values()]))
+        tried = [one for one in tried_in(step, "both") if one.fixed_loss is not None]
+        found.append(spearman([one.fixed_loss for one in tried], [one.objective for one in tried]))
     return [rank for rank in found if rank is not None]
 
 
@@ -476,8 +487,8 @@ def interval_text(interval, digits=2, factor=1.0):
 
 def correlation_lines(signal):
     lines = [f"{'rank correlation of the predicted change with that of':54s}  {'within steps':>31s}  {'over all':>31s}"]
-    for (measure, drawn), (within, over_all) in signal.correlations.items():
-        label = f"{MEASURES[measure]}{', random shortlist' if drawn else ''}"
+    for (measure, shortlist), (within, over_all) in signal.correlations.items():
+        label = f"{MEASURES[measure]}{SHORTLISTS[shortlist]}"
         lines.append(f"{label:54s}  {interval_text(within):>31s}  {interval_text(over_all):>31s}")
     label = "of loss behind the old reasoning with objective anew"
     lines.append(f"{label:54s}  {interval_text(signal.exact):>31s}")
@@ -539,7 +550,7 @@ def signal_verdict(signal):
 
 
 def gradient_sentence(signal):
-    advantage, within = signal.advantage, signal.correlations["objective", False][0]
+    advantage, within = signal.advantage, signal.correlations["objective", "own"][0]
     if advantage:
         by = RANKED_BY[signal.shortlist]
         unknown = f"That the {by} helped cannot be told"

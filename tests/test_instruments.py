@@ -66,8 +66,15 @@ def test_equal_values_share_the_mean_of_their_ranks(values):
 def test_points_of_another_measure_and_of_the_random_shortlist_are_taken_from_their_fields():
     first = instruments.gradient_points(AUDITED[:2], "fixed_loss")
     assert first == [(-2.5, -1.0, True, 1), (-1.5, 1.0, False, 1)]
-    assert instruments.gradient_points(AUDITED[:2], "objective", drawn=True) == [(-1.5, -1.5, False, 1)]
-    assert instruments.gradient_points(STEPS, "fixed_loss") == [] == instruments.gradient_points(STEPS, drawn=True)
+    assert instruments.gradient_points(AUDITED[:2], "objective", shortlist="random") == [(-1.5, -1.5, False, 1)]
+    assert instruments.gradient_points(STEPS, "fixed_loss") == []
+    assert instruments.gradient_points(STEPS, shortlist="random") == []
+
+
+def test_both_shortlists_are_those_of_audited_steps_with_what_is_in_both_counted_once():
+    own, random, both = (instruments.gradient_points(AUDITED[:2], shortlist=name) for name in instruments.SHORTLISTS)
+    assert [point.predicted for point in both] == [-2.5, -1.5] and len(own) + len(random) == 3  # of two tokens
+    assert instruments.gradient_points(STEPS, shortlist="both") == []
 
 
 def test_a_bootstrap_of_a_mean_has_the_interval_of_normal_theory_and_is_the_same_each_time():
@@ -150,7 +157,7 @@ def test_the_signal_of_a_run_is_the_one_worked_out_by_hand():
     assert signal.again.flips == (0, 0, 0, 3) and signal.again.objective.value == 0.25
     assert signal.accepted == (1, 3)  # behind step 1 the rows stay as they are
     assert signal.gain == (3.0, 0.0, 4)
-    assert signal.correlations["objective", False][0] == pytest.approx((1.0, 1.0, 1.0, 3))
+    assert signal.correlations["objective", "own"][0] == pytest.approx((1.0, 1.0, 1.0, 3))
     # Losses 6 and 8 behind the old reasoning; anew the second is lower in step 1 and higher in the others.
     assert signal.exact.value == pytest.approx((-1 + 1 + 1) / 3) and signal.exact.steps == 3
 
@@ -208,7 +215,7 @@ def test_the_verdict_names_what_made_the_shortlist():
 )
 def test_without_audits_the_verdict_says_how_the_shortlist_was_ordered_and_no_more(within, order):
     signal = instruments.signal_of(STEPS)
-    signal = replace(signal, correlations=signal.correlations | {("objective", False): (within, None)})
+    signal = replace(signal, correlations=signal.correlations | {("objective", "own"): (within, None)})
     sentence = instruments.gradient_sentence(signal)
     assert f"ordered the shortlist {order}:" in sentence and "--audit-every" in sentence
 
