@@ -72,7 +72,7 @@ def test_when_memory_runs_out_the_batch_halves_and_the_texts_are_the_same(llama,
     engine = on_gpu(llama)
     expected = engine.complete(sequences[:5], 60)
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(2**28 / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(2**26 / torch.cuda.get_device_properties(0).total_memory)
     try:
         found = engine.complete(sequences, 60, batch_size=len(sequences))
     finally:
