@@ -34,7 +34,7 @@ from support.answers import answer_columns, finite_rows
 from support.engine import pad
 from support.ranks import agreed
 from support.runs import Audit, Candidate, Step, Tried, timed
-from support.tokens import survives_encoding
+from support.tokens import ends_sentence, survives_encoding
 
 # Of so many candidates at most `--shortlist exact` takes the loss in a step: those of which the gradient promises most.
 MEASURED = 12
@@ -110,10 +110,13 @@ def substitutions(search, prefix, step):
     settings, prompt, engine = search.settings, search.current.prompt_ids, search.engine
     one = settings.positions == "one"
     here, tokens_at = None, {}
-    for position in [len(prefix.tokens)] if one else range(len(prompt)):
+    places = open_places(search, prefix)
+    for position in places:
         here = prefix_at(engine, prefix, prompt[:position], known=here)
         tokens, _ = proposals(search, here, step, partial(may_stand, search, "substitute", position))
         tokens_at[position] = [*tokens, prompt[position]]
+    if not one and len(places) < len(prompt):
+        tokens_at[len(prompt) - 1] = [prompt[-1]]
     gradients = gradients_of(search, prefix, tokens_at)
     candidates, changes = [], {}  # {candidate: its gradient less that of the token it would replace}
     for position, tokens in tokens_at.items():
@@ -130,8 +133,18 @@ def substitutions(search, prefix, step):
     if settings.shortlist == "exact":
         changes = measured(search, prefix, sorted(changes, key=changes.get)[:MEASURED])
     shortlist = make_shortlist([*changes], changes, settings, generator_of(settings, step, "shortlist"))
-    turn = (step - 1) % len(prompt)
+    turn = places[(step - 1) % len(places)]
     return candidates, shortlist if one or settings.shortlist == "random" else with_turn(shortlist, by_gradient, turn)
+
+
+def open_places(search, prefix):
+    """The positions at which tokens may be replaced: the prefix's, or where all are searched those before a sentence
+    end, as a prompt without its end grows, and one that grows has no incumbent to fall back on."""
+    if search.settings.positions == "one":
+        return [len(prefix.tokens)]
+    prompt = search.current.prompt_ids
+    closed = len(prompt) > 1 and ends_sentence(search.engine.tokenizer, prompt)
+    return range(len(prompt) - closed)
 
 
 def best_of_each_position(changes):

@@ -239,7 +239,7 @@ def test_all_positions_are_tried_in_one_step_and_a_prompt_only_once(demo_engine,
             ids = (*before[:position], token, *before[position + 1 :])
             if ids not in tried and ids != before:
                 best[position] = min(change, best.get(position, change))
-        turn = (record.step - 1) % len(before)  # the position where one is tried whatever it promises
+        turn = (record.step - 1) % (len(before) - 1)  # where one is tried whatever it promises; the end is left out
         expected = sorted(best.values())[:4]
         if turn in best and best[turn] not in expected:
             expected[-1] = best[turn]
@@ -253,7 +253,15 @@ def test_each_position_has_a_try_by_turns_however_little_the_gradient_promises_t
     whole = [(a, b) for a, b in itertools.pairwise(records) if not b.grows and len(b.shortlist) == 2]
     assert len(whole) > 10
     for before, record in whole:
-        assert (record.step - 1) % len(before.prompt_ids) in {one.position for one in record.shortlist}
+        turn = (record.step - 1) % (len(before.prompt_ids) - 1)  # the sentence end has none
+        assert turn in {one.position for one in record.shortlist}
+
+
+def test_a_prompt_that_ends_a_sentence_keeps_its_end_where_all_positions_are_searched(demo_engine, start):
+    records = searched(demo_engine, start, positions="all", shortlist_size=2, steps=16)
+    closed = [record.step for record in records if ends_sentence(demo_engine.tokenizer, record.prompt_ids)]
+    assert len(closed) > 8 and closed == [*range(closed[0], 17)]
+    assert any(record.step > closed[0] and record.prompt_ids != records[closed[0]].prompt_ids for record in records)
 
 
 def test_a_prompt_shrinks_to_no_less_than_its_end(demo_engine, demo_tokenizer, demo_task, demo_data, start):
