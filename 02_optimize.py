@@ -113,7 +113,6 @@ def main():
     if flags.own_rows and flags.train_rows > available:
         print(f"--train-rows {flags.train_rows}: there are {available} training rows, all are used")
         flags.train_rows = available
-        flags.require_rows(available)
     require(
         flags.train_rows <= available, f"--train-rows {flags.train_rows}: {task.name} has {available} training rows"
     )

@@ -33,7 +33,6 @@ from torch.nn import functional as F
 from support.answers import answer_columns, choice_log_probs, finite_rows, read_answers
 from support.engine import Context, Engine, pad
 from support.files import UserError, require
-from support.instruments import paired_gain
 from support.ranks import agreed
 from support.runs import Candidate, Score, Step, Tried, described, last_job, row_outcomes, scores_of, timed
 from support.settings import SearchSettings
@@ -161,12 +160,10 @@ def training_loss(cross_entropy, nll, settings):
 
 
 def row_objectives(cross_entropy, wrong, nll, settings):
-    """Per row [B] what selection minimizes: the loss; or the released rule, error + lambda / 10 * fluency; or that with
-    minus the gold answer's probability (at the loss temperature), 0 in a wrong row, in the error's place."""
+    """Per row [B] what selection minimizes: the loss; or the released rule, error + lambda / 10 * fluency."""
     if settings.objective == "loss":
         return training_loss(cross_entropy, nll, settings)
-    error = wrong if settings.objective == "error" else (wrong - 1) * (-cross_entropy).exp()
-    return error + settings.fluency_weight / 10 * fluency(nll, settings)
+    return wrong + settings.fluency_weight / 10 * fluency(nll, settings)
 
 
 def objective_of(cross_entropy, wrong, nll, settings):
@@ -298,13 +295,11 @@ def reason_and_score(search, prefix, jobs):
 
 
 def score_prompts(search, prefix, prompts):
-    """[(Score, reasoning of each row)] of prompts, tuples of ids that begin with the prefix's, as one job for each
-    length."""
-    numbers, outcomes = range(len(search.rows)), {}
-    for length in dict.fromkeys(map(len, prompts)):
-        jobs = [(prompt, i) for prompt in prompts if len(prompt) == length for i in numbers]
-        outcomes |= zip(jobs, reason_and_score(search, prefix, jobs))
-    scored = []
+    """[(Score, reasoning of each row)] of prompts of one length, tuples of ids that begin with the prefix's, as one
+    job."""
+    numbers, scored = range(len(search.rows)), []
+    jobs = [(prompt, i) for prompt in prompts for i in numbers]
+    outcomes = dict(zip(jobs, reason_and_score(search, prefix, jobs)))
     for prompt in prompts:
         own = [outcomes[prompt, i] for i in numbers]
         scored.append((score_of_rows(search, prompt, own), [outcome.reasoning for outcome in own]))
@@ -335,8 +330,7 @@ def select_candidate(search, prefix, tried, incumbent, forced=None):
         search.scores[score.prompt_ids] = score
         reasonings[score.prompt_ids] = reasoning
     rivals = [] if incumbent is None else [incumbent]
-    scores = [search.scores[prompt] for prompt in tried]
-    rivals += [score for score in scores if may_replace(incumbent, score, search.settings.margin)]
+    rivals += [search.scores[prompt] for prompt in tried]
     if search.settings.ties == "last":
         rivals.reverse()
     winner = search.scores[forced] if forced else min(rivals, key=lambda score: score.objective)
@@ -346,12 +340,6 @@ def select_candidate(search, prefix, tried, incumbent, forced=None):
         ((_, search.reasoning),) = score_prompts(search, prefix, [winner.prompt_ids])
     search.current = winner
     return new
-
-
-def may_replace(incumbent, score, margin):
-    """Whether a gain over the rows exceeds so many of its standard errors; always where the margin is 0, as in the
-    paper, or there is no incumbent."""
-    return not margin or incumbent is None or paired_gain(incumbent.rows, score.rows).size > margin
 
 
 def forced_end(search, shortlist, position):
@@ -454,7 +442,6 @@ def optimize(engine, rows, prompt, settings, history=(), visit=search_step):
     taken, `search_step` or beyond_paper.visit, which some settings need: without it these are a ValueError."""
     if settings.beyond_paper and visit is search_step:
         raise ValueError(f"beyond_paper.visit takes the steps of these settings: {settings.beyond_paper}")
-    settings.require_rows(len(rows))
     engine.counts, engine.batch_sizes = Counter(), {}
     allowed = torch.zeros(engine.model.get_input_embeddings().num_embeddings, dtype=torch.bool)
     allowed[allowed_ids(engine.tokenizer, len(allowed))] = True

@@ -5,7 +5,7 @@
     python benchmarks/claims.py --arms options --train-rows 24 --mu 3 --budgets 1000 2000 4000 8000
     python benchmarks/claims.py --arms options --only "all positions" --problems long --budgets 8000 16000
 
-`--arms options`: what goes beyond the paper (beyond_paper.py, --margin, --objective), each against the full method.
+`--arms options`: what goes beyond the paper (beyond_paper.py), each against the full method.
 `--problems long`: 4 or 5 operations joined by "and", where the demo's own have 1 to 5 joined by commas.
 
 An arm searches until its next step would take it over the budget of generated tokens; its current prompt is then
@@ -46,14 +46,7 @@ ARMS = {
     "options": {
         FULL: {},
         "likeliest shortlist": {"shortlist": "likeliest"},
-        "margin 1": {"margin": 1.0},
-        "margin 2": {"margin": 2.0},
-        "probability": {"objective": "probability"},
         "all positions": {"positions": "all"},
-        "insert, delete": {"edits": ["substitute", "insert", "delete"]},
-        "all positions, margin 1": {"positions": "all", "margin": 1.0},
-        "exact": {"shortlist": "exact"},
-        "exact, all positions": {"shortlist": "exact", "positions": "all"},
     },
 }
 STARTS = {

@@ -90,9 +90,8 @@ def gradient_points(steps, measure="objective", shortlist="own"):
 
 
 def predicted_changes(before, step):
-    """{(position, token): gradient less that of the token there} of the step's substitutions; {} without gradients."""
-    own = [one for one in step.candidates if one.edit == "substitute" and one.gradient is not None]
-    gradients = {place_of(one): one.gradient for one in own}
+    """{(position, token): gradient less that of the token there}; {} without gradients."""
+    gradients = {place_of(one): one.gradient for one in step.candidates if one.gradient is not None}
     changes = {}
     for (position, token), gradient in gradients.items():
         there = step.position if position is None else position
@@ -119,13 +118,12 @@ def with_incumbent(steps):
 
 def tried_in(step, shortlist="own"):
     """The tokens that were tried in place of another, of one of the `SHORTLISTS`."""
-    own = [tried for tried in step.shortlist if tried.edit == "substitute"]
     if shortlist == "own":
-        return own
+        return step.shortlist
     drawn = step.audit.drawn if step.audit else []
     if shortlist == "random":
         return drawn
-    return [*{tried.prompt_ids: tried for tried in [*own, *drawn]}.values()] if drawn else []
+    return [*{tried.prompt_ids: tried for tried in [*step.shortlist, *drawn]}.values()] if drawn else []
 
 
 def spearman(xs, ys):
@@ -204,7 +202,7 @@ class Wins:
     best: list[int]  # of each rank: steps in which it had the lowest objective of the shortlist
     taken: list[int]  # of each rank: steps in which it was taken
     kept: int  # steps in which the incumbent stayed
-    steps: int  # in some of them an insertion or a deletion may have won
+    steps: int
 
 
 def wins_of(steps):
@@ -445,7 +443,6 @@ def optimism_of(prompts, rows):
 NOT_RECORDED = "not recorded"
 RANKED_BY = {  # setting `shortlist`: what made it
     "gradient": "gradient",
-    "exact": "exact loss",
     "likeliest": "likelihood",
     "random": "random draw",
     "all": "trial of all",

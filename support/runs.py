@@ -72,7 +72,6 @@ class Candidate:
     token: int
     gradient: float | None  # of the loss, mean over the rows; None where no gradient was taken
     text: str = ""
-    edit: str = "substitute"  # or insert: the token would stand before the one there; or delete: it would go
     position: int | None = None  # None: the step's
 
 
@@ -83,7 +82,6 @@ class Tried(Score):
     token: int
     new: bool  # scored in this step, not in an earlier one
     text: str = ""
-    edit: str = "substitute"  # as of a `Candidate`
     position: int | None = None
     # The training loss behind the reasoning of the incumbent, whose slope the gradient is; None without an audit.
     fixed_loss: float | None = None
@@ -343,7 +341,6 @@ def read_run(folder, **kinds):
 
 NEWER = {
     "audit_every": 0,
-    "margin": 0.0,
     "positions": "one",
     "word_starts": False,
 }  # as it was before there were these settings
@@ -354,7 +351,7 @@ def with_answer_space(record):
     config, task = record["config"], record["task"]
     config.setdefault("system", "")  # as it was before there were system messages
     if "shortlist" in config:  # of GReaTer
-        for name, value in {**NEWER, "edits": ["substitute"]}.items():
+        for name, value in NEWER.items():
             config.setdefault(name, value)
     if config.get("method") == "APO":
         config.setdefault("bandit", 0)

@@ -86,9 +86,9 @@ AT_LEAST_ONE = (
 )
 KNOWN_VALUES = {  # of flags; an empty one leaves it to the task
     "preset": tuple(PRESETS),
-    "shortlist": ("gradient", "exact", "random", "likeliest", "all"),
+    "shortlist": ("gradient", "random", "likeliest", "all"),
     "fluency": ("nll", "perplexity"),
-    "objective": ("loss", "error", "probability"),
+    "objective": ("loss", "error"),
     "positions": ("one", "all"),
     "ties": ("first", "last"),
     "choose_on": ("dev", "train"),
@@ -99,10 +99,6 @@ KNOWN_VALUES = {  # of flags; an empty one leaves it to the task
     "answer_turn": ("continue", "prefill", "ask"),
     "split": ("dev", "test"),
 }
-
-
-EDITS = ("substitute", "insert", "delete")
-MARGIN_ROWS = 24  # the least that a standard error over rows is taken of
 
 
 @dataclass
@@ -124,26 +120,15 @@ class SearchSettings(GenerationSettings):
     word_starts: bool = flag(False, "propose what begins a word, or is the likeliest token of all; no piece of a word")
     shortlist: str = flag(
         "gradient",
-        "how proposals are shortlisted; exact: by the real loss behind the present reasoning, of which the gradient is "
-        "the slope; likeliest: without a gradient; all: no shortlist",
+        "how proposals are shortlisted; likeliest: without a gradient; all: no shortlist",
     )
     shortlist_size: int = flag(3, "mu: proposals tried for real at each position", "--mu")
     gradient_without_reasoning: bool = flag(False, "take the gradient over question, prompt and extractor only")
     fluency_weight: float = flag(0.2, "lambda: weight of the prompt's fluency term in the loss", "--lambda")
     fluency: str = flag("nll", "the fluency term: mean nll of the prompt, or its exponential")
     loss_temperature: float = flag(0.2, "divides the answer's logits in the loss, or the choices' log-probabilities")
-    objective: str = flag(
-        "loss",
-        "what selection minimizes; error: error rate + lambda / 10 * fluency; probability: that with minus the gold "
-        "answer's probability, 0 in a wrong row, for the error",
-    )
-    margin: float = flag(
-        0.0, "a try replaces the incumbent only if its gain over the rows exceeds so many standard errors; 0: any gain"
-    )
+    objective: str = flag("loss", "what selection minimizes; error: error rate + lambda / 10 * fluency")
     positions: str = flag("one", "what a step searches: one position after the other, or all at once")
-    edits: list[str] = field(
-        default_factory=lambda: ["substitute"], metadata={"help": f"what a step tries: {', '.join(EDITS)}"}
-    )
     ties: str = flag("first", "which of equal objectives is taken; first: the incumbent, then by gradient")
     force_sentence_end: bool = flag(False, "take a shortlisted full stop at once in the prompt's second half")
     choose_on: str = flag("dev", "rows that choose the final prompt among the best of the run")
@@ -155,8 +140,7 @@ class SearchSettings(GenerationSettings):
     @property
     def tries_per_step(self):
         """How many prompts a step scores, about: without a shortlist there are as many as candidates."""
-        shortlist = self.min_candidates if self.shortlist == "all" else self.shortlist_size
-        return shortlist * len({"substitute", "insert"} & set(self.edits)) + ("delete" in self.edits)
+        return self.min_candidates if self.shortlist == "all" else self.shortlist_size
 
     @property
     def audited_prompts(self):
@@ -164,22 +148,15 @@ class SearchSettings(GenerationSettings):
         return (self.shortlist_size + 1) * (self.steps // self.audit_every if self.audit_every else 0)
 
     @property
-    def edit_steps(self):
-        """{name: value} of the settings that make beyond_paper.py search otherwise than the paper; {} if none does."""
-        usual = {"positions": "one", "edits": ["substitute"]}
-        found = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
-        return found | ({"shortlist": "exact"} if self.shortlist == "exact" else {})
-
-    @property
     def takes_gradient(self):
         """Whether a step needs a gradient."""
-        return self.shortlist in ("gradient", "exact")
+        return self.shortlist == "gradient"
 
     @property
     def beyond_paper(self):
         """The settings, as words, whose steps beyond_paper.py takes; "" where none does."""
-        audits = {"audit_every": self.audit_every} if self.audit_every else {}
-        return ", ".join(f"{name} {value}" for name, value in (audits | self.edit_steps).items())
+        found = [f"audit_every {self.audit_every}"] if self.audit_every else []
+        return ", ".join(found + (["positions all"] if self.positions == "all" else []))
 
     def __post_init__(self):
         super().__post_init__()
@@ -193,21 +170,12 @@ class SearchSettings(GenerationSettings):
         for name in KNOWN_VALUES:
             if hasattr(self, name):
                 require_known(name, getattr(self, name))
-        require(0 <= self.margin < math.inf, "--margin must be a number not below 0")
-        self.require_rows(self.train_rows)
-        edits = self.edits and set(self.edits) <= set(EDITS) and len(set(self.edits)) == len(self.edits)
-        require(edits, f"--edits must be some of {', '.join(EDITS)}, each once, not {' '.join(self.edits)!r}")
-        forced = f"--force-sentence-end: leave out {', '.join(map(as_flag, self.edit_steps))}"
-        require(not (self.edit_steps and self.force_sentence_end), forced)
+        forced = self.force_sentence_end and self.positions == "all"
+        require(not forced, "--force-sentence-end: leave out --positions")
         every = self.positions == "all" and self.shortlist == "all"
         require(not every, "--positions all with --shortlist all would try hundreds of prompts in a step: choose one")
         first = self.positions == "all" and self.shortlist == "likeliest"  # would be those of the first position
         require(not first, "--shortlist likeliest compares the proposals of one position: leave out --positions all")
-
-    def require_rows(self, count):
-        """Errors: UserError if so many training rows are too few for --margin."""
-        few = f"--margin needs at least {MARGIN_ROWS} training rows to know a standard error, there are {count}"
-        require(not self.margin or count >= MARGIN_ROWS, few)
 
 
 # --- Optimizers that work in text (text_optimizers.py) -------------------------------------------------------------

@@ -100,9 +100,9 @@ def test_the_harder_problems_are_longer_worded_otherwise_and_right(demo_tokenize
 
 
 def test_some_of_the_options_can_be_compared_on_the_harder_problems(tmp_path):
-    flags = ["--arms", "options", "--only", "exact", "--problems", "long", "--seeds", 1, "--train-rows", 5]
+    flags = ["--arms", "options", "--only", "all positions", "--problems", "long", "--seeds", 1, "--train-rows", 5]
     printed = run("claims.py", *flags, "--budgets", 300, folder=tmp_path)
-    assert printed.count("\nfull method  ") == printed.count("\nexact  ") == 2 and "margin" not in printed
+    assert printed.count("\nfull method  ") == printed.count("\nall positions  ") == 2 and "likeliest" not in printed
 
 
 SMALL = ["--models", "demo/model", "demo/small", "--tasks", "demo", "--seeds", 0, "--methods", "greater"]
@@ -303,8 +303,7 @@ def test_all_methods_take_as_many_steps_and_tries():
     greater, *others = [piece for piece in real_models.plan(flags) if piece.kind == "search"]
     values = real_models.stage_call(greater, flags)[1]
     calls = [real_models.stage_call(piece, flags)[1] for piece in others]
-    changes = [{"shortlist": "random"}, {"shortlist": "likeliest"}, {"shortlist": "exact"}]
-    changes += [{"positions": "all"}, {"margin": 1}]
+    changes = [{"shortlist": "random"}, {"shortlist": "likeliest"}, {"positions": "all"}]
     assert calls == [values | change for change in changes]
 
 
@@ -312,7 +311,7 @@ def test_audits_are_of_the_searches_that_shortlist_by_loss_and_no_minutes_of_the
     flags = real_models.Flags(models=["a/x"], tasks=["demo"], seeds=[0], audit_every=3, out=str(tmp_path))
     pieces = [piece for piece in real_models.plan(flags) if piece.kind == "search"]
     calls = {piece.method: real_models.stage_call(piece, flags)[1] for piece in pieces}
-    assert [name for name, call in calls.items() if call.get("audit_every") == 3] == ["greater", "exact"]
+    assert [name for name, call in calls.items() if call.get("audit_every") == 3] == ["greater"]
     assert sum("audit_every" in call for call in calls.values()) == 2
     seconds = [{"select": 60.0}, {"select": 30.0, "audit": 90.0}]
     steps = [replace(one, seconds=own) for one, own in zip(STEPS, seconds)]

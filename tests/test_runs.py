@@ -407,7 +407,7 @@ def test_a_run_from_before_the_settings_beyond_the_paper_goes_on_as_it_began(tmp
     }
     write_record(tmp_path, record)
     config = read_run(tmp_path, task=str)["config"]
-    new = ("audit_every", "margin", "positions", "edits", "word_starts")
+    new = ("audit_every", "positions", "word_starts")
     assert {name: config[name] for name in new} == {name: getattr(SearchSettings(), name) for name in new}
     del record["config"]["shortlist"]  # a text method has none of them
     write_record(tmp_path, record)
