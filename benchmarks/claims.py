@@ -9,8 +9,10 @@
 `--problems long`: 4 or 5 operations joined by "and", where the demo's own have 1 to 5 joined by commas.
 
 An arm searches until its next step would take it over the budget of generated tokens; its current prompt is then
-scored on all held-out test rows. A seed draws the training rows and every random choice. The table gives the mean
-accuracy over the seeds with its standard error, and the paired difference to the full method with its own.
+scored on all held-out test rows. --choose-on-dev: instead of it the prompt that stage 2 would choose by then, of its
+five finalists the best on dev rows, whose tokens are not counted. A seed draws the training rows and every random
+choice. The table gives the mean accuracy over the seeds with its standard error, and the paired difference to the full
+method with its own.
 """
 
 import argparse
@@ -29,12 +31,14 @@ from beyond_paper import visit
 from support.answerers import local_answerer
 from support.engine import load_engine
 from support.evaluation import accuracy, error_text, evaluate, mean_of_runs
+from support.runs import finalists, scores_of
 from support.settings import SearchSettings
 from support.sources import split_rows
 from support.tasks import get_task
-from support.tokens import encode_prompt, encode_row
+from support.tokens import decode, encode_prompt, encode_row
 
 FULL = "full method"
+FINALISTS = 5  # of stage 2
 ARMS = {
     "claims": {
         FULL: {},
@@ -61,25 +65,24 @@ def long_problems():
     from train import make_problem
 
     rng, rows = random.Random("long"), []
-    for number in range(600):
+    for number in range(700):
         question, states = make_problem(rng, {4: 50, 5: 50}, "and")
         rows.append({"id": f"long-{number}", "question": question, "answer": str(states[-1])})
-    return {"train": rows[:200], "test": rows[200:]}
+    return {"train": rows[:200], "test": rows[200:600], "dev": rows[600:]}
 
 
 def search(engine, task, data, start, settings, budgets):
-    """{budget: prompt}: the current prompt when the next step would exceed each budget of generated tokens."""
+    """{budget: steps} until the next step would exceed each budget of generated tokens."""
     train = random.Random(f"{settings.seed}/rows").sample(data["train"], settings.train_rows)
     rows = [encode_row(engine.tokenizer, task, row) for row in train]
     prompt_ids = encode_prompt(engine.tokenizer, task, train[0]["question"], start)[1]
-    found, prompt = {}, start
+    steps = []
     for step in core.optimize(engine, rows, prompt_ids, settings, visit=visit):
-        tokens = step.totals["generated_tokens"]
-        found |= {budget: prompt for budget in budgets if budget < tokens and budget not in found}
-        if len(found) == len(budgets):
+        if steps and step.totals["generated_tokens"] > max(budgets):
             break
-        prompt = step.prompt
-    return {budget: found.get(budget, prompt) for budget in budgets}
+        steps.append(step)
+    within = {budget: [step for step in steps if step.totals["generated_tokens"] <= budget] for budget in budgets}
+    return {budget: own or steps[:1] for budget, own in within.items()}
 
 
 def draw(results, budgets, path):
@@ -115,6 +118,7 @@ def main():
     parser.add_argument("--train-rows", type=int, default=10)
     parser.add_argument("--mu", type=int, default=1, help="shortlist size of every arm")
     parser.add_argument("--budgets", type=int, nargs="+", default=[250, 500, 1000, 2000])
+    parser.add_argument("--choose-on-dev", action="store_true", help="the prompt that stage 2 would choose by then")
     parser.add_argument("--out", type=Path, default=Path("runs/claims"))
     flags = parser.parse_args()
     started, task = time.time(), get_task("demo")
@@ -127,11 +131,11 @@ def main():
         parser.error(f"--only: {', '.join(sorted(unknown))}: --arms {flags.arms} has {', '.join(every)}")
     arms = {arm: every[arm] for arm in ([FULL, *flags.only] if flags.only else every)}
 
-    def test_accuracy(prompt, settings):
-        if prompt not in known:
-            outcomes = evaluate(answerer, task, data["test"], prompt, settings)
-            known[prompt] = accuracy([p["correct"] for p in outcomes])[0]
-        return known[prompt]
+    def accuracy_on(split, prompt, settings):
+        if (split, prompt) not in known:
+            outcomes = evaluate(answerer, task, data[split], prompt, settings)
+            known[split, prompt] = accuracy([p["correct"] for p in outcomes])[0]
+        return known[split, prompt]
 
     results = {start: {arm: {budget: [] for budget in flags.budgets} for arm in arms} for start in STARTS}
     jobs = [(start, arm, seed) for start in STARTS for arm in arms for seed in range(flags.seeds)]
@@ -139,12 +143,16 @@ def main():
         common = {"max_new_tokens": 40, "batch_size": 200, "gradient_batch_size": 40, "max_prompt_tokens": 20}
         sizes = {"steps": 100, "train_rows": flags.train_rows, "shortlist_size": flags.mu}
         settings = SearchSettings(**common, **sizes, seed=seed, **arms[arm])
-        prompts = search(engine, task, data, STARTS[start], settings, flags.budgets)
-        for budget, prompt in prompts.items():
-            results[start][arm][budget].append(test_accuracy(prompt, settings))
+        for budget, steps in search(engine, task, data, STARTS[start], settings, flags.budgets).items():
+            prompt = steps[-1].prompt
+            if flags.choose_on_dev:
+                scores = finalists(engine.tokenizer, scores_of(steps), FINALISTS)
+                texts = [decode(engine.tokenizer, score.prompt_ids).strip() for score in scores]
+                prompt = max(texts, key=lambda text: accuracy_on("dev", text, settings))
+            results[start][arm][budget].append(accuracy_on("test", prompt, settings))
 
     for start in STARTS:
-        print(f"\n{start} start: {STARTS[start]}  ({100 * test_accuracy(STARTS[start], settings):.1f} % on test)")
+        print(f"\n{start} start: {STARTS[start]}  ({100 * accuracy_on('test', STARTS[start], settings):.1f} % on test)")
         print(f"{'arm':28s}" + "".join(f"{f'{budget} tokens':>28s}" for budget in flags.budgets))
         for arm in arms:
             cells = []
