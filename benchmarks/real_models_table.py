@@ -72,19 +72,23 @@ def wilson(share, n):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def mean_difference(measurements, reading, draws=10_000):
+def mean_difference(tasks, reading, draws=10_000):
     """(difference, low, high): how much more often the prompts of several seeds are right than the initial one.
 
-    Each row's difference is averaged over the seeds; the 95 % interval is a bootstrap over the rows, the seeds given.
+    tasks: the measurements of each task. Each row's difference is averaged over the seeds, then over the task's rows,
+    then over the tasks; the 95 % interval is a bootstrap over the rows, seeds and tasks given.
     """
-    per_seed = []
-    for one in measurements:
-        own, initial = np.array(one.outcomes(reading)), np.array(one.initial_outcomes(reading))
-        per_seed.append(own.astype(float) - initial)
-    per_row = np.mean(per_seed, axis=0)
-    drawn = np.random.default_rng(0).integers(len(per_row), size=(draws, len(per_row)))
-    low, high = np.percentile(per_row[drawn].mean(1), [2.5, 97.5])
-    return float(per_row.mean()), float(low), float(high)
+    rng, values, drawn_values = np.random.default_rng(0), [], []
+    for measurements in tasks:
+        per_seed = []
+        for one in measurements:
+            own, initial = np.array(one.outcomes(reading)), np.array(one.initial_outcomes(reading))
+            per_seed.append(own.astype(float) - initial)
+        per_row = np.mean(per_seed, axis=0)
+        values.append(per_row.mean())
+        drawn_values.append(per_row[rng.integers(len(per_row), size=(draws, len(per_row)))].mean(1))
+    low, high = np.percentile(np.mean(drawn_values, axis=0), [2.5, 97.5])
+    return float(np.mean(values)), float(low), float(high)
 
 
 def accuracy_of(measurement, reading):
@@ -130,7 +134,7 @@ def mean_reading_cells(measurements, reading):
     """The same of the mean over seeds, with the standard error between them; there is no McNemar test of a mean."""
     mean, error = mean_of_runs([accuracy_of(one, reading) for one in measurements])
     accuracy = f"{percent(mean)} {interval(*wilson(mean, len(measurements[0].predictions)))}, seeds ± {percent(error)}"
-    return [accuracy, signed(*mean_difference(measurements, reading)), ""]
+    return [accuracy, signed(*mean_difference([measurements], reading)), ""]
 
 
 def cost_cells(measurements):
@@ -188,6 +192,23 @@ def accuracy_table(measurements):
             if len(several) > 1:
                 rows.append(mean_row(several))
     return markdown(rows)
+
+
+def gain_table(measurements):
+    """What each method gained over the initial prompt, as a mean over tasks; a row per model and method that searched
+    on several."""
+    rows = [["model", "method", "tasks", "searches", "paper, to initial", "harness, to initial", "scored"]]
+    by_method = defaultdict(list)
+    for (_, model), methods in grouped(measurements).items():
+        for method, several in methods.items():
+            by_method[model, method].append(several)
+    for (model, method), tasks in by_method.items():
+        everything = [one for several in tasks for one in several]
+        if len(tasks) > 1 and everything[0].seed is not None:
+            gains = [signed(*mean_difference(tasks, reading)) for reading in CORRECT]
+            scored = f"{np.mean([one.scored for one in everything]):.0f}"
+            rows.append([model, method, len(tasks), len(everything), *gains, scored])
+    return markdown(rows) if len(rows) > 1 else ""
 
 
 def rows_table(measurements):
@@ -286,6 +307,8 @@ def write_results(study, out):
         parts.append("![accuracy](results.png)")
         paths.append(out / "results.png")
         draw_results(study.measurements, out / "results.png")
+        if gains := gain_table(study.measurements):
+            parts += ["Over all tasks, each task counting alike:", gains]
     if study.searches:
         about = "Error rate and objective on the training rows: initial prompt → step of the lowest objective."
         parts += ["## Searches", about, search_table(study.searches)]

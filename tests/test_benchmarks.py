@@ -274,9 +274,19 @@ def made(outcomes, initial):
 
 def test_the_mean_difference_averages_the_seeds_row_by_row():
     seeds = [made([True, True, False, False], [False] * 4), made([True, False, False, False], [False] * 4)]
-    difference, low, high = real_models_table.mean_difference(seeds, "paper")
+    difference, low, high = real_models_table.mean_difference([seeds], "paper")
     assert difference == 0.375 and low == 0 and high == 0.75  # of rows 1, 1/2, 0, 0
-    assert real_models_table.mean_difference(seeds, "harness")[0] == -0.375
+    assert real_models_table.mean_difference([seeds], "harness")[0] == -0.375
+
+
+def test_over_tasks_each_task_counts_alike_however_many_rows_it_has():
+    small, large = made([True, False], [False] * 2), made([True] * 8, [True] * 8)
+    difference, low, high = real_models_table.mean_difference([[small], [large]], "paper")
+    assert difference == 0.25 and low == 0 and high == 0.5  # 1/2 and 0; of all ten rows it would be 1/10
+    other = [replace(one, task=f"t{n}", scored=96) for n, one in enumerate((small, large))]
+    (*_, row) = real_models_table.gain_table(other).strip().splitlines()
+    assert row == "| m | GReaTer | 2 | 2 | +25.0 [+0.0, +50.0] | -25.0 [-50.0, +0.0] | 96 |"
+    assert real_models_table.gain_table(other[:1]) == ""
 
 
 def test_the_two_readings_are_two_columns_never_mixed():
