@@ -146,9 +146,11 @@ def main():
 def require_own_settings(flags):
     """Errors: UserError for a preset or a setting of GReaTer's that the text methods do not have."""
     if flags.method == GREATER:
-        require(flags.preset != "published", "--preset published is the text methods'; GReaTer has paper and released")
+        known = "GReaTer has paper, released and best"
+        require(flags.preset != "published", f"--preset published is the text methods'; {known}")
         return
-    require(flags.preset != "released", f"--preset released is GReaTer's, not that of --method {flags.method}")
+    of_greater = flags.preset in ("released", "best")
+    require(not of_greater, f"--preset {flags.preset} is GReaTer's, not that of --method {flags.method}")
     usual = parse_flags(Flags, "", given=[])
     changed = [as_flag(name) for name in greater_settings() if getattr(flags, name) != getattr(usual, name)]
     require(not changed, f"{', '.join(changed)}: only GReaTer has this setting, not --method {flags.method}")

@@ -73,6 +73,7 @@ PRESETS = {
         "force_sentence_end": True,
         "choose_on": "train",
     },
+    "best": {"positions": "all"},  # docs/log.md has what it is measured against
     "published": {},  # of the text methods: `PUBLISHED` has their values
 }
 AT_LEAST_ONE = (
@@ -108,8 +109,8 @@ class SearchSettings(GenerationSettings):
     GROUP = "the search"
     preset: str = flag(
         "default",
-        "paper: extractor and answer space of the paper; released: all that the released scripts do; "
-        "published: a text method's settings in its own publication",
+        "paper: extractor and answer space of the paper; released: all that the released scripts do; best: what helped "
+        "beyond the paper; published: a text method's settings in its own publication",
     )
     steps: int = flag(105, "T: positions visited")
     train_rows: int = flag(50, "training rows, drawn by the seed")

@@ -557,6 +557,13 @@ def test_the_released_preset_changes_the_defaults_and_a_flag_overrides_it(tmp_pa
     assert (config["top_k"], config["train_rows"]) == (12, 6)
 
 
+def test_the_best_preset_searches_all_positions(tmp_path):
+    good("02_optimize.py", *QUICK, "--preset", "best", "--run-dir", "r", folder=tmp_path)
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["config"]["positions"] == "all"
+    _, *steps = read_jsonl(tmp_path / "r" / "steps.jsonl")
+    assert steps and all(len({tried["position"] for tried in step["shortlist"]}) > 1 for step in steps)
+
+
 def write_bad_files(folder):
     write_jsonl(folder / "one.jsonl", [{"question": "1 + 1?", "answer": "2"}])
     (folder / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question"\n')
@@ -779,6 +786,7 @@ def test_a_text_method_that_is_continued_ends_as_one_that_had_so_many_rounds_fro
         (text_flags(""), "the optimizer demo/model does not know .* words of the meta-prompt"),
         (text_flags("", "--mu", "2"), "--shortlist-size: only GReaTer has this setting, not --method opro"),
         (text_flags("", "--preset", "released"), "--preset released is GReaTer's"),
+        (text_flags("", "--preset", "best"), "--preset best is GReaTer's"),
         (["--preset", "published"], "--preset published is the text methods'"),
         (text_flags("", "--budget", "15"), "--budget 15: .* on 8 training rows, take 16 generations"),
         (["--budget", "100"], "--budget 100: the initial prompt and one step, on 40 training rows, take 160"),

@@ -34,7 +34,7 @@ from support.tasks import TASKS
         ({"fluency_weight": -1.0}, "--lambda"),
         ({"objective": "err"}, "--objective must be one of loss, error"),
         ({"batch_size": -1}, "--batch-size"),
-        ({"preset": "mine"}, "--preset must be one of default, paper, released"),
+        ({"preset": "mine"}, "--preset must be one of default, paper, released, best"),
     ],
 )
 def test_a_setting_out_of_range_names_its_flag(change, message):
