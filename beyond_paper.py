@@ -27,8 +27,7 @@ from greater_core import (
     select_candidate,
     training_loss,
 )
-from support.answers import answer_columns, finite_rows
-from support.engine import pad
+from support.answers import finite_rows, with_reads
 from support.ranks import agreed
 from support.runs import Audit, Candidate, Step, Tried, timed
 from support.tokens import ends_sentence, survives_encoding
@@ -157,15 +156,14 @@ def gradients_everywhere(search, questions, tokens_at, reasoning):
 
     def run(numbers):
         rows = [search.rows[i] for i in numbers]
-        pairs = [(i, read) for i in numbers for read in search.rows[i].reads]
-        ids, mask = pad([[*tails[i], *read] for i, read in pairs], engine.device)  # [B * R, S]
-        columns = [[*range(later), *answer_columns(len(tails[i]) + len(read), read)] for i, read in pairs]
+        reads = [row.reads for row in rows]
+        count = len(reads[0])  # R
+        ids, mask, columns = with_reads([tails[i] for i in numbers], reads, later, engine.device)  # [B * R, S]
         one_hot = F.one_hot(chosen, longest).to(dtype).repeat(len(rows), 1, 1).requires_grad_()  # [B, P, K]
-        count = len(pairs) // len(rows)  # R
         choice = torch.einsum("bpk,pke->bpe", one_hot, embeddings).repeat_interleave(count, 0)  # [B * R, P, E]
         embedded = engine.embed(ids)  # [B * R, S, E]
         embedded = torch.cat([choice.to(embedded.dtype), embedded[:, len(prompt) :]], 1)
-        context = questions.context.select([i for i, _ in pairs])
+        context = questions.context.select([i for i in numbers for _ in range(count)])
         logits = engine.forward(context, embedded, mask, columns).unflatten(0, (-1, count))  # [B, R, later + A, V]
         cross_entropy, _ = answer_loss(logits[:, :, later:], rows, settings.loss_temperature)
         first = questions.log_probs[numbers][:, None]  # [B, 1, V]
@@ -242,18 +240,18 @@ def fixed_losses(search, prefix, prompts):
 
     @torch.inference_mode()
     def run(batch):
-        rows = [search.rows[i] for _, i in batch]
-        pairs = [(job, read) for job in batch for read in search.rows[job[1]].reads]
+        numbers = [i for _, i in batch]
+        rows = [search.rows[i] for i in numbers]
+        reads = [row.reads for row in rows]
+        count = len(reads[0])  # R
         later = len(batch[0][0]) - position - 1  # as in `candidate_gradients`
-        ids, mask = pad([[*tails[job], *read] for job, read in pairs], engine.device)  # [B * R, S]
-        columns = [[*range(later), *answer_columns(len(tails[job]) + len(read), read)] for job, read in pairs]
-        count = len(pairs) // len(batch)  # R
-        logits = engine.forward(prefix.context.select([i for (_, i), _ in pairs]), ids, mask, columns)
-        logits = logits.unflatten(0, (-1, count))  # [B, R, later + A, V]
+        ids, mask, columns = with_reads([tails[job] for job in batch], reads, later, engine.device)  # [B * R, S]
+        context = prefix.context.select([i for i in numbers for _ in range(count)])
+        logits = engine.forward(context, ids, mask, columns).unflatten(0, (-1, count))  # [B, R, later + A, V]
         cross_entropy, _ = answer_loss(logits[:, :, later:], rows, settings.loss_temperature)
         tokens = ids[::count, : later + 1]  # [B, 1 + later]
-        here = prefix.log_probs[[i for _, i in batch], tokens[:, 0]]  # [B]
-        nll = prompt_nll(prefix.nll[[i for _, i in batch]], here, logits[:, 0, :later], tokens[:, 1:])
+        here = prefix.log_probs[numbers, tokens[:, 0]]  # [B]
+        nll = prompt_nll(prefix.nll[numbers], here, logits[:, 0, :later], tokens[:, 1:])
         return training_loss(cross_entropy, nll, settings).tolist()
 
     longest = max(map(len, tails.values())) * len(search.rows[0].reads)

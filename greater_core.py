@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn import functional as F
 
-from support.answers import answer_columns, choice_log_probs, finite_rows, read_answers
+from support.answers import choice_log_probs, finite_rows, read_answers, with_reads
 from support.engine import Context, Engine, pad
 from support.files import UserError, require
 from support.ranks import agreed
@@ -189,19 +189,17 @@ def candidate_gradients(search, prefix, prompt, candidates, reasoning):
 
     def run(numbers):
         rows = [search.rows[i] for i in numbers]
-        pairs = [(i, read) for i in numbers for read in search.rows[i].reads]
-        ids, mask = pad([[*tails[i], *read] for i, read in pairs], engine.device)  # [B * R, S]
-        # Column c predicts token c + 1: first the prompt's later tokens, then the answer.
-        columns = [[*range(later), *answer_columns(len(tails[i]) + len(read), read)] for i, read in pairs]
+        reads = [row.reads for row in rows]
+        count = len(reads[0])  # R
+        ids, mask, columns = with_reads([tails[i] for i in numbers], reads, later, engine.device)  # [B * R, S]
         one_hot = torch.zeros(len(rows), len(candidates), dtype=dtype, device=engine.device)  # [B, K]
         one_hot[:, chosen] = 1
         one_hot.requires_grad_()
-        count = len(pairs) // len(rows)  # R
         choice = (one_hot @ embeddings).repeat_interleave(count, 0)  # [B, K] @ [K, E] -> [B * R, E]
         embedded = engine.embed(ids)  # [B * R, S, E]
         embedded = torch.cat([choice[:, None].to(embedded.dtype), embedded[:, 1:]], 1)  # [B * R, S, E]
 
-        context = prefix.context.select([i for i, _ in pairs])
+        context = prefix.context.select([i for i in numbers for _ in range(count)])
         logits = engine.forward(context, embedded, mask, columns).unflatten(0, (-1, count))  # [B, R, later + A, V]
         cross_entropy, _ = answer_loss(logits[:, :, later:], rows, settings.loss_temperature)
         here = (one_hot * prefix.log_probs[numbers][:, candidate_ids]).sum(1)  # so its own probability counts

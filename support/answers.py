@@ -19,17 +19,23 @@ def answer_columns(length, read):
     return list(range(length - len(read) - 1, length))
 
 
+def with_reads(tails, reads, later, device):
+    """(ids [B * R, S], mask [B * R, S], columns) of B lists of ids, each with each of its row's R reads behind it.
+    Column c predicts token c + 1: the columns are those of the `later` tokens behind the first, then of the answer."""
+    sequences, columns = [], []
+    for tail, row_reads in zip(tails, reads):
+        for read in row_reads:
+            sequences.append([*tail, *read])
+            columns.append([*range(later), *answer_columns(len(sequences[-1]), read)])
+    return *pad(sequences, device), columns
+
+
 def read_answers(engine, context, extractor, reads):
     """Logits [B, R, A, V] at the `answer_columns` behind the extractor. reads: R lists of ids for each row.
 
     context: B rows that end with the reasoning, as `generate` hands them out; it stays as it is.
     """
-    tails, columns = [], []
-    for row_reads in reads:
-        for read in row_reads:
-            tails.append([*extractor, *read])
-            columns.append(answer_columns(len(tails[-1]), read))
-    ids, mask = pad(tails, engine.device)  # [B * R, S]
+    ids, mask, columns = with_reads([extractor] * len(reads), reads, 0, engine.device)
     logits = engine.forward(context.repeated(len(reads[0])), ids, mask, columns)
     return logits.unflatten(0, (len(reads), -1))
 
