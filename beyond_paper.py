@@ -106,8 +106,8 @@ def proposals_everywhere(search, questions, step):
 
 def shortlist_everywhere(search, candidates, step):
     """The candidates to try for real. What was tried before is left out: it lost, and the same gradient would choose it
-    again. By the gradient: at most one of each position, and one at the position whose turn it is, so that no word
-    stays for good that the gradient does not notice."""
+    again. By the gradient: at most one of each position, and of several one at the position whose turn it is, so that
+    no word stays for good that the gradient does not notice."""
     settings, prompt = search.settings, search.current.prompt_ids
     new = [one for one in candidates if replaced(prompt, one) not in search.scores]
     rng = generator_of(settings, step, "shortlist")
@@ -120,7 +120,7 @@ def shortlist_everywhere(search, candidates, step):
         best.setdefault(candidate.position, candidate)
     shortlist = make_shortlist([*best.values()], changes, settings, rng)
     places = sorted({one.position for one in candidates if one.token != prompt[one.position]})
-    turn = best.get(places[(step - 1) % len(places)]) if places else None
+    turn = best.get(places[(step - 1) % len(places)]) if len(shortlist) > 1 else None
     return shortlist if turn is None or turn in shortlist else [*shortlist[:-1], turn]
 
 
@@ -220,21 +220,25 @@ def prompt_of(candidate, taken, prompt):
 
 
 def drawn_beside(search, taken, count):
-    """So many of the step's candidates, drawn as the random shortlist is; where all positions are searched none that an
-    earlier step tried, as there."""
+    """So many of the step's candidates, drawn at random; where all positions are searched one of a position and none
+    that an earlier step tried, as the search does."""
     settings, prompt = search.settings, search.current.prompt_ids
     tried_here = {one.prompt_ids for one in taken.shortlist if one.new}
     old = search.scores.keys() - tried_here if settings.positions == "all" else {prompt}
     possible = [one for one in taken.candidates if prompt_of(one, taken, prompt) not in old]
-    at_random = replace(settings, shortlist="random", shortlist_size=count)
-    return make_shortlist(possible, {}, at_random, generator_of(settings, taken.step, "audit"))
+    rng = generator_of(settings, taken.step, "audit")
+    if settings.positions == "one":
+        return rng.sample(possible, min(count, len(possible)))
+    places = sorted({one.position for one in possible})
+    drawn = rng.sample(places, min(count, len(places)))
+    return [rng.choice([one for one in possible if one.position == place]) for place in drawn]
 
 
 def fixed_losses(search, prefix, prompts):
-    """{prompt: mean training loss} of prompts behind the reasoning at hand, which is the current prompt's."""
+    """{prompt: mean training loss} of a set of prompts behind the reasoning at hand, which is the current prompt's."""
     engine, settings, position = search.engine, search.settings, len(prefix.tokens)
-    tails = {}
-    for prompt in sorted(prompts):
+    prompts, tails = sorted(prompts), {}
+    for prompt in prompts:
         for i, row in enumerate(search.rows):
             tails[prompt, i] = [*prompt[position:], *row.turn_end, *search.reasoning[i], *row.extractor]
 
@@ -257,11 +261,10 @@ def fixed_losses(search, prefix, prompts):
     longest = max(map(len, tails.values())) * len(search.rows[0].reads)
     size = settings.gradient_batch_size or engine.rows_for_backward(longest)
     losses = dict(zip(tails, engine.over_rows(run, [*tails], "audit", size, cost=lambda job: len(tails[job]))))
-    means = {}
-    for prompt in prompts:
-        own = torch.tensor([losses[prompt, i] for i in range(len(search.rows))], dtype=torch.float64)
-        means[prompt] = own[own.isfinite()].mean().item()
-    return means
+    numbers = range(len(search.rows))
+    values = torch.tensor([[losses[prompt, i] for i in numbers] for prompt in prompts], dtype=torch.float64)
+    whole = values.isfinite().all(0)  # else a prompt would win by the rows on which it failed
+    return dict(zip(prompts, values[:, whole].mean(1).tolist()))
 
 
 def score_again(search, prefix):

@@ -3,14 +3,15 @@
     python benchmarks/claims.py                     # the tables in benchmarks/README.md
     python benchmarks/claims.py --seeds 3 --budgets 1000
     python benchmarks/claims.py --arms options --train-rows 24 --mu 3 --budgets 1000 2000 4000 8000
-    python benchmarks/claims.py --arms options --only "all positions" --problems long --budgets 8000 16000
+    python benchmarks/claims.py --arms options --only "all positions" --problems long --train-rows 40 --mu 3 \\
+        --budgets 4000 8000 16000 32000 --choose-on-dev
 
-`--arms options`: what goes beyond the paper (beyond_paper.py), each against the full method.
+`--arms options`: all positions at once, and the likeliest proposals without a gradient, against the full method.
 `--problems long`: 4 or 5 operations joined by "and", where the demo's own have 1 to 5 joined by commas.
 
 An arm searches until its next step would take it over the budget of generated tokens; its current prompt is then
-scored on all held-out test rows. --choose-on-dev: instead of it the prompt that stage 2 would choose by then, of its
-five finalists the best on dev rows, whose tokens are not counted. A seed draws the training rows and every random
+scored on all held-out test rows. --choose-on-dev: instead of it the prompt that stage 2 with --finalists 5 would choose
+by then, the best of these on dev rows, whose tokens are not counted. A seed draws the training rows and every random
 choice. The table gives the mean accuracy over the seeds with its standard error, and the paired difference to the full
 method with its own.
 """
@@ -38,7 +39,7 @@ from support.tasks import get_task
 from support.tokens import decode, encode_prompt, encode_row
 
 FULL = "full method"
-FINALISTS = 5  # of stage 2
+FINALISTS = 5  # of --choose-on-dev, by the training objective
 ARMS = {
     "claims": {
         FULL: {},

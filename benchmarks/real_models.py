@@ -45,7 +45,7 @@ class Setting:
     finalists: int = 5  # prompts of a search that compete on dev rows
     eval_rows: int = 0  # dev and test rows, at most so many of each; 0: all
     initial_prompt: str = ""  # empty: the task's own
-    audit_every: int = 0  # every so many steps of the AUDITED generations say what the shortlist is worth; 0: never
+    audit_every: int = 0  # so often generations of the AUDITED searches tell what a shortlist is worth; 0: never
 
 
 # Qwen's reasonings on 24 dev rows of bbh/navigate, at most 320 tokens (chosen by length, not by accuracy): under the

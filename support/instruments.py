@@ -289,8 +289,10 @@ class Gain(NamedTuple):
 
 
 def paired_gain(before: RowOutcomes, after: RowOutcomes):
-    """The `Gain` from one prompt to another, over the rows that are finite under both; at least two."""
+    """The `Gain` from one prompt to another, over the rows that are finite under both; None of fewer than two."""
     pairs = [(a, b) for a, b in zip(before.objective, after.objective, strict=True) if None not in (a, b)]
+    if len(pairs) < 2:
+        return None
     differences = np.array([a - b for a, b in pairs])
     error = float(differences.std(ddof=1)) / len(pairs) ** 0.5
     return Gain(float(differences.mean()), error, len(pairs))
@@ -382,7 +384,7 @@ def signal_of_all(searches):
 
 def exact_correlations(audited):
     """For each audited step the rank correlation, over all that it tried, of the loss behind the old reasoning with the
-    objective reasoned anew: what a ranking by that loss itself, without a gradient, would be worth."""
+    objective reasoned anew: what the loss itself would be worth whose slope the gradient is."""
     found = []
     for _, step in audited:
         tried = [one for one in tried_in(step, "both") if one.fixed_loss is not None]
@@ -399,8 +401,8 @@ def accepted_of(pairs):
     replaced = [(before, step) for before, step in pairs if before.prompt_ids != step.prompt_ids]
     if not replaced or not all(before.rows and step.rows for before, step in replaced):
         return None
-    gains = [paired_gain(before.rows, step.rows) for before, step in replaced]
-    return sum(gain.size > 2 for gain in gains), len(gains)
+    gains = [gain for before, step in replaced if (gain := paired_gain(before.rows, step.rows))]
+    return (sum(gain.size > 2 for gain in gains), len(gains)) if gains else None
 
 
 def gain_of(steps, prompts):

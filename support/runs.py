@@ -236,6 +236,7 @@ def as_dataclass(kind, record, also=()):
     missing = needed.union(also) - record.keys()
     if missing:
         raise KeyError(*sorted(missing))
+    record = {name: value for name, value in record.items() if name not in RETIRED or value != RETIRED[name]}
     if "prompt_ids" in needed:
         record = record | {"prompt_ids": tuple(record["prompt_ids"])}  # JSON has lists only
     for one in fields(kind):
@@ -344,6 +345,8 @@ NEWER = {
     "positions": "one",
     "word_starts": False,
 }  # as it was before there were these settings
+# Settings and fields that are no more, where they changed nothing.
+RETIRED = {"margin": 0.0, "edits": ["substitute"], "edit": "substitute"}
 
 
 def with_answer_space(record):
@@ -353,6 +356,9 @@ def with_answer_space(record):
     if "shortlist" in config:  # of GReaTer
         for name, value in NEWER.items():
             config.setdefault(name, value)
+        for name, value in RETIRED.items():
+            if config.get(name) == value:
+                del config[name]
     if config.get("method") == "APO":
         config.setdefault("bandit", 0)
     if "answer_space" not in config:
@@ -605,7 +611,7 @@ def dev_warning(prompts):
 
 
 def changed_position(step):
-    """The position of the edit that a step took, where its tries were at several; else the step's own."""
+    """The position of the token that a step took, where its tries were at several; else the step's own."""
     taken = [tried.position for tried in step.shortlist if tried.prompt_ids == step.prompt_ids]
     return step.position if not taken or taken[0] is None else taken[0]
 

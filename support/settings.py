@@ -109,8 +109,8 @@ class SearchSettings(GenerationSettings):
     GROUP = "the search"
     preset: str = flag(
         "default",
-        "paper: extractor and answer space of the paper; released: all that the released scripts do; best: what helped "
-        "beyond the paper; published: a text method's settings in its own publication",
+        "paper: extractor and answer space of the paper; released: all that the released scripts do; best: all "
+        "positions at once; published: a text method's settings in its own publication",
     )
     steps: int = flag(105, "T: positions visited")
     train_rows: int = flag(50, "training rows, drawn by the seed")
@@ -123,7 +123,7 @@ class SearchSettings(GenerationSettings):
         "gradient",
         "how proposals are shortlisted; likeliest: without a gradient; all: no shortlist",
     )
-    shortlist_size: int = flag(3, "mu: proposals tried for real at each position", "--mu")
+    shortlist_size: int = flag(3, "mu: proposals tried for real in each step", "--mu")
     gradient_without_reasoning: bool = flag(False, "take the gradient over question, prompt and extractor only")
     fluency_weight: float = flag(0.2, "lambda: weight of the prompt's fluency term in the loss", "--lambda")
     fluency: str = flag("nll", "the fluency term: mean nll of the prompt, or its exponential")
@@ -172,11 +172,14 @@ class SearchSettings(GenerationSettings):
             if hasattr(self, name):
                 require_known(name, getattr(self, name))
         forced = self.force_sentence_end and self.positions == "all"
-        require(not forced, "--force-sentence-end: leave out --positions")
+        require(not forced, "--force-sentence-end: leave out --positions all, which is --preset best, too")
         every = self.positions == "all" and self.shortlist == "all"
         require(not every, "--positions all with --shortlist all would try hundreds of prompts in a step: choose one")
         first = self.positions == "all" and self.shortlist == "likeliest"  # would be those of the first position
-        require(not first, "--shortlist likeliest compares the proposals of one position: leave out --positions all")
+        require(
+            not first,
+            "--shortlist likeliest compares the proposals of one position: leave out --positions all, or --preset best",
+        )
 
 
 # --- Optimizers that work in text (text_optimizers.py) -------------------------------------------------------------

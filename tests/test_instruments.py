@@ -124,6 +124,7 @@ def test_a_paired_gain_is_the_mean_difference_and_its_standard_error_without_bro
     gain = instruments.paired_gain(START_ROWS, after)  # differences 1, 2, 0
     assert gain == (pytest.approx(1.0), pytest.approx(1 / math.sqrt(3)), 3) and gain.size == pytest.approx(3**0.5)
     assert instruments.paired_gain(START_ROWS, TAKEN_ROWS) == (3.0, 0.0, 4)
+    assert instruments.paired_gain(rows_of("0", [1.0], "a"), rows_of("0", [2.0], "a")) is None  # --train-rows 1
     assert Gain(3.0, 0.0, 4).size == math.inf and Gain(-3.0, 0.0, 4).size == -math.inf and Gain(0.0, 0.0, 4).size == 0
 
 

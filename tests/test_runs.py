@@ -405,8 +405,10 @@ def test_a_run_from_before_the_settings_beyond_the_paper_goes_on_as_it_began(tmp
         "config": {"task": "demo", "model": "m", "shortlist": "gradient", "answer_space": "choices"},
         "task": {"name": "demo"},
     }
+    record["config"] |= {"margin": 0.0, "edits": ["substitute"]}  # which were settings for a while
     write_record(tmp_path, record)
     config = read_run(tmp_path, task=str)["config"]
+    assert not {"margin", "edits"} & config.keys()
     new = ("audit_every", "positions", "word_starts")
     assert {name: config[name] for name in new} == {name: getattr(SearchSettings(), name) for name in new}
     del record["config"]["shortlist"]  # a text method has none of them
@@ -414,7 +416,19 @@ def test_a_run_from_before_the_settings_beyond_the_paper_goes_on_as_it_began(tmp
     assert not set(new) & read_run(tmp_path, task=str)["config"].keys()
 
 
-def test_the_log_names_the_position_of_the_edit_that_was_taken():
+def test_steps_of_an_older_version_are_read_where_what_is_gone_changed_nothing():
+    old = [json.loads(json.dumps(asdict(one))) for one in STEPS]
+    known = [as_step(record) for record in old]
+    for record in old:
+        for one in [*record["candidates"], *record["shortlist"]]:
+            one["edit"] = "substitute"
+    assert [as_step(record) for record in old] == known
+    old[1]["shortlist"][0]["edit"] = "insert"
+    with pytest.raises(TypeError):
+        as_step(old[1])
+
+
+def test_the_log_names_the_position_of_the_token_that_was_taken():
     taken = replace(STEPS[1], shortlist=[replace(one, position=7) for one in STEPS[1].shortlist])
     assert "position     7" in log_line(taken, 9) and "position     0" in log_line(STEPS[1], 9)
     kept = replace(STEPS[2], shortlist=[replace(one, position=7) for one in STEPS[2].shortlist])
