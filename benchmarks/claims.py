@@ -21,6 +21,7 @@ import json
 import random
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,13 +30,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import greater_core as core
 from beyond_paper import visit
-from support.answerers import local_answerer
+from support.answerers import Answerer, local_answerer
 from support.engine import load_engine
 from support.evaluation import accuracy, error_text, evaluate, mean_of_runs
 from support.runs import finalists, scores_of
 from support.settings import SearchSettings
 from support.sources import split_rows
-from support.tasks import get_task
+from support.tasks import Task, get_task
 from support.tokens import decode, encode_prompt, encode_row
 
 FULL = "full method"
@@ -110,6 +111,37 @@ def draw(results, budgets, path):
     figure.savefig(path, dpi=120)
 
 
+@dataclass
+class Scorer:
+    """Accuracies of prompts on splits of the demo's rows; each prompt is evaluated once on each."""
+
+    answerer: Answerer
+    task: Task
+    data: dict  # {split: rows}
+    known: dict = field(default_factory=dict)  # {(split, prompt): accuracy}
+
+    def accuracy(self, split, prompt, settings):
+        if (split, prompt) not in self.known:
+            outcomes = evaluate(self.answerer, self.task, self.data[split], prompt, settings)
+            self.known[split, prompt] = accuracy([p["correct"] for p in outcomes])[0]
+        return self.known[split, prompt]
+
+
+def table_lines(by_arm, budgets):
+    """A start's table. by_arm: {arm: {budget: accuracy of each seed}}."""
+    lines = [f"{'arm':28s}" + "".join(f"{f'{budget} tokens':>28s}" for budget in budgets)]
+    for arm, by_budget in by_arm.items():
+        cells = []
+        for budget in budgets:
+            mean, error = mean_of_runs(by_budget[budget])
+            gaps = [a - b for a, b in zip(by_budget[budget], by_arm[FULL][budget])]
+            gap, gap_error = mean_of_runs(gaps)
+            versus = "" if arm == FULL else f" ({100 * gap:+5.1f} ± {error_text(gap_error)})"
+            cells.append(f"{100 * mean:5.1f} ± {error_text(error)}{versus:>16s}")
+        lines.append(f"{arm:28s}" + "".join(f"{cell:>28s}" for cell in cells))
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", choices=ARMS, default="claims", help="what is compared with the full method")
@@ -126,17 +158,11 @@ def main():
     engine = load_engine(str(ROOT / "demo" / "model"), "cpu", "float32")
     answerer = local_answerer(engine, ROOT / "demo" / "model")
     data = long_problems() if flags.problems == "long" else split_rows(task)
-    known, every = {}, ARMS[flags.arms]
+    scorer, every = Scorer(answerer, task, data), ARMS[flags.arms]
     unknown = set(flags.only) - set(every)
     if unknown:
         parser.error(f"--only: {', '.join(sorted(unknown))}: --arms {flags.arms} has {', '.join(every)}")
     arms = {arm: every[arm] for arm in ([FULL, *flags.only] if flags.only else every)}
-
-    def accuracy_on(split, prompt, settings):
-        if (split, prompt) not in known:
-            outcomes = evaluate(answerer, task, data[split], prompt, settings)
-            known[split, prompt] = accuracy([p["correct"] for p in outcomes])[0]
-        return known[split, prompt]
 
     results = {start: {arm: {budget: [] for budget in flags.budgets} for arm in arms} for start in STARTS}
     jobs = [(start, arm, seed) for start in STARTS for arm in arms for seed in range(flags.seeds)]
@@ -149,21 +175,13 @@ def main():
             if flags.choose_on_dev:
                 scores = finalists(engine.tokenizer, scores_of(steps), FINALISTS)
                 texts = [decode(engine.tokenizer, score.prompt_ids).strip() for score in scores]
-                prompt = max(texts, key=lambda text: accuracy_on("dev", text, settings))
-            results[start][arm][budget].append(accuracy_on("test", prompt, settings))
+                prompt = max(texts, key=lambda text: scorer.accuracy("dev", text, settings))
+            results[start][arm][budget].append(scorer.accuracy("test", prompt, settings))
 
     for start in STARTS:
-        print(f"\n{start} start: {STARTS[start]}  ({100 * accuracy_on('test', STARTS[start], settings):.1f} % on test)")
-        print(f"{'arm':28s}" + "".join(f"{f'{budget} tokens':>28s}" for budget in flags.budgets))
-        for arm in arms:
-            cells = []
-            for budget in flags.budgets:
-                mean, error = mean_of_runs(results[start][arm][budget])
-                pairs = zip(results[start][arm][budget], results[start][FULL][budget])
-                gap, gap_error = mean_of_runs([a - b for a, b in pairs])
-                versus = "" if arm == FULL else f" ({100 * gap:+5.1f} ± {error_text(gap_error)})"
-                cells.append(f"{100 * mean:5.1f} ± {error_text(error)}{versus:>16s}")
-            print(f"{arm:28s}" + "".join(f"{cell:>28s}" for cell in cells))
+        initial = 100 * scorer.accuracy("test", STARTS[start], settings)
+        print(f"\n{start} start: {STARTS[start]}  ({initial:.1f} % on test)")
+        print("\n".join(table_lines(results[start], flags.budgets)))
     flags.out.mkdir(parents=True, exist_ok=True)
     (flags.out / "claims.json").write_text(
         json.dumps({"flags": vars(flags) | {"out": str(flags.out)}, "results": results})
