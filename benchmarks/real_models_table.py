@@ -251,7 +251,7 @@ def signal_table(searches):
         rows.append(
             [
                 *(model, method, len(several), signal.steps, share_text(sum(replaced), len(replaced)), first),
-                *(rank.text() if rank else "" for rank in [*ranks, signal.exact]),
+                *(rank.text() if rank else "" for rank in [*ranks, signal.fixed]),
                 f"{signal.audits}: {signal.ahead[0]}, {signal.ahead[1]}" if signal.ahead else "",
                 signal.advantage.text(3) if signal.advantage else "",
                 *(flip.text(1, 100) if flip else "" for flip in flips),

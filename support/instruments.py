@@ -312,7 +312,7 @@ class Signal:
     correlations: dict[
         tuple[str, str], tuple[Interval | None, Interval | None]
     ]  # {(measure, shortlist): within, pooled}
-    exact: Interval | None  # within steps, of the loss behind the old reasoning with the objective reasoned anew
+    fixed: Interval | None  # within steps, of the loss behind the old reasoning with the objective reasoned anew
     tried: Changed | None  # between incumbent and shortlisted
     drawn: Changed | None  # between incumbent and randomly drawn
     again: Changed | None  # between incumbent and itself in other batches
@@ -370,7 +370,7 @@ def signal_of_all(searches):
         audit_generations=sum(step.audit.generations for _, step in audited),
         wins=wins_of(steps),
         correlations=correlations,
-        exact=bootstrap(exact_correlations(audited), mean_of),
+        fixed=bootstrap(fixed_loss_correlations(audited), mean_of),
         tried=changed_between(tried["own"]),
         drawn=changed_between(tried["random"]),
         again=changed_between([(step.step, before, step.audit.again) for before, step in audited]),
@@ -382,7 +382,7 @@ def signal_of_all(searches):
     )
 
 
-def exact_correlations(audited):
+def fixed_loss_correlations(audited):
     """For each audited step the rank correlation, over all that it tried, of the loss behind the old reasoning with the
     objective reasoned anew: what the loss itself would be worth whose slope the gradient is."""
     found = []
@@ -490,7 +490,7 @@ def correlation_lines(signal):
         label = f"{MEASURES[measure]}{SHORTLISTS[shortlist]}"
         lines.append(f"{label:54s}  {interval_text(within):>31s}  {interval_text(over_all):>31s}")
     label = "of loss behind the old reasoning with objective anew"
-    lines.append(f"{label:54s}  {interval_text(signal.exact):>31s}")
+    lines.append(f"{label:54s}  {interval_text(signal.fixed):>31s}")
     return lines
 
 

@@ -160,7 +160,7 @@ def test_the_signal_of_a_run_is_the_one_worked_out_by_hand():
     assert signal.gain == (3.0, 0.0, 4)
     assert signal.correlations["objective", "own"][0] == pytest.approx((1.0, 1.0, 1.0, 3))
     # Losses 6 and 8 behind the old reasoning; anew the second is lower in step 1 and higher in the others.
-    assert signal.exact.value == pytest.approx((-1 + 1 + 1) / 3) and signal.exact.steps == 3
+    assert signal.fixed.value == pytest.approx((-1 + 1 + 1) / 3) and signal.fixed.steps == 3
 
 
 def test_an_older_run_says_what_it_did_not_record():
