@@ -229,6 +229,40 @@ def test_each_position_has_a_try_by_turns_however_little_the_gradient_promises_t
         assert turn in {one.position for one in record.shortlist}
 
 
+def test_a_single_try_at_all_positions_is_the_one_that_promises_most_not_the_one_by_turns(demo_engine, start):
+    records = searched(demo_engine, start, positions="all", shortlist_size=1, steps=12)
+    positions = [record.shortlist[0].position for record in records if record.step and not record.grows]
+    turns = [(r.step - 1) % (len(b.prompt_ids) - 1) for b, r in itertools.pairwise(records) if not r.grows]
+    assert len(positions) > 5 and positions != turns[-len(positions) :]
+
+
+def test_an_audit_of_all_positions_draws_one_token_of_a_position_as_the_search_tries(demo_engine, start):
+    records = searched(demo_engine, start, positions="all", shortlist_size=4, steps=9, audit_every=1)
+    audits = [record.audit for record in records if record.audit]
+    assert len(audits) >= 3
+    assert all(len({one.position for one in audit.drawn}) == len(audit.drawn) == 4 for audit in audits)
+
+
+def test_fixed_losses_are_means_over_the_rows_that_are_finite_under_all_prompts(llama, few_rows, monkeypatch):
+    rows, prompt = few_rows
+    other = (60, *prompt[1:])
+    search = core.Search(llama, rows, settings(), None, prompt, reasoning=[[20]] * len(rows))
+    questions = core.prefill_questions(llama, rows, 2)
+    whole = beyond_paper.fixed_losses(search, questions, {prompt, other})
+    plain = core.Engine.over_rows
+
+    def broken(engine, function, jobs, *more, **named):
+        losses = plain(engine, function, jobs, *more, **named)
+        return [float("nan") if job == (other, 0) else loss for job, loss in zip(jobs, losses)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.Engine, "over_rows", broken)
+        without = beyond_paper.fixed_losses(search, questions, {prompt, other})
+    search.rows, search.reasoning = rows[1:], search.reasoning[1:]
+    fewer = beyond_paper.fixed_losses(search, core.prefill_questions(llama, rows[1:], 2), {prompt, other})
+    assert without == pytest.approx(fewer, rel=1e-9) and without[prompt] != pytest.approx(whole[prompt])
+
+
 def test_a_prompt_that_ends_a_sentence_keeps_its_end_where_all_positions_are_searched(demo_engine, start):
     records = searched(demo_engine, start, positions="all", shortlist_size=2, steps=16)
     closed = [record.step for record in records if ends_sentence(demo_engine.tokenizer, record.prompt_ids)]
